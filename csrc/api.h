@@ -1,0 +1,185 @@
+// What the native core offers: plain structs in, results through pointers, no torch.
+//
+// Layout shared by every operation
+//   A weight matrix is flattened row-major to `num_weights` values and cut into
+//   num_blocks = ceil(num_weights / block_size) blocks of `block_size` consecutive
+//   weights; the last block may be shorter.
+//   gram     [num_blocks, B(B+1)/2]  packed lower triangles, row i at i(i+1)/2
+//   inverse  [num_blocks, B, B]      dense and symmetric
+//   vectors  [num_weights]           weights, scores, diagonals
+// The Fisher block is F = damping * I + gram / m.
+// Callers (obert_kernels/ops.py) have checked shapes, types and contiguity.
+#pragma once
+
+#include <cstdint>
+
+namespace obert {
+
+enum class DType : int { f32 = 0, f64 = 1, bf16 = 2, f16 = 3 };
+
+constexpr int kMaxBlockSize = 256;
+
+// status[0] is -1 while all is well, else the first block whose pivot or
+// denominator was not positive.  Never cleared by a kernel.
+struct Status {
+    int64_t* first_failed_block;
+};
+
+struct Partition {
+    int64_t num_weights;
+    int block_size;
+    int64_t num_blocks() const { return (num_weights + block_size - 1) / block_size; }
+};
+
+// gram += sum over k gradients of g g^T, per block.
+struct GramAccumulate {
+    Partition partition;
+    void* gram;             // f32 or f64, updated in place
+    DType gram_type;
+    const void* gradients;  // [num_gradients, num_weights], any DType, any alignment
+    DType gradient_type;
+    int64_t num_gradients;
+    int64_t gradient_stride;  // elements between the starts of two gradients
+};
+
+// F = damping * I + scale * gram.
+struct Fisher {
+    Partition partition;
+    const void* gram;
+    DType gram_type;
+    double scale;  // 1 / m
+    double damping;
+    Status status;
+};
+
+struct GramInverse {
+    Fisher fisher;
+    void* inverse;  // [num_blocks, B, B]; rows and columns past a short block: I / damping
+    DType inverse_type;
+};
+
+struct GramDiagonal {
+    Fisher fisher;
+    void* diagonal;  // [num_weights] diagonal of F^-1
+    DType diagonal_type;
+};
+
+struct GramSolve {
+    Fisher fisher;
+    const void* right_hand_side;  // [num_weights]
+    void* solution;               // [num_weights] F^-1 right_hand_side
+    DType vector_type;            // f32 or f64, of both
+};
+
+// scores[g] = 1/2 w_Q^T ([F^-1]_QQ)^-1 w_Q for group Q = g c .. g c + c - 1.
+// A group cut by a block border is the sum of its parts: F^-1 has no entries across.
+struct GramScores {
+    Fisher fisher;
+    const void* weight;
+    DType weight_type;  // f32 or f64
+    int group_size;
+    float* scores;  // [num_weights / group_size], zero on entry
+};
+
+enum class UpdateRule : int { sum = 0, joint = 1 };
+
+struct Update {
+    const void* weight;
+    DType weight_type;    // f32 or f64
+    const uint8_t* keep;  // [num_weights] 1: survives, 0: pruned
+    int group_size;
+    UpdateRule rule;
+    void* new_weight;            // [num_weights], type of weight
+    double* predicted_increase;  // [num_blocks] 1/2 d^T F d of the change d made
+};
+
+struct GramUpdate {
+    Fisher fisher;
+    Update update;
+};
+
+// k rank-1 Woodbury steps: v = F^-1 g, F^-1 -= v v^T / (m + g^T v).
+struct WoodburyUpdate {
+    Partition partition;
+    float* inverse;  // [num_blocks, B, B], updated in place
+    const void* gradients;
+    DType gradient_type;
+    int64_t num_gradients;
+    int64_t gradient_stride;
+    double total_gradients;  // m
+    Status status;
+};
+
+struct InverseScores {
+    Partition partition;
+    const float* inverse;
+    const void* weight;
+    DType weight_type;
+    int group_size;
+    float* scores;  // [num_weights / group_size], zero on entry
+    Status status;
+};
+
+struct InverseUpdate {
+    Partition partition;
+    const float* inverse;
+    Update update;
+    Status status;
+};
+
+// ---- CPU ---------------------------------------------------------------------------
+
+namespace cpu {
+
+struct BlockRange {
+    int64_t begin;
+    int64_t end;
+};
+
+// One table per instruction set.  A kernel works on a range of blocks in the calling
+// thread and returns the first failed block, or -1.
+struct Kernels {
+    const char* name;
+    int64_t (*gram_accumulate)(const GramAccumulate&, BlockRange, char* workspace);
+    int64_t (*gram_inverse)(const GramInverse&, BlockRange, char* workspace);
+    int64_t (*gram_diagonal)(const GramDiagonal&, BlockRange, char* workspace);
+    int64_t (*gram_solve)(const GramSolve&, BlockRange, char* workspace);
+    int64_t (*gram_scores)(const GramScores&, BlockRange, char* workspace);
+    int64_t (*gram_update)(const GramUpdate&, BlockRange, char* workspace);
+    int64_t (*woodbury_update)(const WoodburyUpdate&, BlockRange, char* workspace);
+    int64_t (*inverse_scores)(const InverseScores&, BlockRange, char* workspace);
+    int64_t (*inverse_update)(const InverseUpdate&, BlockRange, char* workspace);
+};
+
+// Names of the instruction sets in this build that this processor can run, best first.
+int num_instruction_sets();
+const char* instruction_set_name(int index);
+
+// The set in use.  The first call takes the best one; select() returns false for a name
+// that is unknown, not in the build, or not supported by this processor.
+const char* current_instruction_set();
+bool select_instruction_set(const char* name);
+
+void gram_accumulate(const GramAccumulate&, int threads);
+void gram_inverse(const GramInverse&, int threads);
+void gram_diagonal(const GramDiagonal&, int threads);
+void gram_solve(const GramSolve&, int threads);
+void gram_scores(const GramScores&, int threads);
+void gram_update(const GramUpdate&, int threads);
+void woodbury_update(const WoodburyUpdate&, int threads);
+void inverse_scores(const InverseScores&, int threads);
+void inverse_update(const InverseUpdate&, int threads);
+
+}  // namespace cpu
+
+// ---- CUDA --------------------------------------------------------------------------
+
+namespace cuda {
+
+// Devices the driver shows; 0 with a reason in `message` where there is none.
+int device_count(const char** message);
+int runtime_version();
+
+}  // namespace cuda
+
+}  // namespace obert

@@ -1,0 +1,261 @@
+// Operations on F = damping I + gram / m that need its Cholesky factor: the block is
+// unpacked to float64, factored and used while it sits in the cache; nothing of it is
+// written unless asked for.
+//
+// Per block: bytes B(B+1)/2 * sizeof(gram) read; flops about B^3/3 for the factor,
+// B^3/3 for its inverse, B^3/3 more where the whole F^-1 is wanted.
+#include "fisher_block.h"
+#include "rank_k.h"
+
+namespace obert {
+namespace OBERT_ISA {
+namespace {
+
+struct Buffers {
+    int stride;
+    double* fisher;   // [B, stride] F, then its factor R
+    double* inverse;  // [B, stride] M = L^-1
+    double* third;    // [B, stride] group blocks, survivors' block
+    double* weight;
+    double* change;
+    double* output;
+    int* pruned;
+    int* kept;
+};
+
+// Rows are padded so that tiles may read whole vectors past the last column.
+Buffers buffers_for(int block_size, char* workspace) {
+    Scratch scratch{workspace};
+    Buffers buffers;
+    buffers.stride = row_stride<double>(block_size + kTileVectors * kLanes);
+    const int64_t matrix = int64_t(block_size) * buffers.stride;
+    buffers.fisher = scratch.take<double>(matrix);
+    buffers.inverse = scratch.take<double>(matrix);
+    buffers.third = scratch.take<double>(matrix);
+    buffers.weight = scratch.take<double>(block_size);
+    buffers.change = scratch.take<double>(block_size);
+    buffers.output = scratch.take<double>(block_size);
+    buffers.pruned = scratch.take<int>(block_size);
+    buffers.kept = scratch.take<int>(block_size);
+    return buffers;
+}
+
+bool factor(const Fisher& fisher, int64_t b, int n, const Buffers& buffers) {
+    unpack_fisher(fisher, b, n, buffers.fisher, buffers.stride);
+    return cholesky(buffers.fisher, buffers.stride, n, pivot_tolerance(fisher.gram_type, n));
+}
+
+// diagonal[j] = sum_i M[i][j]^2.
+void diagonal_of_inverse(const Buffers& buffers, int n, double* diagonal) {
+    for (int j = 0; j < n; ++j) diagonal[j] = 0;
+    for (int i = 0; i < n; ++i) {
+        const double* row = buffers.inverse + int64_t(i) * buffers.stride;
+        for (int j = 0; j <= i; ++j) diagonal[j] += row[j] * row[j];
+    }
+}
+
+// third[0..count)[0..count) = [F^-1]_QQ for Q = begin .. begin + count, full and symmetric:
+// sum over rows i >= begin of M[i][Q] M[i][Q]^T (earlier rows are zero there).
+void group_block(const Buffers& buffers, int n, int begin, int count, double* block) {
+    const int stride = buffers.stride;
+    Ahead ahead = nothing_ahead(buffers.inverse);
+    lower_product<double, false>(
+        buffers.inverse + int64_t(begin) * stride + begin, stride, n - begin, count, ahead,
+        [=](int row, int column, int width, const double* values) {
+            for (int j = 0; j < width; ++j) {
+                block[int64_t(row) * stride + column + j] = values[j];
+                block[int64_t(column + j) * stride + row] = values[j];
+            }
+        });
+    for (int i = 0; i < count; ++i)
+        for (int j = count; j < round_up(count, kLanes); ++j) block[int64_t(i) * stride + j] = 0;
+}
+
+void write_inverse(const GramInverse& args, int64_t b, int n, const Buffers& buffers) {
+    const int block_size = args.fisher.partition.block_size;
+    const int stride = buffers.stride;
+    double* full = buffers.third;
+    Ahead ahead = nothing_ahead(buffers.inverse);
+    lower_product<double, true>(buffers.inverse, stride, n, n, ahead,
+                                [=](int row, int column, int count, const double* values) {
+                                    for (int j = 0; j < count; ++j) {
+                                        full[int64_t(row) * stride + column + j] = values[j];
+                                        full[int64_t(column + j) * stride + row] = values[j];
+                                    }
+                                });
+    for (int i = 0; i < block_size; ++i) {
+        double* row = full + int64_t(i) * stride;
+        for (int j = i < n ? n : 0; j < block_size; ++j) row[j] = 0;
+        if (i >= n) row[i] = 1.0 / args.fisher.damping;
+        write_as(args.inverse_type, row, block_size, args.inverse,
+                 (b * block_size + i) * int64_t(block_size));
+    }
+}
+
+// Survivors move by F_SS^-1 F_SP w_P; returns false on a non-positive pivot.
+bool joint_change(const GramUpdate& args, int64_t b, int n, const uint8_t* keep,
+                  const Buffers& buffers, int num_pruned) {
+    const int stride = buffers.stride;
+    const int num_kept = list_kept(keep, n, buffers.kept);
+    unpack_fisher(args.fisher, b, n, buffers.fisher, stride);
+    gather_upper(buffers.fisher, stride, buffers.kept, num_kept, buffers.third, stride);
+    if (!cholesky(buffers.third, stride, num_kept, pivot_tolerance(args.fisher.gram_type, n)))
+        return false;
+    double* right_hand_side = buffers.output;
+    for (int i = 0; i < num_kept; ++i) {
+        const double* row = buffers.fisher + int64_t(buffers.kept[i]) * stride;
+        double sum = 0;
+        for (int j = 0; j < num_pruned; ++j)
+            sum += row[buffers.pruned[j]] * buffers.weight[buffers.pruned[j]];
+        right_hand_side[i] = sum;
+    }
+    solve(buffers.third, stride, num_kept, right_hand_side);
+    for (int i = 0; i < num_kept; ++i) buffers.change[buffers.kept[i]] = right_hand_side[i];
+    return true;
+}
+
+// Every group removed as if alone: change = -F^-1 u with u_Q = ([F^-1]_QQ)^-1 w_Q.
+bool sum_change(const GramUpdate& args, int64_t b, int n, const uint8_t* keep,
+                const Buffers& buffers) {
+    const int stride = buffers.stride;
+    if (!factor(args.fisher, b, n, buffers)) return false;
+    invert_lower(buffers.fisher, stride, n, buffers.inverse);
+    double* u = buffers.change;
+    double local[kMaxBlockSize];
+    const bool solved = for_each_group(
+        args.fisher.partition, b, args.update.group_size, [&](int64_t, int begin, int end) {
+            const int count = list_pruned(buffers.weight, keep, begin, end, buffers.kept);
+            if (count == 0) return true;
+            double* block = buffers.third;
+            group_block(buffers, n, begin, end - begin, block);
+            for (int i = 0; i < count; ++i) local[i] = buffers.weight[buffers.kept[i]];
+            if (count == 1) {
+                const int i = buffers.kept[0] - begin;
+                u[buffers.kept[0]] = local[0] / block[int64_t(i) * stride + i];
+                return true;
+            }
+            // In place: a gathered entry never lies before its source in row order.
+            for (int i = 0; i < count; ++i)
+                for (int j = i; j < round_up(count, kLanes); ++j)
+                    block[int64_t(i) * stride + j] =
+                        j < count ? block[int64_t(buffers.kept[i] - begin) * stride +
+                                          buffers.kept[j] - begin]
+                                  : 0.0;
+            if (!cholesky(block, stride, count, 0.0)) return false;
+            solve(block, stride, count, local);
+            for (int i = 0; i < count; ++i) u[buffers.kept[i]] = local[i];
+            return true;
+        });
+    if (!solved) return false;
+    solve(buffers.fisher, stride, n, u);
+    for (int i = 0; i < n; ++i) u[i] = -u[i];
+    return true;
+}
+
+// Runs body(block, length) over a range; remembers the first block where it fails.
+template <class Body>
+int64_t over_blocks(const Partition& partition, cpu::BlockRange range, Body body) {
+    int64_t failed = -1;
+    for (int64_t b = range.begin; b < range.end; ++b)
+        if (!body(b, block_length(partition, b)) && failed < 0) failed = b;
+    return failed;
+}
+
+}  // namespace
+
+int64_t gram_inverse(const GramInverse& args, cpu::BlockRange range, char* workspace) {
+    const Buffers buffers = buffers_for(args.fisher.partition.block_size, workspace);
+    return over_blocks(args.fisher.partition, range, [&](int64_t b, int n) {
+        if (!factor(args.fisher, b, n, buffers)) return false;
+        invert_lower(buffers.fisher, buffers.stride, n, buffers.inverse);
+        write_inverse(args, b, n, buffers);
+        return true;
+    });
+}
+
+int64_t gram_diagonal(const GramDiagonal& args, cpu::BlockRange range, char* workspace) {
+    const Partition& partition = args.fisher.partition;
+    const Buffers buffers = buffers_for(partition.block_size, workspace);
+    return over_blocks(partition, range, [&](int64_t b, int n) {
+        if (!factor(args.fisher, b, n, buffers)) return false;
+        invert_lower(buffers.fisher, buffers.stride, n, buffers.inverse);
+        diagonal_of_inverse(buffers, n, buffers.output);
+        write_as(args.diagonal_type, buffers.output, n, args.diagonal, b * partition.block_size);
+        return true;
+    });
+}
+
+int64_t gram_solve(const GramSolve& args, cpu::BlockRange range, char* workspace) {
+    const Partition& partition = args.fisher.partition;
+    const Buffers buffers = buffers_for(partition.block_size, workspace);
+    return over_blocks(partition, range, [&](int64_t b, int n) {
+        if (!factor(args.fisher, b, n, buffers)) return false;
+        const int64_t start = b * partition.block_size;
+        read_as(args.vector_type, args.right_hand_side, start, n, buffers.output);
+        solve(buffers.fisher, buffers.stride, n, buffers.output);
+        write_as(args.vector_type, buffers.output, n, args.solution, start);
+        return true;
+    });
+}
+
+int64_t gram_scores(const GramScores& args, cpu::BlockRange range, char* workspace) {
+    const Partition& partition = args.fisher.partition;
+    const Buffers buffers = buffers_for(partition.block_size, workspace);
+    const int stride = buffers.stride;
+    double local[kMaxBlockSize];
+    return over_blocks(partition, range, [&](int64_t b, int n) {
+        if (!factor(args.fisher, b, n, buffers)) return false;
+        invert_lower(buffers.fisher, stride, n, buffers.inverse);
+        const int64_t start = b * partition.block_size;
+        read_as(args.weight_type, args.weight, start, n, buffers.weight);
+        if (args.group_size == 1) {
+            diagonal_of_inverse(buffers, n, buffers.output);
+            for (int i = 0; i < n; ++i) {
+                const double w = buffers.weight[i];
+                args.scores[start + i] = static_cast<float>(0.5 * w * w / buffers.output[i]);
+            }
+            return true;
+        }
+        return for_each_group(partition, b, args.group_size, [&](int64_t group, int begin, int end) {
+            const int count = end - begin;
+            group_block(buffers, n, begin, count, buffers.third);
+            if (!cholesky(buffers.third, stride, count, 0.0)) return false;
+            for (int i = 0; i < count; ++i) local[i] = buffers.weight[begin + i];
+            solve_lower(buffers.third, stride, count, local);
+            double score = 0;
+            for (int i = 0; i < count; ++i) score += local[i] * local[i];
+            args.scores[group] += static_cast<float>(0.5 * score);
+            return true;
+        });
+    });
+}
+
+int64_t gram_update(const GramUpdate& args, cpu::BlockRange range, char* workspace) {
+    const Partition& partition = args.fisher.partition;
+    const Buffers buffers = buffers_for(partition.block_size, workspace);
+    const Update& update = args.update;
+    return over_blocks(partition, range, [&](int64_t b, int n) {
+        const int64_t start = b * partition.block_size;
+        const uint8_t* keep = update.keep + start;
+        read_as(update.weight_type, update.weight, start, n, buffers.weight);
+        for (int i = 0; i < n; ++i) buffers.change[i] = 0;
+        const int num_pruned = list_pruned(buffers.weight, keep, 0, n, buffers.pruned);
+        double increase = 0;
+        if (num_pruned > 0) {
+            const bool done = update.rule == UpdateRule::joint
+                                  ? joint_change(args, b, n, keep, buffers, num_pruned)
+                                  : sum_change(args, b, n, keep, buffers);
+            if (!done) return false;
+            for (int i = 0; i < n; ++i)
+                if (!keep[i]) buffers.change[i] = -buffers.weight[i];
+            unpack_fisher(args.fisher, b, n, buffers.fisher, buffers.stride);
+            increase = half_quadratic_form(buffers.fisher, buffers.stride, n, buffers.change);
+        }
+        update.predicted_increase[b] = increase;
+        write_update(update, start, n, buffers.weight, buffers.change, buffers.output);
+        return true;
+    });
+}
+
+}  // namespace OBERT_ISA
+}  // namespace obert

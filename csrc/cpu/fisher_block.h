@@ -1,0 +1,84 @@
+// One Fisher block in float64, unpacked from its Gram, and what both update rules need.
+#pragma once
+
+#include "dense.h"
+
+namespace obert {
+namespace OBERT_ISA {
+namespace {
+
+// Rounding in the sums of a Gram of that type, relative to the diagonal (n terms a pivot).
+inline double pivot_tolerance(DType type, int n) {
+    const double epsilon = type == DType::f64 ? 0x1p-52 : 0x1p-23;
+    return epsilon * n;
+}
+
+// a = damping I + scale gram[b], full and symmetric, [n, stride], padding columns zero.
+template <class T>
+void unpack(const Fisher& fisher, int64_t b, int n, double* a, int stride) {
+    const T* packed =
+        static_cast<const T*>(fisher.gram) + b * packed_size(fisher.partition.block_size);
+    for (int i = 0; i < n; ++i) {
+        double* row = a + int64_t(i) * stride;
+        for (int j = 0; j <= i; ++j) {
+            const double value = fisher.scale * static_cast<double>(packed[j]);
+            row[j] = value;
+            a[int64_t(j) * stride + i] = value;
+        }
+        row[i] += fisher.damping;
+        packed += i + 1;
+    }
+    for (int i = 0; i < n; ++i)
+        for (int j = n; j < stride; ++j) a[int64_t(i) * stride + j] = 0;
+}
+
+inline void unpack_fisher(const Fisher& fisher, int64_t b, int n, double* a, int stride) {
+    if (fisher.gram_type == DType::f64)
+        unpack<double>(fisher, b, n, a, stride);
+    else
+        unpack<float>(fisher, b, n, a, stride);
+}
+
+// Calls visit(group, begin, end) for the parts of groups of `group_size` consecutive
+// weights that lie in block b, as positions inside the block.
+template <class Visit>
+inline bool for_each_group(const Partition& partition, int64_t b, int group_size, Visit visit) {
+    const int n = block_length(partition, b);
+    const int64_t start = b * partition.block_size;
+    for (int begin = 0; begin < n;) {
+        const int64_t group = (start + begin) / group_size;
+        const int64_t group_end = (group + 1) * group_size - start;
+        const int end = group_end < n ? static_cast<int>(group_end) : n;
+        if (!visit(group, begin, end)) return false;
+        begin = end;
+    }
+    return true;
+}
+
+// Positions begin <= i < end that are pruned now; pruned before means weight zero, and
+// those cost nothing and move nothing.
+inline int list_pruned(const double* weight, const uint8_t* keep, int begin, int end, int* index) {
+    int count = 0;
+    for (int i = begin; i < end; ++i)
+        if (!keep[i] && weight[i] != 0) index[count++] = i;
+    return count;
+}
+
+inline int list_kept(const uint8_t* keep, int n, int* index) {
+    int count = 0;
+    for (int i = 0; i < n; ++i)
+        if (keep[i]) index[count++] = i;
+    return count;
+}
+
+// Writes weight + change for the survivors and zero for the pruned of block b.
+inline void write_update(const Update& update, int64_t start, int n, const double* weight,
+                         const double* change, double* buffer) {
+    const uint8_t* keep = update.keep + start;
+    for (int i = 0; i < n; ++i) buffer[i] = keep[i] ? weight[i] + change[i] : 0.0;
+    write_as(update.weight_type, buffer, n, update.new_weight, start);
+}
+
+}  // namespace
+}  // namespace OBERT_ISA
+}  // namespace obert

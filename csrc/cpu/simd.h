@@ -1,0 +1,176 @@
+// Vector types and element conversion of one instruction set.
+//
+// Every kernel source is compiled once per instruction set with
+//   OBERT_ISA           its name, also the namespace the kernels live in
+//   OBERT_VECTOR_BYTES  width of its registers
+// Nothing from the standard library is used in these sources: the linker may keep any
+// copy of a standard template, and the baseline path must never meet an AVX-512 one.
+#pragma once
+
+#include <stdint.h>
+
+#include "../api.h"
+
+#if !defined(OBERT_ISA) || !defined(OBERT_VECTOR_BYTES)
+#error "compile with -DOBERT_ISA=<name> -DOBERT_VECTOR_BYTES=<width>"
+#endif
+
+namespace obert {
+namespace OBERT_ISA {
+namespace {
+
+// Unaligned vectors: aligned() lowers the alignment the compiler may assume.
+typedef float VecF __attribute__((vector_size(OBERT_VECTOR_BYTES), aligned(4), may_alias));
+typedef double VecD __attribute__((vector_size(OBERT_VECTOR_BYTES), aligned(8), may_alias));
+
+template <class T>
+struct Simd;
+template <>
+struct Simd<float> {
+    using Vec = VecF;
+    static constexpr int lanes = OBERT_VECTOR_BYTES / 4;
+};
+template <>
+struct Simd<double> {
+    using Vec = VecD;
+    static constexpr int lanes = OBERT_VECTOR_BYTES / 8;
+};
+
+template <class T>
+inline typename Simd<T>::Vec load(const T* p) {
+    return *reinterpret_cast<const typename Simd<T>::Vec*>(p);
+}
+template <class T>
+inline void store(T* p, typename Simd<T>::Vec v) {
+    *reinterpret_cast<typename Simd<T>::Vec*>(p) = v;
+}
+
+// Keeps a loaded vector in a register: without this the compiler reads it from memory
+// again in every instruction that uses it, and the load ports become the limit.
+#if defined(__AVX512F__)
+#define OBERT_IN_REGISTER(v) asm("" : "+v"(v))
+#elif defined(__x86_64__)
+#define OBERT_IN_REGISTER(v) asm("" : "+x"(v))
+#else
+#define OBERT_IN_REGISTER(v)
+#endif
+
+// target[0..count) += values[0..count).  Tails go by halves, not by single elements.
+template <class T>
+inline void add_to(T* target, const T* values, int count) {
+    constexpr int lanes = Simd<T>::lanes;
+    typedef T Half __attribute__((vector_size(16), aligned(sizeof(T)), may_alias));
+    constexpr int half = 16 / int(sizeof(T));
+    int j = 0;
+    for (; j + lanes <= count; j += lanes) store(target + j, load(target + j) + load(values + j));
+    for (; j + half <= count; j += half)
+        *reinterpret_cast<Half*>(target + j) += *reinterpret_cast<const Half*>(values + j);
+    for (; j < count; ++j) target[j] += values[j];
+}
+
+inline int round_up(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
+inline int min_int(int a, int b) { return a < b ? a : b; }
+inline int max_int(int a, int b) { return a > b ? a : b; }
+
+// Row stride, in elements, of a scratch matrix with n columns: whole vectors, and an odd
+// number of cache lines so that a column does not fall into one cache set.
+template <class T>
+inline int row_stride(int n) {
+    const int line = 64 / static_cast<int>(sizeof(T));
+    int stride = round_up(n, line);
+    if ((stride / line) % 2 == 0 && stride > line) stride += line;
+    return stride;
+}
+
+inline float float_from_bits(uint32_t bits) {
+    float value;
+    __builtin_memcpy(&value, &bits, 4);
+    return value;
+}
+inline uint32_t bits_from_float(float value) {
+    uint32_t bits;
+    __builtin_memcpy(&bits, &value, 4);
+    return bits;
+}
+
+inline float to_float(float x) { return x; }
+inline double to_float(double x) { return x; }
+
+struct BFloat16 {
+    uint16_t bits;
+};
+struct Float16 {
+    uint16_t bits;
+};
+
+inline float to_float(BFloat16 x) { return float_from_bits(static_cast<uint32_t>(x.bits) << 16); }
+
+// Exact for every half: exponent and mantissa move to their float32 places and a
+// multiplication by 2^112 corrects the bias.  Subnormal halves become integers first, so
+// that the result does not depend on the processor's denormals-are-zero flag.
+inline float to_float(Float16 x) {
+    const uint32_t magnitude = x.bits & 0x7fffu;
+    const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000u) << 16;
+    const float subnormal = static_cast<float>(static_cast<int32_t>(magnitude)) * 0x1p-24f;
+    const uint32_t normal = (magnitude << 13) + (112u << 23);
+    const uint32_t special = (magnitude << 13) | 0x7f800000u;
+    uint32_t bits = magnitude < 0x0400u ? bits_from_float(subnormal) : normal;
+    bits = magnitude >= 0x7c00u ? special : bits;
+    return float_from_bits(bits | sign);
+}
+
+template <class Source, class T>
+inline void convert(const void* source, int64_t offset, int n, T* destination) {
+    // Source data may sit at any address, so elements are fetched with memcpy.
+    const char* bytes = static_cast<const char*>(source) + offset * int64_t(sizeof(Source));
+    for (int i = 0; i < n; ++i) {
+        Source element;
+        __builtin_memcpy(&element, bytes + i * sizeof(Source), sizeof(Source));
+        destination[i] = static_cast<T>(to_float(element));
+    }
+}
+
+// destination[0..n) = source[offset .. offset + n), converted to T.
+template <class T>
+inline void read_as(DType type, const void* source, int64_t offset, int n, T* destination) {
+    switch (type) {
+        case DType::f32: return convert<float>(source, offset, n, destination);
+        case DType::f64: return convert<double>(source, offset, n, destination);
+        case DType::bf16: return convert<BFloat16>(source, offset, n, destination);
+        case DType::f16: return convert<Float16>(source, offset, n, destination);
+    }
+}
+
+// destination[offset .. offset + n) = source[0..n), converted to `type` (f32 or f64).
+inline void write_as(DType type, const double* source, int n, void* destination, int64_t offset) {
+    if (type == DType::f64) {
+        double* out = static_cast<double*>(destination) + offset;
+        for (int i = 0; i < n; ++i) out[i] = source[i];
+    } else {
+        float* out = static_cast<float*>(destination) + offset;
+        for (int i = 0; i < n; ++i) out[i] = static_cast<float>(source[i]);
+    }
+}
+
+// Weights in block b; less than the block size only in the last one.
+inline int block_length(const Partition& partition, int64_t b) {
+    const int64_t left = partition.num_weights - b * partition.block_size;
+    return left < partition.block_size ? static_cast<int>(left) : partition.block_size;
+}
+
+inline int64_t packed_size(int block_size) { return int64_t(block_size) * (block_size + 1) / 2; }
+
+// Hands out 64-byte aligned pieces of the calling thread's scratch memory.
+struct Scratch {
+    char* next;
+    template <class T>
+    T* take(int64_t count) {
+        T* piece = reinterpret_cast<T*>(next);
+        next += (count * int64_t(sizeof(T)) + 127) / 64 * 64;
+        return piece;
+    }
+};
+
+}  // namespace
+}  // namespace OBERT_ISA
+}  // namespace obert

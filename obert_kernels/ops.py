@@ -1,0 +1,443 @@
+"""The operators: schemas, checks, and which code runs on which device.
+
+``torch.ops.obert_kernels.<name>`` and the functions of the same name here are one thing.
+On the CPU they run the native core, on other devices :mod:`obert_kernels.reference`.
+
+Shapes: ``n`` weights of one matrix, flattened row-major, in ``blocks = ceil(n / B)`` blocks.
+``gram`` is ``[blocks, B(B+1)/2]`` (packed lower triangles, float64 or float32), ``inverse``
+``[blocks, B, B]`` float32, ``gradients`` ``[k, n]`` in any floating type, ``weight`` ``[n]``
+float32 or float64, ``keep`` ``[n]`` bool.  ``num_gradients`` is the m of
+``F = damping I + gram / m``.
+
+``status`` is an int64 tensor of one element that holds -1 while all is well; an operator
+stores the first block whose pivot or denominator is not positive and never raises for it, so
+that a device need not be waited for.  :func:`raise_for_status` reads it.  The result of a
+failed block is not to be used: updates leave such a block's weights as they were.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _lib, reference
+
+MAX_BLOCK_SIZE = 256
+
+_NAMESPACE = "obert_kernels"
+_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+_WIDE = (torch.float32, torch.float64)
+
+_library = torch.library.Library(_NAMESPACE, "DEF")
+
+
+class NumericalError(ArithmeticError):
+    """A Fisher block is not positive definite in the arithmetic used.
+
+    Attributes:
+        block: index of the first such block.
+    """
+
+    def __init__(self, message: str, block: int) -> None:
+        super().__init__(message)
+        self.block = block
+
+
+def new_status(device: torch.device | str = "cpu") -> Tensor:
+    """Return a status tensor that says all is well."""
+    return torch.full((1,), -1, dtype=torch.int64, device=device)
+
+
+def raise_for_status(status: Tensor, what: str, remedy: str) -> None:
+    """Raise :class:`NumericalError` if an operator recorded a failed block.
+
+    Waits for the device of ``status``.
+    """
+    block = int(status.item())
+    if block >= 0:
+        raise NumericalError(f"{what}: block {block} is not positive definite; {remedy}", block)
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def _check_block_size(block_size: int) -> None:
+    _require(
+        1 <= block_size <= MAX_BLOCK_SIZE,
+        f"block_size must be between 1 and {MAX_BLOCK_SIZE}, got {block_size}",
+    )
+
+
+def _check_dtype(name: str, tensor: Tensor, allowed: tuple[torch.dtype, ...]) -> None:
+    names = ", ".join(str(d).removeprefix("torch.") for d in allowed)
+    if tensor.dtype not in allowed:
+        raise TypeError(f"{name} must be one of {names}, got {tensor.dtype}")
+
+
+def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    _require(
+        tuple(tensor.shape) == shape, f"{name} must have shape {shape}, got {tuple(tensor.shape)}"
+    )
+
+
+def _check_devices(**tensors: Tensor) -> None:
+    devices = {name: tensor.device for name, tensor in tensors.items()}
+    _require(len(set(devices.values())) == 1, f"tensors are on different devices: {devices}")
+
+
+def _check_status(status: Tensor) -> None:
+    _check_dtype("status", status, (torch.int64,))
+    _check_shape("status", status, (1,))
+
+
+def _check_gram(gram: Tensor, num_weights: int, block_size: int) -> None:
+    _check_block_size(block_size)
+    _check_dtype("gram", gram, _WIDE)
+    blocks = reference.num_blocks(num_weights, block_size)
+    _check_shape("gram", gram, (blocks, block_size * (block_size + 1) // 2))
+    _require(gram.is_contiguous(), "gram must be contiguous")
+
+
+def _check_fisher(
+    gram: Tensor,
+    num_weights: int,
+    block_size: int,
+    num_gradients: float,
+    damping: float,
+    status: Tensor,
+) -> None:
+    _check_gram(gram, num_weights, block_size)
+    _require(num_gradients > 0, f"num_gradients must be positive, got {num_gradients}")
+    _require(damping > 0, f"damping must be positive, got {damping}")
+    _check_status(status)
+    _check_devices(gram=gram, status=status)
+
+
+def _check_inverse(inverse: Tensor, num_weights: int, status: Tensor) -> None:
+    _check_dtype("inverse", inverse, (torch.float32,))
+    _require(inverse.dim() == 3, f"inverse must be [blocks, B, B], got {tuple(inverse.shape)}")
+    block_size = inverse.shape[-1]
+    _check_block_size(block_size)
+    blocks = reference.num_blocks(num_weights, block_size)
+    _check_shape("inverse", inverse, (blocks, block_size, block_size))
+    _require(inverse.is_contiguous(), "inverse must be contiguous")
+    _check_status(status)
+    _check_devices(inverse=inverse, status=status)
+
+
+def _check_gradients(gradients: Tensor, like: Tensor) -> None:
+    _check_dtype("gradients", gradients, tuple(_CODES))
+    _require(gradients.dim() == 2, f"gradients must be [k, n], got {tuple(gradients.shape)}")
+    _check_devices(gradients=gradients, state=like)
+
+
+def _check_weight(weight: Tensor, group_size: int, like: Tensor) -> None:
+    _check_dtype("weight", weight, _WIDE)
+    _require(weight.dim() == 1, f"weight must be [n], got {tuple(weight.shape)}")
+    _require(
+        group_size >= 1 and weight.numel() % group_size == 0,
+        f"group_size must divide the number of weights {weight.numel()}, got {group_size}",
+    )
+    _check_devices(weight=weight, state=like)
+
+
+def _check_keep(keep: Tensor, weight: Tensor) -> None:
+    _check_dtype("keep", keep, (torch.bool,))
+    _check_shape("keep", keep, tuple(weight.shape))
+    _check_devices(keep=keep, weight=weight)
+
+
+def _fisher_args(
+    gram: Tensor, n: int, block_size: int, num_gradients: float, damping: float, status: Tensor
+) -> Any:
+    return _lib.core().Fisher(
+        gram.data_ptr(), _CODES[gram.dtype], n, block_size, 1.0 / num_gradients, damping,
+        status.data_ptr(),
+    )  # fmt: skip
+
+
+def _rows(gradients: Tensor) -> Tensor:
+    """Gradients with every row contiguous; rows may lie any distance apart."""
+    return gradients if gradients.stride(1) == 1 else gradients.contiguous()
+
+
+def _operator(schema: str, check: Callable[..., None], fake: Callable[..., Any]) -> Callable:
+    """Register the decorated native implementation, its oracle, checks and shapes."""
+
+    def register(native: Callable) -> Callable:
+        name = native.__name__.removeprefix("_")
+        oracle = getattr(reference, name)
+
+        def run_native(*args: Any) -> Any:
+            check(*args)
+            return native(*args)
+
+        def run_oracle(*args: Any) -> Any:
+            check(*args)
+            return oracle(*args)
+
+        _library.define(f"{name}{schema}")
+        _library.impl(name, run_oracle, "CompositeExplicitAutograd")
+        _library.impl(name, run_native, "CPU")
+        torch.library.register_fake(f"{_NAMESPACE}::{name}", fake, lib=_library)
+        operator = getattr(getattr(torch.ops, _NAMESPACE), name).default
+        operator.__doc__ = oracle.__doc__
+        return operator
+
+    return register
+
+
+_FISHER = "int block_size, float num_gradients, float damping, Tensor(a!) status"
+
+
+def _check_accumulate(gram: Tensor, gradients: Tensor, block_size: int) -> None:
+    _check_gradients(gradients, gram)
+    _check_gram(gram, gradients.shape[1], block_size)
+
+
+@_operator(
+    "(Tensor(a!) gram, Tensor gradients, int block_size) -> ()",
+    _check_accumulate,
+    lambda gram, gradients, block_size: None,
+)
+def gram_accumulate(gram: Tensor, gradients: Tensor, block_size: int) -> None:
+    gradients = _rows(gradients)
+    _lib.core().gram_accumulate(
+        gram.data_ptr(), _CODES[gram.dtype], gradients.data_ptr(), _CODES[gradients.dtype],
+        gradients.shape[0], gradients.stride(0), gradients.shape[1], block_size,
+        torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def _check_materialise(gram, num_weights, block_size, num_gradients, damping, dtype, status):  # type: ignore[no-untyped-def]
+    _check_fisher(gram, num_weights, block_size, num_gradients, damping, status)
+    if dtype not in _WIDE:
+        raise TypeError(f"dtype must be float32 or float64, got {dtype}")
+
+
+_MATERIALISE = (
+    "(Tensor gram, int num_weights, int block_size, float num_gradients, float damping, "
+    "ScalarType dtype, Tensor(a!) status) -> Tensor"
+)
+
+
+@_operator(
+    _MATERIALISE,
+    _check_materialise,
+    lambda gram, n, b, m, damping, dtype, status: gram.new_empty(
+        (gram.shape[0], b, b), dtype=dtype
+    ),
+)
+def gram_inverse(
+    gram: Tensor,
+    num_weights: int,
+    block_size: int,
+    num_gradients: float,
+    damping: float,
+    dtype: torch.dtype,
+    status: Tensor,
+) -> Tensor:
+    out = gram.new_empty((gram.shape[0], block_size, block_size), dtype=dtype)
+    fisher = _fisher_args(gram, num_weights, block_size, num_gradients, damping, status)
+    _lib.core().gram_inverse(fisher, out.data_ptr(), _CODES[dtype], torch.get_num_threads())
+    return out
+
+
+@_operator(
+    _MATERIALISE,
+    _check_materialise,
+    lambda gram, n, b, m, damping, dtype, status: gram.new_empty(n, dtype=dtype),
+)
+def gram_diagonal(
+    gram: Tensor,
+    num_weights: int,
+    block_size: int,
+    num_gradients: float,
+    damping: float,
+    dtype: torch.dtype,
+    status: Tensor,
+) -> Tensor:
+    out = gram.new_empty(num_weights, dtype=dtype)
+    fisher = _fisher_args(gram, num_weights, block_size, num_gradients, damping, status)
+    _lib.core().gram_diagonal(fisher, out.data_ptr(), _CODES[dtype], torch.get_num_threads())
+    return out
+
+
+def _check_solve(gram, right_hand_side, block_size, num_gradients, damping, status):  # type: ignore[no-untyped-def]
+    _check_dtype("right_hand_side", right_hand_side, _WIDE)
+    _require(
+        right_hand_side.dim() == 1,
+        f"right_hand_side must be [n], got {tuple(right_hand_side.shape)}",
+    )
+    _check_fisher(gram, right_hand_side.numel(), block_size, num_gradients, damping, status)
+    _check_devices(right_hand_side=right_hand_side, gram=gram)
+
+
+@_operator(
+    f"(Tensor gram, Tensor right_hand_side, {_FISHER}) -> Tensor",
+    _check_solve,
+    lambda gram, v, b, m, damping, status: v.new_empty(v.shape),
+)
+def gram_solve(
+    gram: Tensor,
+    right_hand_side: Tensor,
+    block_size: int,
+    num_gradients: float,
+    damping: float,
+    status: Tensor,
+) -> Tensor:
+    v = right_hand_side.contiguous()
+    out = torch.empty_like(v)
+    fisher = _fisher_args(gram, v.numel(), block_size, num_gradients, damping, status)
+    _lib.core().gram_solve(
+        fisher, v.data_ptr(), out.data_ptr(), _CODES[v.dtype], torch.get_num_threads()
+    )
+    return out
+
+
+def _check_scores(gram, weight, group_size, block_size, num_gradients, damping, status):  # type: ignore[no-untyped-def]
+    _check_weight(weight, group_size, gram)
+    _check_fisher(gram, weight.numel(), block_size, num_gradients, damping, status)
+
+
+@_operator(
+    f"(Tensor gram, Tensor weight, int group_size, {_FISHER}) -> Tensor",
+    _check_scores,
+    lambda gram, weight, c, b, m, damping, status: weight.new_empty(
+        weight.shape[0] // c, dtype=torch.float32
+    ),
+)
+def gram_scores(
+    gram: Tensor,
+    weight: Tensor,
+    group_size: int,
+    block_size: int,
+    num_gradients: float,
+    damping: float,
+    status: Tensor,
+) -> Tensor:
+    weight = weight.contiguous()
+    scores = weight.new_zeros(weight.numel() // group_size, dtype=torch.float32)
+    fisher = _fisher_args(gram, weight.numel(), block_size, num_gradients, damping, status)
+    _lib.core().gram_scores(
+        fisher, weight.data_ptr(), _CODES[weight.dtype], group_size, scores.data_ptr(),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return scores
+
+
+def _update_args(
+    weight: Tensor, keep: Tensor, group_size: int, joint: bool, blocks: int
+) -> tuple[Any, Tensor, Tensor, tuple[Tensor, ...]]:
+    """Return the native argument, both outputs, and what must stay alive during the call."""
+    weight, keep = weight.contiguous(), keep.contiguous()
+    new, increase = weight.clone(), weight.new_zeros(blocks, dtype=torch.float64)
+    args = _lib.core().Update(
+        weight.data_ptr(), _CODES[weight.dtype], keep.data_ptr(), group_size, int(joint),
+        new.data_ptr(), increase.data_ptr(),
+    )  # fmt: skip
+    return args, new, increase, (weight, keep)
+
+
+def _check_update(gram, weight, keep, group_size, joint, block_size, m, damping, status):  # type: ignore[no-untyped-def]
+    _check_scores(gram, weight, group_size, block_size, m, damping, status)
+    _check_keep(keep, weight)
+
+
+@_operator(
+    f"(Tensor gram, Tensor weight, Tensor keep, int group_size, bool joint, {_FISHER}) "
+    "-> (Tensor, Tensor)",
+    _check_update,
+    lambda gram, weight, keep, c, joint, b, m, damping, status: (
+        weight.new_empty(weight.shape),
+        weight.new_empty(gram.shape[0], dtype=torch.float64),
+    ),
+)
+def gram_update(
+    gram: Tensor,
+    weight: Tensor,
+    keep: Tensor,
+    group_size: int,
+    joint: bool,
+    block_size: int,
+    num_gradients: float,
+    damping: float,
+    status: Tensor,
+) -> tuple[Tensor, Tensor]:
+    update, new, increase, _alive = _update_args(weight, keep, group_size, joint, gram.shape[0])
+    fisher = _fisher_args(gram, weight.numel(), block_size, num_gradients, damping, status)
+    _lib.core().gram_update(fisher, update, torch.get_num_threads())
+    return new, increase
+
+
+def _check_woodbury(inverse, gradients, num_gradients, status):  # type: ignore[no-untyped-def]
+    _check_gradients(gradients, inverse)
+    _check_inverse(inverse, gradients.shape[1], status)
+    _require(num_gradients > 0, f"num_gradients must be positive, got {num_gradients}")
+
+
+@_operator(
+    "(Tensor(a!) inverse, Tensor gradients, float num_gradients, Tensor(b!) status) -> ()",
+    _check_woodbury,
+    lambda inverse, gradients, num_gradients, status: None,
+)
+def woodbury_update(
+    inverse: Tensor, gradients: Tensor, num_gradients: float, status: Tensor
+) -> None:
+    gradients = _rows(gradients)
+    _lib.core().woodbury_update(
+        inverse.data_ptr(), gradients.data_ptr(), _CODES[gradients.dtype], gradients.shape[0],
+        gradients.stride(0), gradients.shape[1], inverse.shape[-1], num_gradients,
+        status.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def _check_inverse_scores(inverse, weight, group_size, status):  # type: ignore[no-untyped-def]
+    _check_weight(weight, group_size, inverse)
+    _check_inverse(inverse, weight.numel(), status)
+
+
+@_operator(
+    "(Tensor inverse, Tensor weight, int group_size, Tensor(a!) status) -> Tensor",
+    _check_inverse_scores,
+    lambda inverse, weight, c, status: weight.new_empty(weight.shape[0] // c, dtype=torch.float32),
+)
+def inverse_scores(inverse: Tensor, weight: Tensor, group_size: int, status: Tensor) -> Tensor:
+    weight = weight.contiguous()
+    scores = weight.new_zeros(weight.numel() // group_size, dtype=torch.float32)
+    _lib.core().inverse_scores(
+        inverse.data_ptr(), weight.numel(), inverse.shape[-1], weight.data_ptr(),
+        _CODES[weight.dtype], group_size, scores.data_ptr(), status.data_ptr(),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return scores
+
+
+def _check_inverse_update(inverse, weight, keep, group_size, joint, status):  # type: ignore[no-untyped-def]
+    _check_inverse_scores(inverse, weight, group_size, status)
+    _check_keep(keep, weight)
+
+
+@_operator(
+    "(Tensor inverse, Tensor weight, Tensor keep, int group_size, bool joint, Tensor(a!) status) "
+    "-> (Tensor, Tensor)",
+    _check_inverse_update,
+    lambda inverse, weight, keep, c, joint, status: (
+        weight.new_empty(weight.shape),
+        weight.new_empty(inverse.shape[0], dtype=torch.float64),
+    ),
+)
+def inverse_update(
+    inverse: Tensor, weight: Tensor, keep: Tensor, group_size: int, joint: bool, status: Tensor
+) -> tuple[Tensor, Tensor]:
+    update, new, increase, _alive = _update_args(weight, keep, group_size, joint, inverse.shape[0])
+    _lib.core().inverse_update(
+        inverse.data_ptr(), weight.numel(), inverse.shape[-1], update, status.data_ptr(),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return new, increase

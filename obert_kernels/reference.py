@@ -1,0 +1,279 @@
+"""Every operator in plain torch: the oracle of the tests and the fallback of other devices.
+
+The signatures are those of the operators in :mod:`obert_kernels.ops`, which checks the
+arguments.  All work is done in float64 on dense blocks, a bounded number of them at a time,
+except the Woodbury recursion, whose point is its float32 state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+_BYTES_AT_ONCE = 256 << 20
+
+
+def num_blocks(num_weights: int, block_size: int) -> int:
+    """Number of blocks of ``block_size`` that hold ``num_weights`` weights."""
+    return -(-num_weights // block_size)
+
+
+def to_blocks(vector: Tensor, block_size: int) -> Tensor:
+    """View ``[..., n]`` as ``[..., blocks, B]``, zeros after the last weight."""
+    blocks = num_blocks(vector.shape[-1], block_size)
+    padded = pad(vector, (0, blocks * block_size - vector.shape[-1]))
+    return padded.unflatten(-1, (blocks, block_size))
+
+
+def _chunks(blocks: int, block_size: int) -> Iterator[slice]:
+    step = max(1, _BYTES_AT_ONCE // (8 * 4 * block_size * block_size))
+    for start in range(0, blocks, step):
+        yield slice(start, min(start + step, blocks))
+
+
+def _block_size_of(gram: Tensor) -> int:
+    return int(round(((8 * gram.shape[1] + 1) ** 0.5 - 1) / 2))
+
+
+def unpack_fisher(gram: Tensor, num_gradients: float, damping: float) -> Tensor:
+    """Dense ``F = damping I + gram / m`` as float64 ``[blocks, B, B]``."""
+    size = _block_size_of(gram)
+    row, column = torch.tril_indices(size, size, device=gram.device)
+    lower = gram.new_zeros((gram.shape[0], size, size), dtype=torch.float64)
+    lower[:, row, column] = gram.double() / num_gradients
+    dense = lower + lower.tril(-1).mT
+    return dense + damping * torch.eye(size, dtype=torch.float64, device=gram.device)
+
+
+def _record(status: Tensor, bad: Tensor, first_block: int) -> None:
+    """status[0] = first failed block, without waiting for the device."""
+    failed = torch.where(bad.any(), bad.to(torch.uint8).argmax() + first_block, -1)
+    status.copy_(torch.where((status < 0) & (failed >= 0), failed, status))
+
+
+def _factor(fisher: Tensor, gram_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cholesky factors, and which blocks have a pivot that rounding alone could explain."""
+    factor, info = torch.linalg.cholesky_ex(fisher)
+    pivots = factor.diagonal(dim1=1, dim2=2).square()
+    tolerance = torch.finfo(gram_dtype).eps * fisher.shape[-1]
+    good = (pivots > tolerance * fisher.diagonal(dim1=1, dim2=2)) & pivots.isfinite()
+    bad = (info != 0) | ~good.all(dim=1)
+    identity = torch.eye(fisher.shape[-1], dtype=fisher.dtype, device=fisher.device)
+    return torch.where(bad[:, None, None], identity, factor), bad
+
+
+def _inverses(
+    gram: Tensor, num_gradients: float, damping: float, status: Tensor
+) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
+    """Yield (blocks, F, F^-1, failed) for a bounded number of blocks at a time."""
+    for blocks in _chunks(gram.shape[0], _block_size_of(gram)):
+        fisher = unpack_fisher(gram[blocks], num_gradients, damping)
+        factor, bad = _factor(fisher, gram.dtype)
+        _record(status, bad, blocks.start)
+        yield blocks, fisher, torch.cholesky_inverse(factor), bad
+
+
+def gram_accumulate(gram: Tensor, gradients: Tensor, block_size: int) -> None:
+    """``gram += sum_i g_i g_i^T`` per block, packed lower triangles."""
+    row, column = torch.tril_indices(block_size, block_size, device=gram.device)
+    for blocks in _chunks(gram.shape[0], block_size):
+        columns = gradients[:, blocks.start * block_size : blocks.stop * block_size]
+        g = to_blocks(columns.to(gram.dtype), block_size).transpose(0, 1)
+        gram[blocks] += torch.bmm(g.mT, g)[:, row, column]
+
+
+def gram_inverse(
+    gram: Tensor,
+    num_weights: int,
+    block_size: int,
+    num_gradients: float,
+    damping: float,
+    dtype: torch.dtype,
+    status: Tensor,
+) -> Tensor:
+    """``F^-1`` as ``[blocks, B, B]``; ``I / damping`` past a short last block."""
+    out = gram.new_empty((gram.shape[0], block_size, block_size), dtype=dtype)
+    for blocks, _, inverse, _ in _inverses(gram, num_gradients, damping, status):
+        out[blocks] = inverse.to(dtype)
+    return out
+
+
+def gram_diagonal(
+    gram: Tensor,
+    num_weights: int,
+    block_size: int,
+    num_gradients: float,
+    damping: float,
+    dtype: torch.dtype,
+    status: Tensor,
+) -> Tensor:
+    """Diagonal of ``F^-1``, ``[num_weights]``."""
+    out = gram.new_empty((gram.shape[0], block_size), dtype=dtype)
+    for blocks, _, inverse, _ in _inverses(gram, num_gradients, damping, status):
+        out[blocks] = inverse.diagonal(dim1=1, dim2=2).to(dtype)
+    return out.flatten()[:num_weights].clone()
+
+
+def gram_solve(
+    gram: Tensor,
+    right_hand_side: Tensor,
+    block_size: int,
+    num_gradients: float,
+    damping: float,
+    status: Tensor,
+) -> Tensor:
+    """``F^-1 v``, ``[num_weights]``."""
+    v = to_blocks(right_hand_side, block_size)
+    out = torch.empty_like(v)
+    for blocks, _, inverse, _ in _inverses(gram, num_gradients, damping, status):
+        out[blocks] = (inverse @ v[blocks].double().unsqueeze(-1)).squeeze(-1).to(v.dtype)
+    return out.flatten()[: right_hand_side.numel()].clone()
+
+
+def _same_group(blocks: slice, block_size: int, group_size: int, device: torch.device) -> Tensor:
+    """``[blocks, B, B]``: are the two weights of a block in the same group?"""
+    start, stop = blocks.start * block_size, blocks.stop * block_size
+    group = torch.arange(start, stop, device=device).view(-1, block_size) // group_size
+    return group[:, :, None] == group[:, None, :]
+
+
+def _solve_restricted(inverse: Tensor, weight: Tensor, allowed: Tensor) -> Tensor:
+    """Solve ``S u = w`` for S = F^-1 where ``allowed``, the identity elsewhere.
+
+    ``allowed`` couples the weights of one removal; S then splits into the blocks
+    [F^-1]_QQ and u holds ([F^-1]_QQ)^-1 w_Q for all of them at once.
+    """
+    identity = torch.eye(inverse.shape[-1], dtype=torch.bool, device=inverse.device)
+    alone = identity & ~allowed.diagonal(dim1=1, dim2=2)[:, :, None]
+    system = torch.where(allowed, inverse, 0.0) + alone.to(inverse.dtype)
+    return torch.linalg.solve(system, weight.unsqueeze(-1)).squeeze(-1)
+
+
+def _group_scores(
+    inverse: Tensor, weight: Tensor, blocks: slice, group_size: int, scores: Tensor
+) -> None:
+    size = inverse.shape[-1]
+    same = _same_group(blocks, size, group_size, inverse.device)
+    cost = 0.5 * weight * _solve_restricted(inverse, weight, same)
+    start = blocks.start * size
+    group = torch.arange(start, start + cost.numel(), device=scores.device) // group_size
+    inside = group < scores.numel()
+    scores.index_add_(0, group[inside], cost.flatten()[inside].to(scores.dtype))
+
+
+def gram_scores(
+    gram: Tensor,
+    weight: Tensor,
+    group_size: int,
+    block_size: int,
+    num_gradients: float,
+    damping: float,
+    status: Tensor,
+) -> Tensor:
+    """OBS saliency ``1/2 w_Q^T ([F^-1]_QQ)^-1 w_Q`` of every group, float32."""
+    w = to_blocks(weight.double(), block_size)
+    scores = weight.new_zeros(weight.numel() // group_size, dtype=torch.float64)
+    for blocks, _, inverse, _ in _inverses(gram, num_gradients, damping, status):
+        _group_scores(inverse, w[blocks], blocks, group_size, scores)
+    return scores.float()
+
+
+def _change(
+    inverse: Tensor, weight: Tensor, keep: Tensor, blocks: slice, group_size: int, joint: bool
+) -> Tensor:
+    """Change of the weights of some blocks, pruned ones to zero."""
+    pruned = ~keep
+    allowed = pruned[:, :, None] & pruned[:, None, :]
+    if not joint:
+        allowed &= _same_group(blocks, inverse.shape[-1], group_size, inverse.device)
+    u = _solve_restricted(inverse, weight * pruned, allowed)
+    change = -(inverse @ u.unsqueeze(-1)).squeeze(-1)
+    return torch.where(keep, change, -weight)
+
+
+def gram_update(
+    gram: Tensor,
+    weight: Tensor,
+    keep: Tensor,
+    group_size: int,
+    joint: bool,
+    block_size: int,
+    num_gradients: float,
+    damping: float,
+    status: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """New weights and the increase ``1/2 d^T F d`` predicted for each block."""
+    w, k = to_blocks(weight.double(), block_size), to_blocks(keep, block_size)
+    new, increase = w.clone(), w.new_zeros(w.shape[0])
+    for blocks, fisher, inverse, bad in _inverses(gram, num_gradients, damping, status):
+        d = _change(inverse, w[blocks], k[blocks], blocks, group_size, joint)
+        d = torch.where(bad[:, None], 0.0, d)
+        new[blocks] += d
+        increase[blocks] = 0.5 * torch.einsum("bi,bij,bj->b", d, fisher, d)
+    return new.flatten()[: weight.numel()].to(weight.dtype), increase
+
+
+def woodbury_update(
+    inverse: Tensor, gradients: Tensor, num_gradients: float, status: Tensor
+) -> None:
+    """One rank-1 Woodbury step per gradient on the float32 ``inverse``, in place."""
+    before = inverse.clone()
+    bad = torch.zeros(inverse.shape[0], dtype=torch.bool, device=inverse.device)
+    for gradient in gradients:
+        g = to_blocks(gradient.float(), inverse.shape[-1])
+        v = torch.bmm(inverse, g.unsqueeze(-1)).squeeze(-1)
+        curvature = (g * v).sum(dim=1)
+        bad |= ~(curvature > -0.5 * num_gradients) | curvature.isinf()
+        v /= (num_gradients + curvature).sqrt().unsqueeze(-1)
+        inverse.baddbmm_(v.unsqueeze(2), v.unsqueeze(1), alpha=-1)
+    diagonal = inverse.diagonal(dim1=1, dim2=2)
+    bad |= ~((diagonal > 0) & diagonal.isfinite()).all(dim=1)
+    inverse.copy_(torch.where(bad[:, None, None], before, inverse))
+    _record(status, bad, 0)
+
+
+def _dense_blocks(
+    inverse: Tensor, status: Tensor
+) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
+    """Yield (blocks, Cholesky factor of F^-1, F^-1, failed) in float64."""
+    for blocks in _chunks(inverse.shape[0], inverse.shape[-1]):
+        dense = inverse[blocks].double()
+        factor, info = torch.linalg.cholesky_ex(dense)
+        bad = (info != 0) | ~dense.isfinite().all(dim=2).all(dim=1)
+        identity = torch.eye(dense.shape[-1], dtype=dense.dtype, device=dense.device)
+        _record(status, bad, blocks.start)
+        good = ~bad[:, None, None]
+        yield blocks, torch.where(good, factor, identity), torch.where(good, dense, identity), bad
+
+
+def inverse_scores(inverse: Tensor, weight: Tensor, group_size: int, status: Tensor) -> Tensor:
+    """:func:`gram_scores` from a dense inverse."""
+    w = to_blocks(weight.double(), inverse.shape[-1])
+    scores = weight.new_zeros(weight.numel() // group_size, dtype=torch.float64)
+    for blocks, _, dense, _ in _dense_blocks(inverse, status):
+        _group_scores(dense, w[blocks], blocks, group_size, scores)
+    return scores.float()
+
+
+def inverse_update(
+    inverse: Tensor,
+    weight: Tensor,
+    keep: Tensor,
+    group_size: int,
+    joint: bool,
+    status: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """:func:`gram_update` from a dense inverse."""
+    size = inverse.shape[-1]
+    w, k = to_blocks(weight.double(), size), to_blocks(keep, size)
+    new, increase = w.clone(), w.new_zeros(w.shape[0])
+    for blocks, factor, dense, bad in _dense_blocks(inverse, status):
+        d = _change(dense, w[blocks], k[blocks], blocks, group_size, joint)
+        d = torch.where(bad[:, None], 0.0, d)
+        new[blocks] += d
+        root = torch.linalg.solve_triangular(factor, d.unsqueeze(-1), upper=False)
+        increase[blocks] = 0.5 * root.square().sum(dim=(1, 2))
+    return new.flatten()[: weight.numel()].to(weight.dtype), increase

@@ -1,0 +1,157 @@
+"""Builds the native core: every source with its own flags, compiled by ninja.
+
+The package metadata lives in pyproject.toml.  Environment variables:
+  OBERT_CUDA=0|1       without or with the CUDA part (default: with, where nvcc is found)
+  OBERT_CUDA_ARCHS     compute capabilities, for example "80;90" (default: all supported)
+  CXX, NVCC            compilers (default: c++, nvcc)
+  MAX_JOBS             parallel compilations
+"""
+
+import os
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pybind11
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent
+VERSION = re.search(r'^version = "(.+)"', (ROOT / "pyproject.toml").read_text(), re.M).group(1)
+CUDA_ARCHS = "75;80;86;89;90;100;120"
+IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
+
+# Flags of each instruction set; the vector width is what csrc/cpu/simd.h builds on.
+INSTRUCTION_SETS = {"baseline": ["-DOBERT_VECTOR_BYTES=16"]}
+if IS_X86:
+    INSTRUCTION_SETS["avx2"] = ["-DOBERT_VECTOR_BYTES=32", "-mavx2", "-mfma"]
+    INSTRUCTION_SETS["avx512"] = [
+        "-DOBERT_VECTOR_BYTES=64",
+        *"-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma".split(),
+        "-mprefer-vector-width=512",
+    ]
+
+KERNEL_SOURCES = ["gram", "factor", "woodbury", "inverse", "kernels"]
+CXX_FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -Wall -Wextra -Werror=return-type".split()
+# Kernels: no errno from sqrt, no exceptions; ABI notes about wide vectors do not apply, as
+# every kernel is inlined into its own translation unit.
+KERNEL_FLAGS = ["-fno-math-errno", "-fno-exceptions", "-Wno-psabi"]
+
+
+def find_nvcc() -> str | None:
+    """The CUDA compiler to use, or None for a build without CUDA."""
+    wish = os.environ.get("OBERT_CUDA", "")
+    if wish not in ("", "0", "1"):
+        sys.exit(f"OBERT_CUDA={wish!r}: use 0 (without CUDA) or 1 (with CUDA)")
+    nvcc = None if wish == "0" else shutil.which(os.environ.get("NVCC", "nvcc"))
+    if wish == "1" and nvcc is None:
+        sys.exit("OBERT_CUDA=1 but nvcc was not found: put it on PATH or set NVCC=/path/to/nvcc")
+    return nvcc
+
+
+def cuda_flags(archs: list[str]) -> list[str]:
+    """Machine code for every architecture named and PTX of the newest."""
+    flags = "-std=c++17 -O3 -Xcompiler -fPIC,-fvisibility=hidden -Werror all-warnings".split()
+    flags += ["--threads", "0"] if len(archs) > 1 else []
+    for arch in archs:
+        flags += ["-gencode", f"arch=compute_{arch},code=sm_{arch}"]
+    return flags + ["-gencode", f"arch=compute_{archs[-1]},code=compute_{archs[-1]}"]
+
+
+def cudart_static_flags(nvcc: str) -> list[str]:
+    """Link flags for the static CUDA runtime, asked of nvcc itself."""
+    dry = subprocess.run([nvcc, "--dryrun", "-cudart", "static", "x.cu", "-o", "x"],
+                         capture_output=True, text=True)  # fmt: skip
+    directories = re.findall(r'-L"?([^"\s]+)"?', dry.stderr + dry.stdout)
+    return [f"-L{d}" for d in dict.fromkeys(directories)] + "-lcudart_static -lrt -ldl".split()
+
+
+class NinjaFile:
+    """Collects build edges; one object file each."""
+
+    def __init__(self, build_dir: Path) -> None:
+        self.build_dir = build_dir
+        self.objects: list[str] = []
+        self.lines = [
+            "ninja_required_version = 1.5",
+            "rule compile",
+            "  command = $compiler $flags -MD -MF $out.d -c $in -o $out",
+            "  depfile = $out.d",
+            "  deps = gcc",
+            "rule link",
+            "  command = $compiler -shared $in $flags -o $out",
+        ]
+
+    @staticmethod
+    def escape(path: Path | str) -> str:
+        return str(path).replace("$", "$$").replace(":", "$:").replace(" ", "$ ")
+
+    def compile(self, compiler: str, source: Path, name: str, flags: list[str]) -> None:
+        target = self.escape(self.build_dir / f"{name}.o")
+        self.lines += [
+            f"build {target}: compile {self.escape(source)}",
+            f"  compiler = {compiler}",
+            "  flags = " + shlex.join(flags).replace("$", "$$"),
+        ]
+        self.objects.append(target)
+
+    def link(self, compiler: str, output: Path, flags: list[str]) -> None:
+        self.lines += [
+            f"build {self.escape(output)}: link {' '.join(self.objects)}",
+            f"  compiler = {compiler}",
+            "  flags = " + shlex.join(flags).replace("$", "$$"),
+        ]
+
+    def run(self) -> None:
+        import ninja
+
+        self.build_dir.mkdir(parents=True, exist_ok=True)
+        (self.build_dir / "build.ninja").write_text("\n".join(self.lines) + "\n")
+        command = [str(Path(ninja.BIN_DIR) / "ninja"), "-C", str(self.build_dir)]
+        if jobs := os.environ.get("MAX_JOBS"):
+            command += ["-j", jobs]
+        subprocess.run(command, check=True)
+
+
+class NinjaBuildExt(build_ext):
+    def build_extension(self, ext: Extension) -> None:
+        csrc = ROOT.resolve() / "csrc"
+        output = Path(self.get_ext_fullpath(ext.name)).resolve()
+        output.parent.mkdir(parents=True, exist_ok=True)
+        cxx = os.environ.get("CXX", "c++")
+        ninja_file = NinjaFile(Path(self.build_temp).resolve())
+        nvcc = find_nvcc()
+
+        x86 = ["-DOBERT_BUILD_X86"] if IS_X86 else []
+        for name, isa_flags in INSTRUCTION_SETS.items():
+            flags = [*CXX_FLAGS, *KERNEL_FLAGS, f"-DOBERT_ISA={name}", *isa_flags]
+            for source in KERNEL_SOURCES:
+                path = csrc / "cpu" / f"{source}.cpp"
+                ninja_file.compile(cxx, path, f"{source}_{name}", flags)
+        ninja_file.compile(cxx, csrc / "cpu" / "dispatch.cpp", "dispatch", [*CXX_FLAGS, *x86])
+
+        includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
+        binding_flags = [*CXX_FLAGS, *includes, f'-DOBERT_VERSION="{VERSION}"']
+        link_flags = ["-pthread"]
+        if nvcc:
+            archs = re.split(r"[;,\s]+", os.environ.get("OBERT_CUDA_ARCHS", CUDA_ARCHS).strip())
+            binding_flags += ["-DOBERT_WITH_CUDA", f'-DOBERT_CUDA_ARCHITECTURES="{";".join(archs)}"']
+            for path in sorted((csrc / "cuda").glob("*.cu")):
+                ninja_file.compile(nvcc, path, f"cuda_{path.stem}", cuda_flags(archs))
+            link_flags += cudart_static_flags(nvcc)
+        ninja_file.compile(cxx, csrc / "bindings.cpp", "bindings", binding_flags)
+        if sys.platform == "darwin":
+            link_flags += ["-undefined", "dynamic_lookup"]
+        ninja_file.link(cxx, output, link_flags)
+        ninja_file.run()
+
+
+setup(
+    ext_modules=[Extension("obert_kernels._C", sources=[])],
+    cmdclass={"build_ext": NinjaBuildExt},
+)
