@@ -60,7 +60,7 @@ def cuda_flags(archs: list[str]) -> list[str]:
     flags += ["--threads", "0"] if len(archs) > 1 else []
     for arch in archs:
         flags += ["-gencode", f"arch=compute_{arch},code=sm_{arch}"]
-    return flags + ["-gencode", f"arch=compute_{archs[-1]},code=compute_{archs[-1]}"]
+    return [*flags, "-gencode", f"arch=compute_{archs[-1]},code=compute_{archs[-1]}"]
 
 
 def cudart_static_flags(nvcc: str) -> list[str]:
@@ -140,7 +140,10 @@ class NinjaBuildExt(build_ext):
         link_flags = ["-pthread"]
         if nvcc:
             archs = re.split(r"[;,\s]+", os.environ.get("OBERT_CUDA_ARCHS", CUDA_ARCHS).strip())
-            binding_flags += ["-DOBERT_WITH_CUDA", f'-DOBERT_CUDA_ARCHITECTURES="{";".join(archs)}"']
+            binding_flags += [
+                "-DOBERT_WITH_CUDA",
+                f'-DOBERT_CUDA_ARCHITECTURES="{";".join(archs)}"',
+            ]
             for path in sorted((csrc / "cuda").glob("*.cu")):
                 ninja_file.compile(nvcc, path, f"cuda_{path.stem}", cuda_flags(archs))
             link_flags += cudart_static_flags(nvcc)

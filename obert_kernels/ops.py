@@ -24,12 +24,22 @@ import torch
 from torch import Tensor
 
 from . import _lib, reference
-
-MAX_BLOCK_SIZE = 256
+from ._checks import (
+    MAX_BLOCK_SIZE as MAX_BLOCK_SIZE,
+    WIDE,
+    check_devices,
+    check_dtype,
+    check_fisher,
+    check_gradients,
+    check_gram,
+    check_inverse,
+    check_keep,
+    check_weight,
+    require,
+)
 
 _NAMESPACE = "obert_kernels"
 _CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-_WIDE = (torch.float32, torch.float64)
 
 _library = torch.library.Library(_NAMESPACE, "DEF")
 
@@ -59,97 +69,6 @@ def raise_for_status(status: Tensor, what: str, remedy: str) -> None:
     block = int(status.item())
     if block >= 0:
         raise NumericalError(f"{what}: block {block} is not positive definite; {remedy}", block)
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
-
-
-def _check_block_size(block_size: int) -> None:
-    _require(
-        1 <= block_size <= MAX_BLOCK_SIZE,
-        f"block_size must be between 1 and {MAX_BLOCK_SIZE}, got {block_size}",
-    )
-
-
-def _check_dtype(name: str, tensor: Tensor, allowed: tuple[torch.dtype, ...]) -> None:
-    names = ", ".join(str(d).removeprefix("torch.") for d in allowed)
-    if tensor.dtype not in allowed:
-        raise TypeError(f"{name} must be one of {names}, got {tensor.dtype}")
-
-
-def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
-    _require(
-        tuple(tensor.shape) == shape, f"{name} must have shape {shape}, got {tuple(tensor.shape)}"
-    )
-
-
-def _check_devices(**tensors: Tensor) -> None:
-    devices = {name: tensor.device for name, tensor in tensors.items()}
-    _require(len(set(devices.values())) == 1, f"tensors are on different devices: {devices}")
-
-
-def _check_status(status: Tensor) -> None:
-    _check_dtype("status", status, (torch.int64,))
-    _check_shape("status", status, (1,))
-
-
-def _check_gram(gram: Tensor, num_weights: int, block_size: int) -> None:
-    _check_block_size(block_size)
-    _check_dtype("gram", gram, _WIDE)
-    blocks = reference.num_blocks(num_weights, block_size)
-    _check_shape("gram", gram, (blocks, block_size * (block_size + 1) // 2))
-    _require(gram.is_contiguous(), "gram must be contiguous")
-
-
-def _check_fisher(
-    gram: Tensor,
-    num_weights: int,
-    block_size: int,
-    num_gradients: float,
-    damping: float,
-    status: Tensor,
-) -> None:
-    _check_gram(gram, num_weights, block_size)
-    _require(num_gradients > 0, f"num_gradients must be positive, got {num_gradients}")
-    _require(damping > 0, f"damping must be positive, got {damping}")
-    _check_status(status)
-    _check_devices(gram=gram, status=status)
-
-
-def _check_inverse(inverse: Tensor, num_weights: int, status: Tensor) -> None:
-    _check_dtype("inverse", inverse, (torch.float32,))
-    _require(inverse.dim() == 3, f"inverse must be [blocks, B, B], got {tuple(inverse.shape)}")
-    block_size = inverse.shape[-1]
-    _check_block_size(block_size)
-    blocks = reference.num_blocks(num_weights, block_size)
-    _check_shape("inverse", inverse, (blocks, block_size, block_size))
-    _require(inverse.is_contiguous(), "inverse must be contiguous")
-    _check_status(status)
-    _check_devices(inverse=inverse, status=status)
-
-
-def _check_gradients(gradients: Tensor, like: Tensor) -> None:
-    _check_dtype("gradients", gradients, tuple(_CODES))
-    _require(gradients.dim() == 2, f"gradients must be [k, n], got {tuple(gradients.shape)}")
-    _check_devices(gradients=gradients, state=like)
-
-
-def _check_weight(weight: Tensor, group_size: int, like: Tensor) -> None:
-    _check_dtype("weight", weight, _WIDE)
-    _require(weight.dim() == 1, f"weight must be [n], got {tuple(weight.shape)}")
-    _require(
-        group_size >= 1 and weight.numel() % group_size == 0,
-        f"group_size must divide the number of weights {weight.numel()}, got {group_size}",
-    )
-    _check_devices(weight=weight, state=like)
-
-
-def _check_keep(keep: Tensor, weight: Tensor) -> None:
-    _check_dtype("keep", keep, (torch.bool,))
-    _check_shape("keep", keep, tuple(weight.shape))
-    _check_devices(keep=keep, weight=weight)
 
 
 def _fisher_args(
@@ -196,8 +115,8 @@ _FISHER = "int block_size, float num_gradients, float damping, Tensor(a!) status
 
 
 def _check_accumulate(gram: Tensor, gradients: Tensor, block_size: int) -> None:
-    _check_gradients(gradients, gram)
-    _check_gram(gram, gradients.shape[1], block_size)
+    check_gradients(gradients, gram)
+    check_gram(gram, gradients.shape[1], block_size)
 
 
 @_operator(
@@ -215,8 +134,8 @@ def gram_accumulate(gram: Tensor, gradients: Tensor, block_size: int) -> None:
 
 
 def _check_materialise(gram, num_weights, block_size, num_gradients, damping, dtype, status):  # type: ignore[no-untyped-def]
-    _check_fisher(gram, num_weights, block_size, num_gradients, damping, status)
-    if dtype not in _WIDE:
+    check_fisher(gram, num_weights, block_size, num_gradients, damping, status)
+    if dtype not in WIDE:
         raise TypeError(f"dtype must be float32 or float64, got {dtype}")
 
 
@@ -269,13 +188,13 @@ def gram_diagonal(
 
 
 def _check_solve(gram, right_hand_side, block_size, num_gradients, damping, status):  # type: ignore[no-untyped-def]
-    _check_dtype("right_hand_side", right_hand_side, _WIDE)
-    _require(
+    check_dtype("right_hand_side", right_hand_side, WIDE)
+    require(
         right_hand_side.dim() == 1,
         f"right_hand_side must be [n], got {tuple(right_hand_side.shape)}",
     )
-    _check_fisher(gram, right_hand_side.numel(), block_size, num_gradients, damping, status)
-    _check_devices(right_hand_side=right_hand_side, gram=gram)
+    check_fisher(gram, right_hand_side.numel(), block_size, num_gradients, damping, status)
+    check_devices(right_hand_side=right_hand_side, gram=gram)
 
 
 @_operator(
@@ -301,8 +220,8 @@ def gram_solve(
 
 
 def _check_scores(gram, weight, group_size, block_size, num_gradients, damping, status):  # type: ignore[no-untyped-def]
-    _check_weight(weight, group_size, gram)
-    _check_fisher(gram, weight.numel(), block_size, num_gradients, damping, status)
+    check_weight(weight, group_size, gram)
+    check_fisher(gram, weight.numel(), block_size, num_gradients, damping, status)
 
 
 @_operator(
@@ -346,7 +265,7 @@ def _update_args(
 
 def _check_update(gram, weight, keep, group_size, joint, block_size, m, damping, status):  # type: ignore[no-untyped-def]
     _check_scores(gram, weight, group_size, block_size, m, damping, status)
-    _check_keep(keep, weight)
+    check_keep(keep, weight)
 
 
 @_operator(
@@ -376,9 +295,9 @@ def gram_update(
 
 
 def _check_woodbury(inverse, gradients, num_gradients, status):  # type: ignore[no-untyped-def]
-    _check_gradients(gradients, inverse)
-    _check_inverse(inverse, gradients.shape[1], status)
-    _require(num_gradients > 0, f"num_gradients must be positive, got {num_gradients}")
+    check_gradients(gradients, inverse)
+    check_inverse(inverse, gradients.shape[1], status)
+    require(num_gradients > 0, f"num_gradients must be positive, got {num_gradients}")
 
 
 @_operator(
@@ -398,8 +317,8 @@ def woodbury_update(
 
 
 def _check_inverse_scores(inverse, weight, group_size, status):  # type: ignore[no-untyped-def]
-    _check_weight(weight, group_size, inverse)
-    _check_inverse(inverse, weight.numel(), status)
+    check_weight(weight, group_size, inverse)
+    check_inverse(inverse, weight.numel(), status)
 
 
 @_operator(
@@ -420,7 +339,7 @@ def inverse_scores(inverse: Tensor, weight: Tensor, group_size: int, status: Ten
 
 def _check_inverse_update(inverse, weight, keep, group_size, joint, status):  # type: ignore[no-untyped-def]
     _check_inverse_scores(inverse, weight, group_size, status)
-    _check_keep(keep, weight)
+    check_keep(keep, weight)
 
 
 @_operator(

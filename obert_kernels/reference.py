@@ -35,7 +35,7 @@ def _chunks(blocks: int, block_size: int) -> Iterator[slice]:
 
 
 def _block_size_of(gram: Tensor) -> int:
-    return int(round(((8 * gram.shape[1] + 1) ** 0.5 - 1) / 2))
+    return round(((8 * gram.shape[1] + 1) ** 0.5 - 1) / 2)
 
 
 def unpack_fisher(gram: Tensor, num_gradients: float, damping: float) -> Tensor:

@@ -1,0 +1,58 @@
+"""``python -m obert_kernels``: what is installed, what it found, what it will use."""
+
+from __future__ import annotations
+
+import platform
+import sys
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+from . import __version__, _lib
+
+
+def _installed(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _cuda(core) -> str:  # type: ignore[no-untyped-def]
+    if core.cuda_architectures is None:
+        return "not in this build (no nvcc when it was compiled, or OBERT_CUDA=0)"
+    runtime = core.cuda_runtime_version()
+    count, message = core.cuda_device_count()
+    seen = f"{count} device(s)" if count else f"no device ({message})"
+    return (
+        f"runtime {runtime // 1000}.{runtime % 1000 // 10} in this build for compute capability "
+        f"{core.cuda_architectures}; kernels: none yet; {seen}"
+    )
+
+
+def main() -> int:
+    """Print diagnostics; return 1 if the native core is missing."""
+    rows = [
+        ("obert_kernels", __version__),
+        ("python", f"{platform.python_version()} on {platform.machine()} {platform.system()}"),
+        ("torch", torch.__version__),
+        ("numpy", _installed("numpy")),
+        ("transformers", _installed("transformers")),
+        ("threads", f"{torch.get_num_threads()} (torch.get_num_threads())"),
+    ]
+    problem = _lib.failure()
+    if problem is None:
+        core = _lib.core()
+        sets = ", ".join(core.instruction_sets())
+        rows.append(("CPU kernels", f"{core.current_instruction_set()} in use (of {sets})"))
+        rows.append(("CUDA", _cuda(core)))
+    for name, value in rows:
+        print(f"{name:<14} {value}")
+    if problem is not None:
+        print(problem, file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,104 @@
+"""Which weight matrices are pruned: names, ``re:`` patterns, or the encoder's linear layers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+# A linear layer inside a numbered layer of the encoder stack: encoder.layer.3.…,
+# transformer.layer.3.…, encoder.layers.3.…; embeddings, pooler and head lie outside.
+_ENCODER_LAYER = re.compile(r"(^|\.)layers?\.\d+\.")
+
+
+def match_names(names: Iterable[str], patterns: Iterable[str]) -> list[str]:
+    """Return the parameter names that the patterns select, in the order of ``names``.
+
+    Args:
+        names: parameter names such as ``bert.encoder.layer.0.output.dense.weight``.
+        patterns: each a parameter name, a module name (its ``weight`` is meant), or
+            ``re:<expression>`` matched from the start of the parameter name.
+
+    Raises:
+        ValueError: a pattern matches nothing or is not a valid expression.
+    """
+    names = list(names)
+    chosen: set[str] = set()
+    for pattern in patterns:
+        if pattern.startswith("re:"):
+            try:
+                expression = re.compile(pattern[3:])
+            except re.error as error:
+                raise ValueError(
+                    f"params: {pattern!r} is not a valid expression: {error}"
+                ) from None
+            found = {name for name in names if expression.match(name)}
+        else:
+            found = {name for name in names if name in (pattern, f"{pattern}.weight")}
+        if not found:
+            raise ValueError(
+                f"params: {pattern!r} matches no prunable weight matrix of the model; "
+                f"there are {_sample(names)}"
+            )
+        chosen |= found
+    return [name for name in names if name in chosen]
+
+
+def _sample(names: list[str]) -> str:
+    shown = ", ".join(names[:3])
+    return f"{len(names)}, for example {shown}" if names else "none"
+
+
+def find_weights(
+    model: nn.Module, params: str | Iterable[str] | None = None
+) -> dict[str, nn.Parameter]:
+    """Return the weight matrices to prune by name, in the order of the model.
+
+    Args:
+        model: any module.
+        params: names or ``re:`` patterns, see :func:`match_names`.  None: the linear layers of
+            the encoder of a BERT-like model (BERT, RoBERTa, DistilBERT, ELECTRA, MPNet, …),
+            without embeddings, pooler and head.
+
+    Raises:
+        ValueError: nothing matches, or the model shares its layers' weights (ALBERT) and
+            ``params`` does not say what to do.
+        TypeError: a matrix is not of a floating type.
+    """
+    matrices = {
+        name: parameter for name, parameter in model.named_parameters() if parameter.dim() == 2
+    }
+    if params is not None:
+        patterns = [params] if isinstance(params, str) else list(params)
+        names = match_names(matrices, patterns)
+    else:
+        names = _encoder_linear_names(model, matrices)
+    weights = {name: matrices[name] for name in names}
+    for name, weight in weights.items():
+        if not weight.is_floating_point():
+            raise TypeError(f"{name} has type {weight.dtype}; only floating types can be pruned")
+        if not torch.isfinite(weight).all():
+            raise ValueError(f"{name} holds NaN or infinite weights; load the model again")
+    return weights
+
+
+def _encoder_linear_names(model: nn.Module, matrices: dict[str, nn.Parameter]) -> list[str]:
+    if getattr(getattr(model, "config", None), "model_type", None) == "albert":
+        raise ValueError(
+            "ALBERT shares one set of weights between all its layers, so pruning by layer has no "
+            'meaning; name the matrices yourself, for example params=["re:.*albert_layers"]'
+        )
+    names = [
+        f"{name}.weight"
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and _ENCODER_LAYER.search(name + ".")
+    ]
+    names = [name for name in names if name in matrices]
+    if not names:
+        raise ValueError(
+            "no encoder layers were found in this model; name the weight matrices with params, "
+            f"for example params=['re:.*weight']; there are {_sample(list(matrices))}"
+        )
+    return names

@@ -1,0 +1,150 @@
+"""What a pruning call will need, before it starts, and layer passes where that is too much."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from .fisher import gram_bytes
+
+# Gradients gathered before one call of the native core.  More of them amortise reading and
+# writing the Gram, but all matrices of a pass are gathered at once: 16 float32 gradients are
+# a third of a float64 Gram at B = 50.
+GRADIENTS_PER_UPDATE = 16
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which matrices are worked on together, and the memory of the largest pass in bytes.
+
+    Attributes:
+        passes: names of the matrices of each pass, in model order.
+        gram_bytes: Gram of the largest pass.
+        buffer_bytes: gathered gradients of the largest pass.
+        other_bytes: gradient of one batch, scores, masks and new weights (all matrices).
+        gradients_per_update: k.
+    """
+
+    passes: list[list[str]]
+    gram_bytes: int
+    buffer_bytes: int
+    other_bytes: int
+    gradients_per_update: int
+
+    @property
+    def total_bytes(self) -> int:
+        """The most that will be held at any time."""
+        return self.gram_bytes + self.buffer_bytes + self.other_bytes
+
+
+def available_memory(device: torch.device) -> int | None:
+    """Free memory in bytes of a device or of this machine (or container); None if unknown."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvail"))
+    except (OSError, StopIteration):
+        try:
+            return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        except (AttributeError, OSError, ValueError):
+            return None
+    try:  # a container's own limit
+        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+        return min(free, limit - used)
+    except (OSError, ValueError):
+        return free
+
+
+def _readable(size: float) -> str:
+    return f"{size / 2**30:.2f} GiB" if size >= 2**29 else f"{size / 2**20:.1f} MiB"
+
+
+def plan_passes(
+    weights: Mapping[str, nn.Parameter],
+    block_size: int,
+    dtype: torch.dtype,
+    max_memory: int | None,
+    num_grads: int,
+) -> Plan:
+    """Split the matrices into passes that fit.
+
+    Args:
+        weights: the matrices to prune.
+        block_size: B.
+        dtype: type of the Gram.
+        max_memory: bytes the call may use on top of the model; None: one pass, if that fits
+            what is free now.
+        num_grads: m; no more than these are gathered.
+
+    Raises:
+        MemoryError: it does not fit; the message gives the figures and the remedies.
+    """
+    k = min(GRADIENTS_PER_UPDATE, num_grads)
+    gram = {name: gram_bytes(w.numel(), block_size, dtype) for name, w in weights.items()}
+    # One gradient of the batch at hand beside the buffer of k.
+    held = {name: (k + 1) * w.numel() * w.element_size() for name, w in weights.items()}
+    other = sum(w.numel() * (4 + 1 + w.element_size()) for w in weights.values())
+    budget = max_memory
+    if budget is None:
+        budget = available_memory(next(iter(weights.values())).device)
+    if max_memory is None or budget is None:
+        passes = [list(weights)]
+    else:
+        passes = _fill(gram, held, budget - other)
+    plan = Plan(
+        passes,
+        max(sum(gram[name] for name in names) for names in passes),
+        max(sum(held[name] for name in names) for names in passes),
+        other,
+        k,
+    )
+    if budget is not None and plan.total_bytes > budget:
+        _refuse(plan, budget, max_memory is None, block_size, dtype, weights)
+    return plan
+
+
+def _fill(gram: Mapping[str, int], held: Mapping[str, int], budget: int) -> list[list[str]]:
+    """Cut the matrices, in order, into as few runs as fit the budget; a run has at least one."""
+    passes: list[list[str]] = [[]]
+    used = 0
+    for name in gram:
+        size = gram[name] + held[name]
+        if passes[-1] and used + size > budget:
+            passes.append([])
+            used = 0
+        passes[-1].append(name)
+        used += size
+    return passes
+
+
+def _refuse(
+    plan: Plan,
+    budget: int,
+    is_free: bool,
+    block_size: int,
+    dtype: torch.dtype,
+    weights: Mapping[str, nn.Parameter],
+) -> None:
+    what = "free memory" if is_free else "max_memory"
+    remedies = []
+    if is_free and len(weights) > 1:
+        remedies.append("set max_memory (bytes) to work on the layers in several passes")
+    if not is_free:
+        remedies.append(f"raise max_memory to at least {plan.total_bytes} bytes")
+    if block_size > 1:
+        remedies.append(f"a smaller block_size (now {block_size}; memory is proportional to it)")
+    if dtype == torch.float64:
+        remedies.append("fisher_dtype=torch.float32 (half the Gram)")
+    raise MemoryError(
+        f"pruning needs {_readable(plan.total_bytes)} (Gram {_readable(plan.gram_bytes)}, "
+        f"gathered gradients {_readable(plan.buffer_bytes)}, the rest "
+        f"{_readable(plan.other_bytes)}) but {what} is {_readable(budget)}. "
+        f"Remedies: {'; '.join(remedies)}"
+    )

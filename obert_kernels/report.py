@@ -1,0 +1,96 @@
+"""What a pruning call did."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass
+class LayerReport:
+    """One weight matrix.
+
+    Attributes:
+        name: parameter name.
+        shape: rows and columns.
+        weights: number of weights.
+        pruned: how many of them are zero now.
+        predicted_increase: loss increase ``1/2 d^T F d`` predicted for its change; None where
+            no Fisher was used.
+    """
+
+    name: str
+    shape: list[int]
+    weights: int
+    pruned: int
+    predicted_increase: float | None
+
+    @property
+    def sparsity(self) -> float:
+        """Share of pruned weights."""
+        return self.pruned / self.weights
+
+
+@dataclass
+class PruneReport:
+    """The result of :func:`obert_kernels.prune` in figures; ``str()`` gives a table.
+
+    Attributes:
+        layers: one entry per weight matrix, in model order.
+        settings: the arguments that decided the result.
+        seconds: stage to wall-clock seconds ("gradients", "fisher", "scores", "masks",
+            "update").
+        memory: bytes planned ("gram", "gathered gradients", "other") and "passes".
+        notes: what the user should know, one sentence each.
+    """
+
+    layers: list[LayerReport]
+    settings: dict[str, Any]
+    seconds: dict[str, float]
+    memory: dict[str, int]
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def sparsity(self) -> float:
+        """Share of pruned weights over all matrices."""
+        return sum(x.pruned for x in self.layers) / sum(x.weights for x in self.layers)
+
+    @property
+    def predicted_increase(self) -> float | None:
+        """Sum over the matrices; None where no Fisher was used."""
+        parts = [x.predicted_increase for x in self.layers]
+        return None if any(p is None for p in parts) else float(sum(p or 0.0 for p in parts))
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        layers = [{**asdict(layer), "sparsity": layer.sparsity} for layer in self.layers]
+        return {
+            "sparsity": self.sparsity,
+            "predicted_increase": self.predicted_increase,
+            "settings": self.settings,
+            "seconds": self.seconds,
+            "memory": self.memory,
+            "notes": self.notes,
+            "layers": layers,
+        }
+
+    def __str__(self) -> str:
+        width = max(len(layer.name) for layer in self.layers)
+        rows = [f"{'matrix':<{width}}  {'weights':>10}  sparsity  predicted increase"]
+        for layer in self.layers:
+            rows.append(
+                f"{layer.name:<{width}}  {layer.weights:>10}  {layer.sparsity:>7.2%}  "
+                f"{_increase(layer.predicted_increase)}"
+            )
+        total = sum(layer.weights for layer in self.layers)
+        rows.append(
+            f"{'all':<{width}}  {total:>10}  {self.sparsity:>7.2%}  "
+            f"{_increase(self.predicted_increase)}"
+        )
+        rows.append("seconds: " + ", ".join(f"{k} {v:.1f}" for k, v in self.seconds.items()))
+        rows += [f"note: {note}" for note in self.notes]
+        return "\n".join(rows)
+
+
+def _increase(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"
