@@ -26,6 +26,8 @@ from torch import Tensor
 from . import _lib, reference
 from ._checks import (
     MAX_BLOCK_SIZE as MAX_BLOCK_SIZE,
+)
+from ._checks import (
     WIDE,
     check_devices,
     check_dtype,

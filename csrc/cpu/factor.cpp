@@ -124,8 +124,8 @@ bool sum_change(const GramUpdate& args, int64_t b, int n, const uint8_t* keep,
     double local[kMaxBlockSize];
     const bool solved = for_each_group(
         args.fisher.partition, b, args.update.group_size, [&](int64_t, int begin, int end) {
-            const int count = list_pruned(buffers.weight, keep, begin, end, buffers.kept);
-            if (count == 0) return true;
+            const int count = list_pruned(keep, begin, end, buffers.kept);
+            if (!any_nonzero(buffers.weight, buffers.kept, count)) return true;
             double* block = buffers.third;
             group_block(buffers, n, begin, end - begin, block);
             for (int i = 0; i < count; ++i) local[i] = buffers.weight[buffers.kept[i]];
@@ -239,9 +239,9 @@ int64_t gram_update(const GramUpdate& args, cpu::BlockRange range, char* workspa
         const uint8_t* keep = update.keep + start;
         read_as(update.weight_type, update.weight, start, n, buffers.weight);
         for (int i = 0; i < n; ++i) buffers.change[i] = 0;
-        const int num_pruned = list_pruned(buffers.weight, keep, 0, n, buffers.pruned);
+        const int num_pruned = list_pruned(keep, 0, n, buffers.pruned);
         double increase = 0;
-        if (num_pruned > 0) {
+        if (any_nonzero(buffers.weight, buffers.pruned, num_pruned)) {
             const bool done = update.rule == UpdateRule::joint
                                   ? joint_change(args, b, n, keep, buffers, num_pruned)
                                   : sum_change(args, b, n, keep, buffers);
@@ -250,6 +250,8 @@ int64_t gram_update(const GramUpdate& args, cpu::BlockRange range, char* workspa
                 if (!keep[i]) buffers.change[i] = -buffers.weight[i];
             unpack_fisher(args.fisher, b, n, buffers.fisher, buffers.stride);
             increase = half_quadratic_form(buffers.fisher, buffers.stride, n, buffers.change);
+            // The joint rule factors the survivors only: a NaN among the pruned shows here.
+            if (!__builtin_isfinite(increase)) return false;
         }
         update.predicted_increase[b] = increase;
         write_update(update, start, n, buffers.weight, buffers.change, buffers.output);

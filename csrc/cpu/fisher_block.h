@@ -55,13 +55,20 @@ inline bool for_each_group(const Partition& partition, int64_t b, int group_size
     return true;
 }
 
-// Positions begin <= i < end that are pruned now; pruned before means weight zero, and
-// those cost nothing and move nothing.
-inline int list_pruned(const double* weight, const uint8_t* keep, int begin, int end, int* index) {
+// Positions begin <= i < end that do not survive: those pruned now and those pruned before,
+// which must not move either.
+inline int list_pruned(const uint8_t* keep, int begin, int end, int* index) {
     int count = 0;
     for (int i = begin; i < end; ++i)
-        if (!keep[i] && weight[i] != 0) index[count++] = i;
+        if (!keep[i]) index[count++] = i;
     return count;
+}
+
+// Whether any of them is not zero yet; otherwise nothing changes and nothing is lost.
+inline bool any_nonzero(const double* weight, const int* index, int count) {
+    for (int i = 0; i < count; ++i)
+        if (weight[index[i]] != 0) return true;
+    return false;
 }
 
 inline int list_kept(const uint8_t* keep, int n, int* index) {

@@ -81,13 +81,14 @@ bool change_block(const InverseUpdate& args, int64_t b, int n, const Buffers& bu
     double product = 0;
     bool solved;
     if (update.rule == UpdateRule::joint) {
-        const int count = list_pruned(buffers.weight, keep, 0, n, buffers.pruned);
+        const int count = list_pruned(keep, 0, n, buffers.pruned);
         solved = solve_listed(buffers, buffers.pruned, count, u, &product);
     } else {
         solved = for_each_group(
             args.partition, b, update.group_size, [&](int64_t, int begin, int end) {
-                const int count = list_pruned(buffers.weight, keep, begin, end, buffers.pruned);
-                return count == 0 || solve_listed(buffers, buffers.pruned, count, u, &product);
+                const int count = list_pruned(keep, begin, end, buffers.pruned);
+                return !any_nonzero(buffers.weight, buffers.pruned, count) ||
+                       solve_listed(buffers, buffers.pruned, count, u, &product);
             });
     }
     if (!solved) return false;
@@ -150,7 +151,8 @@ int64_t inverse_update(const InverseUpdate& args, cpu::BlockRange range, char* w
         read_as(update.weight_type, update.weight, start, n, buffers.weight);
         for (int i = 0; i < n; ++i) buffers.change[i] = 0;
         double increase = 0;
-        if (list_pruned(buffers.weight, update.keep + start, 0, n, buffers.pruned) > 0) {
+        const int num_pruned = list_pruned(update.keep + start, 0, n, buffers.pruned);
+        if (any_nonzero(buffers.weight, buffers.pruned, num_pruned)) {
             read_block(args.inverse + start * block_size, block_size, n, buffers);
             if (!change_block(args, b, n, buffers, &increase)) {
                 if (failed < 0) failed = b;

@@ -1,0 +1,42 @@
+"""Random Fisher problems and comparison, used by several test files."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from obert_kernels import reference
+
+DAMPING = 1e-4
+
+
+def gradients(k: int, n: int, scale: float = 1e-2, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Correlated gradients ``[k, n]``: a shared direction and noise, as real ones have."""
+    shared = torch.randn(n)
+    return ((torch.randn(k, 1) * shared + torch.randn(k, n)) * scale).to(dtype)
+
+
+def gram_of(g: Tensor, block_size: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Gram by the oracle in float64, then rounded to ``dtype``."""
+    blocks = reference.num_blocks(g.shape[1], block_size)
+    gram = torch.zeros(blocks, block_size * (block_size + 1) // 2, dtype=torch.float64)
+    reference.gram_accumulate(gram, g.double(), block_size)
+    return gram.to(dtype)
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """Largest absolute error over the largest expected value; NaN must not occur at all."""
+    assert actual.shape == expected.shape
+    assert torch.isfinite(actual).all() and torch.isfinite(expected).all()
+    scale = expected.double().abs().max().clamp_min(1e-300)
+    return float((actual.double() - expected.double()).abs().max() / scale)
+
+
+def sizes(block_size: int) -> list[int]:
+    """Numbers of weights: one block, several, a short last block, fewer than a block."""
+    return [
+        block_size,
+        3 * block_size,
+        2 * block_size + max(1, block_size // 3),
+        max(1, block_size // 2),
+    ]

@@ -1,0 +1,85 @@
+"""The memory estimate, and that a call keeps to it."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from obert_kernels.fisher import gram_bytes
+from obert_kernels.memory import GRADIENTS_PER_UPDATE, plan_passes
+
+MEASURE = """
+import ctypes, gc, resource, sys
+import torch
+from torch import nn
+import obert_kernels
+from obert_kernels.memory import plan_passes
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+model = nn.Sequential(*[nn.Linear(512, 512, bias=False) for _ in range(12)])
+data = [torch.randn(4, 512) for _ in range(32)]
+loss_fn = lambda m, b: m(b).square().mean()
+weights = obert_kernels.find_weights(model, "re:.*")
+plan = plan_passes(weights, 50, torch.float64, None, 32)
+# A first call on a small part pays for threads, libraries and caches.
+obert_kernels.prune(model, data, 0.1, params="0", num_grads=2, loss_fn=loss_fn, damping=1e-6)
+gc.collect()
+rss = int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
+open("/proc/self/clear_refs", "w").write("5")  # restart the peak
+options = dict(max_memory=int(sys.argv[1])) if len(sys.argv) > 1 else {}
+report = obert_kernels.prune(model, data, 0.5, params="re:.*", num_grads=32, loss_fn=loss_fn,
+                             damping=1e-6, **options).report
+status = open("/proc/self/status").read()
+high = int(status.split("VmHWM:")[1].split()[0]) * 1024
+weights_bytes = sum(w.numel() * 4 for w in weights.values())
+print(high - rss, report.memory["gram"], report.memory["gathered gradients"],
+      report.memory["passes"], weights_bytes)
+"""
+
+
+def measure(*args: str) -> list[int]:
+    result = subprocess.run(
+        [sys.executable, "-c", MEASURE, *args], capture_output=True, text=True
+    )
+    if "clear_refs" in result.stderr:
+        pytest.skip("this system cannot restart the peak of resident memory")
+    assert result.returncode == 0, result.stderr
+    return [int(x) for x in result.stdout.split()]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_peak_is_the_gram_and_ten_per_cent_and_one_buffer():
+    used, gram, _, passes, weights = measure()
+    assert passes == 1
+    buffer = GRADIENTS_PER_UPDATE * weights
+    assert used <= 1.1 * gram + buffer
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_passes_keep_to_the_limit():
+    limit = 300 << 20
+    used, gram, _, passes, weights = measure(str(limit))
+    assert passes > 1
+    assert used <= limit + 0.1 * limit
+
+
+def test_estimate():
+    weights = {"a": nn.Parameter(torch.zeros(30, 40)), "b": nn.Parameter(torch.zeros(7, 8))}
+    plan = plan_passes(weights, 50, torch.float64, None, 1024)
+    assert plan.gram_bytes == (24 + 2) * 1275 * 8
+    assert gram_bytes(101, 50, torch.float32) == 3 * 1275 * 4
+    assert plan.buffer_bytes == (16 + 1) * 1256 * 4
+    assert plan.passes == [["a", "b"]]
+    assert plan_passes(weights, 50, torch.float64, plan.total_bytes, 1024).passes == [["a", "b"]]
+    split = plan_passes(weights, 50, torch.float64, plan.total_bytes - 1, 1024)
+    assert split.passes == [["a"], ["b"]]
+
+
+def test_refusal_gives_the_figures():
+    weights = {"a": nn.Parameter(torch.zeros(300, 400))}
+    with pytest.raises(MemoryError, match=r"needs \d+\.\d MiB .* max_memory is 1.0 MiB"):
+        plan_passes(weights, 50, torch.float64, 1 << 20, 1024)

@@ -1,0 +1,119 @@
+"""The build and the package from outside: instruction sets, missing core, diagnostics."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import INSTRUCTION_SETS
+
+import obert_kernels
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(code: str, **env: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **env}
+    )
+
+
+USE_IT = """
+import torch, obert_kernels
+from obert_kernels import _lib
+fisher = obert_kernels.GramFisher(10, 5)
+fisher.accumulate(torch.ones(10))
+print(_lib.core().current_instruction_set(), float(fisher.gram.sum()))
+"""
+
+
+@pytest.mark.parametrize("name", INSTRUCTION_SETS)
+def test_the_forced_instruction_set_is_the_one_in_use(name):
+    result = run(USE_IT, OBERT_CPU_ISA=name)
+    assert result.stdout.split() == [name, "30.0"], result.stderr
+
+
+def test_instruction_sets_differ_in_code():
+    """The three builds are three functions, not one under three names."""
+    library = Path(obert_kernels._lib.core().__file__).read_bytes()
+    for name in INSTRUCTION_SETS:
+        assert name.encode() in library
+    flags = Path("/proc/cpuinfo")
+    if flags.exists() and "avx2" in flags.read_text():
+        assert "avx2" in INSTRUCTION_SETS
+    assert INSTRUCTION_SETS[-1] == "baseline"
+
+
+def test_an_impossible_instruction_set_is_explained():
+    result = run(USE_IT, OBERT_CPU_ISA="avx10")
+    assert result.returncode == 1
+    assert "OBERT_CPU_ISA='avx10' cannot be used" in result.stderr
+    assert f"runs {', '.join(INSTRUCTION_SETS)}" in result.stderr
+
+
+BROKEN = """
+import sys
+sys.modules["obert_kernels._C"] = None  # as if the extension were missing
+import obert_kernels
+print("imported")
+"""
+
+
+def test_import_works_without_the_core_and_first_use_explains():
+    result = run(BROKEN)
+    assert result.stdout.strip() == "imported", result.stderr
+    result = run(BROKEN + USE_IT)
+    assert result.returncode == 1
+    for word in ("found:", "wanted:", "do:", "pip install"):
+        assert word in result.stderr
+
+
+def test_diagnostics():
+    result = subprocess.run(
+        [sys.executable, "-m", "obert_kernels"], capture_output=True, text=True, check=True
+    )
+    for word in ("obert_kernels", "torch", "threads", "CPU kernels", "CUDA", "in use"):
+        assert word in result.stdout
+    core = obert_kernels._lib.core()
+    expected = "not in this build" if core.cuda_architectures is None else "compute capability"
+    assert expected in result.stdout
+
+
+def test_the_core_knows_no_torch():
+    sources = [p for p in (ROOT / "csrc").rglob("*") if p.is_file()]
+    assert len(sources) > 8
+    for path in sources:
+        assert not re.search(r"#\s*include\s*[<\"](torch|ATen|c10)", path.read_text()), path
+
+
+def test_kernels_use_no_standard_library():
+    """The linker could keep an AVX-512 copy of a template for the baseline path."""
+    for path in (ROOT / "csrc" / "cpu").iterdir():
+        if path.stem == "dispatch":
+            continue
+        includes = re.findall(r"#\s*include\s*<(.+)>", path.read_text())
+        assert set(includes) <= {"stdint.h"}, path
+
+
+def test_files_stay_readable():
+    for folder in ("csrc", "obert_kernels", "tests", "benchmarks"):
+        for path in (ROOT / folder).rglob("*"):
+            if path.suffix in (".py", ".cpp", ".h", ".cu", ".cuh"):
+                assert len(path.read_text().splitlines()) <= 420, path
+
+
+def test_core_imports_without_optional_packages():
+    code = """
+import sys
+for name in ("transformers", "datasets", "typer", "tqdm", "matplotlib", "safetensors"):
+    sys.modules[name] = None
+import torch, obert_kernels
+model = torch.nn.Linear(8, 8)
+obert_kernels.prune(model, [torch.ones(2, 8)], 0.5, params="weight", num_grads=1,
+                    loss_fn=lambda m, b: m(b).square().mean())
+print(float((model.weight == 0).float().mean()))
+"""
+    result = run(code)
+    assert result.stdout.strip() == "0.5", result.stderr

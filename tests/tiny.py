@@ -1,0 +1,51 @@
+"""Tiny models and batches."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+
+class TinyEncoder(nn.Module):
+    """Two numbered layers, an embedding and a head: the shape of a BERT, 700 weights."""
+
+    def __init__(self, width: int = 12, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(20, width)
+        self.layer = nn.ModuleList(
+            nn.ModuleDict(
+                {"wide": nn.Linear(width, 2 * width), "narrow": nn.Linear(2 * width, width)}
+            )
+            for _ in range(2)
+        )
+        self.dropout = nn.Dropout(0.5)
+        self.head = nn.Linear(width, 3)
+        self.to(dtype)
+
+    def forward(self, tokens: torch.Tensor, labels: torch.Tensor | None = None) -> dict:
+        x = self.embedding(tokens)
+        for layer in self.layer:
+            x = x + layer["narrow"](torch.relu(layer["wide"](x)))
+        logits = self.head(self.dropout(x).mean(dim=1))
+        if labels is None:
+            return {"logits": logits}
+        return {"logits": logits, "loss": nn.functional.cross_entropy(logits, labels)}
+
+
+def batches(count: int = 24, size: int = 4) -> list[dict[str, torch.Tensor]]:
+    """A task that can be learnt: which third of the vocabulary is most frequent."""
+    generator = torch.Generator().manual_seed(1)
+    result = []
+    for _ in range(count):
+        tokens = torch.randint(0, 20, (size, 6), generator=generator)
+        thirds = nn.functional.one_hot(tokens // 7, 3).sum(dim=1)
+        result.append({"tokens": tokens, "labels": thirds.argmax(dim=1)})
+    return result
+
+
+def snapshot(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def unchanged(model: nn.Module, before: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
