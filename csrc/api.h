@@ -34,7 +34,7 @@ struct Partition {
 // gram += sum over k gradients of g g^T, per block.
 struct GramAccumulate {
     Partition partition;
-    void* gram;             // f32 or f64, updated in place
+    void* gram;  // f32 or f64, updated in place
     DType gram_type;
     const void* gradients;  // [num_gradients, num_weights], any DType, any alignment
     DType gradient_type;
@@ -89,8 +89,10 @@ struct Update {
     const uint8_t* keep;  // [num_weights] 1: survives, 0: pruned
     int group_size;
     UpdateRule rule;
-    void* new_weight;            // [num_weights], type of weight
-    double* predicted_increase;  // [num_blocks] 1/2 d^T F d of the change d made
+    void* new_weight;  // [num_weights], type of weight
+    // [num_blocks] 1/2 d^T F d of the change d made; null where nobody asks: given only the
+    // inverse, the sum rule would need a factorisation for it.
+    double* predicted_increase;
 };
 
 struct GramUpdate {

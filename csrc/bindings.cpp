@@ -68,9 +68,8 @@ PYBIND11_MODULE(_C, m) {
 
     m.def(
         "gram_accumulate",
-        [](Address gram, int gram_type, Address gradients, int gradient_type,
-           int64_t num_gradients, int64_t gradient_stride, int64_t num_weights, int block_size,
-           int threads) {
+        [](Address gram, int gram_type, Address gradients, int gradient_type, int64_t num_gradients,
+           int64_t gradient_stride, int64_t num_weights, int block_size, int threads) {
             cpu::gram_accumulate({{num_weights, block_size},
                                   pointer<void>(gram),
                                   DType(gram_type),

@@ -250,7 +250,7 @@ class WoodburyFisher:
         if rule not in ("sum", "joint"):
             raise ValueError(f"update rule must be 'sum' or 'joint', got {rule!r}")
         new, increase = ops.inverse_update(
-            self.inverse, _wide(weight), keep, group_size, rule == "joint", self._status
+            self.inverse, _wide(weight), keep, group_size, rule == "joint", True, self._status
         )
         self._checked()
         return new.to(weight.dtype), float(increase.sum())

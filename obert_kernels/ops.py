@@ -260,7 +260,7 @@ def _update_args(
     new, increase = weight.clone(), weight.new_zeros(blocks, dtype=torch.float64)
     args = _lib.core().Update(
         weight.data_ptr(), _CODES[weight.dtype], keep.data_ptr(), group_size, int(joint),
-        new.data_ptr(), increase.data_ptr(),
+        new.data_ptr(), increase.data_ptr() if blocks else 0,
     )  # fmt: skip
     return args, new, increase, (weight, keep)
 
@@ -339,24 +339,32 @@ def inverse_scores(inverse: Tensor, weight: Tensor, group_size: int, status: Ten
     return scores
 
 
-def _check_inverse_update(inverse, weight, keep, group_size, joint, status):  # type: ignore[no-untyped-def]
+def _check_inverse_update(inverse, weight, keep, group_size, joint, with_increase, status):  # type: ignore[no-untyped-def]
     _check_inverse_scores(inverse, weight, group_size, status)
     check_keep(keep, weight)
 
 
 @_operator(
-    "(Tensor inverse, Tensor weight, Tensor keep, int group_size, bool joint, Tensor(a!) status) "
-    "-> (Tensor, Tensor)",
+    "(Tensor inverse, Tensor weight, Tensor keep, int group_size, bool joint, "
+    "bool with_increase, Tensor(a!) status) -> (Tensor, Tensor)",
     _check_inverse_update,
-    lambda inverse, weight, keep, c, joint, status: (
+    lambda inverse, weight, keep, c, joint, with_increase, status: (
         weight.new_empty(weight.shape),
-        weight.new_empty(inverse.shape[0], dtype=torch.float64),
+        weight.new_empty(inverse.shape[0] if with_increase else 0, dtype=torch.float64),
     ),
 )
 def inverse_update(
-    inverse: Tensor, weight: Tensor, keep: Tensor, group_size: int, joint: bool, status: Tensor
+    inverse: Tensor,
+    weight: Tensor,
+    keep: Tensor,
+    group_size: int,
+    joint: bool,
+    with_increase: bool,
+    status: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    update, new, increase, _alive = _update_args(weight, keep, group_size, joint, inverse.shape[0])
+    update, new, increase, _alive = _update_args(
+        weight, keep, group_size, joint, inverse.shape[0] if with_increase else 0
+    )
     _lib.core().inverse_update(
         inverse.data_ptr(), weight.numel(), inverse.shape[-1], update, status.data_ptr(),
         torch.get_num_threads(),

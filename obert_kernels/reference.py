@@ -264,9 +264,10 @@ def inverse_update(
     keep: Tensor,
     group_size: int,
     joint: bool,
+    with_increase: bool,
     status: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """:func:`gram_update` from a dense inverse."""
+    """:func:`gram_update` from a dense inverse; no increase unless asked for (``[0]``)."""
     size = inverse.shape[-1]
     w, k = to_blocks(weight.double(), size), to_blocks(keep, size)
     new, increase = w.clone(), w.new_zeros(w.shape[0])
@@ -276,4 +277,5 @@ def inverse_update(
         new[blocks] += d
         root = torch.linalg.solve_triangular(factor, d.unsqueeze(-1), upper=False)
         increase[blocks] = 0.5 * root.square().sum(dim=(1, 2))
+    increase = increase if with_increase else increase.new_empty(0)
     return new.flatten()[: weight.numel()].to(weight.dtype), increase

@@ -25,7 +25,7 @@ def test_exact_counts(sparsity, scope):
     if scope == "global":
         assert pruned(masks) == round(sparsity * 235)
     else:
-        for name, mask in masks.items():
+        for mask in masks.values():
             assert int((~mask).sum()) == round(sparsity * mask.numel())
     assert all(masks[name].shape == keep[name].shape for name in keep)
 

@@ -91,7 +91,7 @@ def test_nan_gradient_is_reported_with_its_block():
         lambda: fisher.update(weight, keep, 1e-4),
         lambda: fisher.solve(weight, 1e-4),
     ):
-        with pytest.raises(NumericalError, match="layer: block 1 .*NaN or infinity") as caught:
+        with pytest.raises(NumericalError, match=r"layer: block 1 .*NaN or infinity") as caught:
             call()
         assert caught.value.block == 1
     woodbury = WoodburyFisher(100, 20, 50, damping=1e-4)

@@ -136,10 +136,12 @@ def test_scores_and_updates(isa, block_size, weight_dtype):
                 assert relative_error(new, want[0]) < tolerance
                 assert relative_error(increase, want[1]) < F64
                 assert not new[~keep].any()
-                new, increase = ops.inverse_update(inverse, weight, keep, c, joint, status)
-                want = reference.inverse_update(inverse, weight, keep, c, joint, status)
+                new, increase = ops.inverse_update(inverse, weight, keep, c, joint, True, status)
+                want = reference.inverse_update(inverse, weight, keep, c, joint, True, status)
                 assert relative_error(new, want[0]) < tolerance
                 assert relative_error(increase, want[1]) < F64
+                bare = ops.inverse_update(inverse, weight, keep, c, joint, False, status)
+                assert torch.equal(bare[0], new) and bare[1].numel() == 0
         assert status.item() == -1
 
 
@@ -231,7 +233,8 @@ def test_bad_arguments_are_named():
     weight = torch.zeros(20)
     good = (10, 1.0, 1e-7, ops.new_status())
     cases = [
-        (TypeError, "weight must be one of", lambda: ops.gram_scores(gram, weight.half(), 1, *good)),
+        (TypeError, "weight must be one of",
+         lambda: ops.gram_scores(gram, weight.half(), 1, *good)),
         (ValueError, "gram must have shape", lambda: ops.gram_scores(gram, weight[:9], 1, *good)),
         (ValueError, "group_size must divide", lambda: ops.gram_scores(gram, weight, 3, *good)),
         (ValueError, "damping must be positive",

@@ -193,7 +193,7 @@ def test_too_little_memory_is_refused_with_remedies():
 
 def test_free_memory_is_checked(monkeypatch):
     monkeypatch.setattr("obert_kernels.memory.available_memory", lambda device: 1000)
-    with pytest.raises(MemoryError, match="free memory is 0.0 MiB.*set max_memory"):
+    with pytest.raises(MemoryError, match=r"free memory is 0\.0 MiB.*set max_memory"):
         prune(TinyEncoder())
 
 

@@ -23,7 +23,7 @@ def samples():
         "gram_update": (gram, weight, keep, 1, True, *fisher, ops.new_status()),
         "woodbury_update": (inverse.clone(), gradients(3, N), 3.0, ops.new_status()),
         "inverse_scores": (inverse, weight, 1, ops.new_status()),
-        "inverse_update": (inverse, weight, keep, 1, False, ops.new_status()),
+        "inverse_update": (inverse, weight, keep, 1, False, False, ops.new_status()),
     }
 
 

@@ -2,10 +2,11 @@
 //
 // Matrices are row-major with a row stride that is a multiple of the vector width; columns
 // past n up to the stride must be zero and stay so.  The Cholesky factor is kept as the
-// upper triangle R with A = R^T R, so every inner loop runs along a row.
+// upper triangle R with A = R^T R, so every inner loop runs along a row.  Rows are taken in
+// panels: what the rows before a panel contribute is a matrix product, done in register tiles.
 #pragma once
 
-#include "simd.h"
+#include "rank_k.h"
 
 namespace obert {
 namespace OBERT_ISA {
@@ -19,16 +20,24 @@ inline void subtract_multiple(double* row, double a, const double* x, int from, 
         store(row + j, load(row + j) - a * load(x + j));
 }
 
+constexpr int kPanel = 8;  // a whole number of vectors
+
 // A pivot that rounding in the sum for its row could have produced on its own says nothing
 // about the matrix: `relative_tolerance` times the original diagonal is the bar.
 // Overwrites the upper triangle of a by R (the lower triangle holds rubbish afterwards).
 // Returns false at the first pivot at or below the bar, or not a number.
 inline bool cholesky(double* a, int stride, int n, double relative_tolerance) {
-    constexpr int kPanel = 4;
     double bar[kMaxBlockSize];
     for (int i = 0; i < n; ++i) bar[i] = relative_tolerance * a[int64_t(i) * stride + i];
     for (int p0 = 0; p0 < n; p0 += kPanel) {
         const int p1 = min_int(p0 + kPanel, n);
+        double* corner = a + int64_t(p0) * stride + p0;
+        if (p0 > 0)
+            product<double, false>({a + p0, stride, a + p0, stride, p0}, p1 - p0, n - p0,
+                                   [=](int row, int column, bool, VecD sum) {
+                                       double* target = corner + int64_t(row) * stride + column;
+                                       store(target, load(target) - sum);
+                                   });
         for (int p = p0; p < p1; ++p) {
             double* row = a + int64_t(p) * stride;
             for (int q = p0; q < p; ++q) {
@@ -40,28 +49,6 @@ inline bool cholesky(double* a, int stride, int n, double relative_tolerance) {
             for (int j = p / kLanes * kLanes; j < n; j += kLanes)
                 store(row + j, load(row + j) * inverse_root);
         }
-        if (p1 - p0 < kPanel) break;  // only the last panel is narrower
-        const double* r0 = a + int64_t(p0) * stride;
-        const double* r1 = r0 + stride;
-        const double* r2 = r1 + stride;
-        const double* r3 = r2 + stride;
-        int i = p1;
-        for (; i + 1 < n; i += 2) {  // two rows share the loads of the panel
-            double* x = a + int64_t(i) * stride;
-            double* y = x + stride;
-            for (int j = i / kLanes * kLanes; j < n; j += kLanes) {
-                const VecD v0 = load(r0 + j), v1 = load(r1 + j), v2 = load(r2 + j),
-                           v3 = load(r3 + j);
-                store(x + j, load(x + j) - r0[i] * v0 - r1[i] * v1 - r2[i] * v2 - r3[i] * v3);
-                store(y + j, load(y + j) - r0[i + 1] * v0 - r1[i + 1] * v1 - r2[i + 1] * v2 -
-                                 r3[i + 1] * v3);
-            }
-        }
-        if (i < n)
-            for (int q = p0; q < p1; ++q) {
-                const double* factor_row = a + int64_t(q) * stride;
-                subtract_multiple(a + int64_t(i) * stride, factor_row[i], factor_row, i, n);
-            }
     }
     return true;
 }
@@ -69,31 +56,40 @@ inline bool cholesky(double* a, int stride, int n, double relative_tolerance) {
 // m = L^-1 for L = R^T, lower triangular and row-major with the same stride; the part of a
 // row past its diagonal is set to zero.  Row i is (e_i - sum_{k<i} R[k][i] m_k) / R[i][i].
 inline void invert_lower(const double* r, int stride, int n, double* m) {
-    constexpr int kWide = 4;  // vectors of a row computed together
-    for (int i = 0; i < n; ++i) {
-        double* row = m + int64_t(i) * stride;
-        for (int j = 0; j < stride; ++j) row[j] = 0;
-        const double reciprocal = 1.0 / r[int64_t(i) * stride + i];
-        int j = 0;
-        for (; j + kWide * kLanes <= i; j += kWide * kLanes) {
-            VecD sum[kWide] = {};
-            for (int k = j; k < i; ++k) {  // rows above j are zero in these columns
-                const double a = r[int64_t(k) * stride + i];
-                const double* source = m + int64_t(k) * stride + j;
-#pragma GCC unroll 4
-                for (int v = 0; v < kWide; ++v) sum[v] -= a * load(source + v * kLanes);
-            }
-#pragma GCC unroll 4
-            for (int v = 0; v < kWide; ++v) store(row + j + v * kLanes, sum[v] * reciprocal);
+    constexpr int kColumns = kTileVectors * kLanes;
+    for (int i0 = 0; i0 < n; i0 += kPanel) {
+        const int i1 = min_int(i0 + kPanel, n);
+        for (int c = 0; c < i0; c += kColumns) {  // rows above c are zero in these columns
+            double* target = m + int64_t(i0) * stride + c;
+            const int64_t first = int64_t(c) * stride;
+            product<double, false>({r + first + i0, stride, m + first + c, stride, i0 - c}, i1 - i0,
+                                   min_int(kColumns, i0 - c),
+                                   [=](int row, int column, bool, VecD sum) {
+                                       store(target + int64_t(row) * stride + column, -sum);
+                                   });
         }
-        for (; j < i; j += kLanes) {
-            VecD sum = {};
-            for (int k = j; k < i; ++k)
-                sum -= r[int64_t(k) * stride + i] * load(m + int64_t(k) * stride + j);
-            store(row + j, sum * reciprocal);
+        for (int i = i0; i < i1; ++i) {
+            double* row = m + int64_t(i) * stride;
+            for (int j = i0; j < stride; j += kLanes) store(row + j, VecD{});
+            const double reciprocal = 1.0 / r[int64_t(i) * stride + i];
+            for (int q = i0; q < i; ++q)
+                subtract_multiple(row, r[int64_t(q) * stride + i], m + int64_t(q) * stride, 0,
+                                  q + 1);
+            for (int j = 0; j < i; j += kLanes) store(row + j, load(row + j) * reciprocal);
+            row[i] = reciprocal;
         }
-        row[i] = reciprocal;
     }
+}
+
+// sum of a[j] x[j] over from <= j < to.
+inline double dot(const double* a, const double* x, int from, int to) {
+    VecD sums = {};
+    int j = from;
+    for (; j + kLanes <= to; j += kLanes) sums += load(a + j) * load(x + j);
+    double sum = 0;
+    for (; j < to; ++j) sum += a[j] * x[j];
+    for (int l = 0; l < kLanes; ++l) sum += sums[l];
+    return sum;
 }
 
 // x = L^-1 b in place (L = R^T).
@@ -110,9 +106,7 @@ inline void solve_lower(const double* r, int stride, int n, double* x) {
 inline void solve_upper(const double* r, int stride, int n, double* x) {
     for (int i = n - 1; i >= 0; --i) {
         const double* row = r + int64_t(i) * stride;
-        double sum = x[i];
-        for (int j = i + 1; j < n; ++j) sum -= row[j] * x[j];
-        x[i] = sum / row[i];
+        x[i] = (x[i] - dot(row, x, i + 1, n)) / row[i];
     }
 }
 
@@ -134,17 +128,24 @@ inline void gather_upper(const double* a, int stride, const int* index, int coun
     }
 }
 
-// 1/2 x^T A x for a full symmetric A.
-inline double half_quadratic_form(const double* a, int stride, int n, const double* x) {
-    double total = 0;
-    for (int i = 0; i < n; ++i) {
-        if (x[i] == 0) continue;
-        const double* row = a + int64_t(i) * stride;
-        double sum = 0;
-        for (int j = 0; j < n; ++j) sum += row[j] * x[j];
-        total += x[i] * sum;
+// y = A x for a full symmetric A; y is written in whole vectors.
+inline void multiply(const double* a, int stride, int n, const double* x, double* y) {
+    constexpr int kWide = 4;  // vectors of y computed together
+    int j = 0;
+    for (; j + (kWide - 1) * kLanes < n; j += kWide * kLanes) {
+        VecD sum[kWide] = {};
+        for (int i = 0; i < n; ++i)
+#pragma GCC unroll 4
+            for (int v = 0; v < kWide; ++v)
+                sum[v] += x[i] * load(a + int64_t(i) * stride + j + v * kLanes);
+#pragma GCC unroll 4
+        for (int v = 0; v < kWide; ++v) store(y + j + v * kLanes, sum[v]);
     }
-    return 0.5 * total;
+    for (; j < n; j += kLanes) {
+        VecD sum = {};
+        for (int i = 0; i < n; ++i) sum += x[i] * load(a + int64_t(i) * stride + j);
+        store(y + j, sum);
+    }
 }
 
 }  // namespace

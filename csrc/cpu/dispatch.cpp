@@ -65,8 +65,8 @@ struct Aligned {
 using Workspace = std::unique_ptr<char[], Aligned>;
 
 Workspace allocate_workspace(int block_size) {
-    return Workspace(static_cast<char*>(
-        ::operator new[](workspace_bytes(block_size), std::align_val_t(64))));
+    return Workspace(
+        static_cast<char*>(::operator new[](workspace_bytes(block_size), std::align_val_t(64))));
 }
 
 void record_failure(std::atomic<int64_t>& first, int64_t block) {
@@ -126,10 +126,10 @@ int64_t group_granularity(const Partition& partition, int64_t group_size) {
 template <class Args>
 void run_fisher(const Args& args, int threads, int64_t granularity,
                 int64_t (*kernel)(const Args&, BlockRange, char*)) {
-    report(args.fisher.status,
-           parallel_blocks(
-               args.fisher.partition, threads, granularity,
-               [&](BlockRange range, char* workspace) { return kernel(args, range, workspace); }));
+    report(args.fisher.status, parallel_blocks(args.fisher.partition, threads, granularity,
+                                               [&](BlockRange range, char* workspace) {
+                                                   return kernel(args, range, workspace);
+                                               }));
 }
 
 template <class Args>
@@ -142,9 +142,15 @@ int64_t run(const Args& args, int threads, int64_t granularity,
 
 }  // namespace
 
-int num_instruction_sets() { return static_cast<int>(available().size()); }
-const char* instruction_set_name(int index) { return available()[index]->name; }
-const char* current_instruction_set() { return current().load()->name; }
+int num_instruction_sets() {
+    return static_cast<int>(available().size());
+}
+const char* instruction_set_name(int index) {
+    return available()[index]->name;
+}
+const char* current_instruction_set() {
+    return current().load()->name;
+}
 
 bool select_instruction_set(const char* name) {
     for (const Kernels* kernels : available())

@@ -5,7 +5,6 @@
 // Per block: bytes B(B+1)/2 * sizeof(gram) read; flops about B^3/3 for the factor,
 // B^3/3 for its inverse, B^3/3 more where the whole F^-1 is wanted.
 #include "fisher_block.h"
-#include "rank_k.h"
 
 namespace obert {
 namespace OBERT_ISA {
@@ -19,22 +18,23 @@ struct Buffers {
     double* weight;
     double* change;
     double* output;
+    double* local;
     int* pruned;
     int* kept;
 };
 
-// Rows are padded so that tiles may read whole vectors past the last column.
 Buffers buffers_for(int block_size, char* workspace) {
     Scratch scratch{workspace};
     Buffers buffers;
-    buffers.stride = row_stride<double>(block_size + kTileVectors * kLanes);
+    buffers.stride = row_stride<double>(block_size + kLanes);
     const int64_t matrix = int64_t(block_size) * buffers.stride;
     buffers.fisher = scratch.take<double>(matrix);
     buffers.inverse = scratch.take<double>(matrix);
     buffers.third = scratch.take<double>(matrix);
-    buffers.weight = scratch.take<double>(block_size);
-    buffers.change = scratch.take<double>(block_size);
-    buffers.output = scratch.take<double>(block_size);
+    buffers.weight = scratch.take<double>(block_size + kLanes);
+    buffers.change = scratch.take<double>(block_size + kLanes);
+    buffers.output = scratch.take<double>(block_size + kLanes);
+    buffers.local = scratch.take<double>(block_size + kLanes);
     buffers.pruned = scratch.take<int>(block_size);
     buffers.kept = scratch.take<int>(block_size);
     return buffers;
@@ -47,10 +47,17 @@ bool factor(const Fisher& fisher, int64_t b, int n, const Buffers& buffers) {
 
 // diagonal[j] = sum_i M[i][j]^2.
 void diagonal_of_inverse(const Buffers& buffers, int n, double* diagonal) {
-    for (int j = 0; j < n; ++j) diagonal[j] = 0;
-    for (int i = 0; i < n; ++i) {
-        const double* row = buffers.inverse + int64_t(i) * buffers.stride;
-        for (int j = 0; j <= i; ++j) diagonal[j] += row[j] * row[j];
+    const int stride = buffers.stride;
+    for (int j = 0; j < n; j += kLanes) {
+        VecD even = {}, odd = {};
+        for (int i = j; i < n; i += 2) {
+            const VecD x = load(buffers.inverse + int64_t(i) * stride + j);
+            even += x * x;
+            if (i + 1 == n) break;
+            const VecD y = load(buffers.inverse + int64_t(i + 1) * stride + j);
+            odd += y * y;
+        }
+        store(diagonal + j, even + odd);
     }
 }
 
@@ -58,31 +65,39 @@ void diagonal_of_inverse(const Buffers& buffers, int n, double* diagonal) {
 // sum over rows i >= begin of M[i][Q] M[i][Q]^T (earlier rows are zero there).
 void group_block(const Buffers& buffers, int n, int begin, int count, double* block) {
     const int stride = buffers.stride;
-    Ahead ahead = nothing_ahead(buffers.inverse);
-    lower_product<double, false>(
-        buffers.inverse + int64_t(begin) * stride + begin, stride, n - begin, count, ahead,
-        [=](int row, int column, int width, const double* values) {
-            for (int j = 0; j < width; ++j) {
-                block[int64_t(row) * stride + column + j] = values[j];
-                block[int64_t(column + j) * stride + row] = values[j];
-            }
-        });
-    for (int i = 0; i < count; ++i)
+    product<double, false>({buffers.inverse + int64_t(begin) * stride + begin, stride,
+                            buffers.inverse + int64_t(begin) * stride + begin, stride, n - begin},
+                           count, count, [=](int row, int column, bool, VecD sum) {
+                               store(block + int64_t(row) * stride + column, sum);
+                           });
+    for (int i = 0; i < count; ++i)  // the products with the columns past the group
         for (int j = count; j < round_up(count, kLanes); ++j) block[int64_t(i) * stride + j] = 0;
+}
+
+// Copies the squares below the diagonal of a symmetric matrix to above it.
+void mirror(double* a, int stride, int n) {
+    for (int i0 = 0; i0 < n; i0 += kLanes)
+        for (int j0 = 0; j0 < i0; j0 += kLanes) {
+            VecD square[kLanes];
+#pragma GCC unroll 8
+            for (int i = 0; i < kLanes; ++i)
+                square[i] = load(a + int64_t(min_int(i0 + i, n - 1)) * stride + j0);
+            transpose<double>(square);
+#pragma GCC unroll 8
+            for (int j = 0; j < kLanes; ++j) store(a + int64_t(j0 + j) * stride + i0, square[j]);
+        }
 }
 
 void write_inverse(const GramInverse& args, int64_t b, int n, const Buffers& buffers) {
     const int block_size = args.fisher.partition.block_size;
     const int stride = buffers.stride;
     double* full = buffers.third;
-    Ahead ahead = nothing_ahead(buffers.inverse);
-    lower_product<double, true>(buffers.inverse, stride, n, n, ahead,
-                                [=](int row, int column, int count, const double* values) {
-                                    for (int j = 0; j < count; ++j) {
-                                        full[int64_t(row) * stride + column + j] = values[j];
-                                        full[int64_t(column + j) * stride + row] = values[j];
-                                    }
-                                });
+    lower_product<double, true>(
+        buffers.inverse, stride, n, n, [=] { return nothing_ahead(full); },
+        [=](int row, int column, bool, VecD sum) {
+            store(full + int64_t(row) * stride + column, sum);
+        });
+    mirror(full, stride, n);
     for (int i = 0; i < block_size; ++i) {
         double* row = full + int64_t(i) * stride;
         for (int j = i < n ? n : 0; j < block_size; ++j) row[j] = 0;
@@ -101,53 +116,57 @@ bool joint_change(const GramUpdate& args, int64_t b, int n, const uint8_t* keep,
     gather_upper(buffers.fisher, stride, buffers.kept, num_kept, buffers.third, stride);
     if (!cholesky(buffers.third, stride, num_kept, pivot_tolerance(args.fisher.gram_type, n)))
         return false;
-    double* right_hand_side = buffers.output;
-    for (int i = 0; i < num_kept; ++i) {
-        const double* row = buffers.fisher + int64_t(buffers.kept[i]) * stride;
-        double sum = 0;
-        for (int j = 0; j < num_pruned; ++j)
-            sum += row[buffers.pruned[j]] * buffers.weight[buffers.pruned[j]];
-        right_hand_side[i] = sum;
-    }
+    double* pruned_weight = buffers.change;
+    for (int j = 0; j < num_pruned; ++j)
+        pruned_weight[buffers.pruned[j]] = buffers.weight[buffers.pruned[j]];
+    multiply(buffers.fisher, stride, n, pruned_weight, buffers.output);
+    double* right_hand_side = buffers.local;
+    for (int i = 0; i < num_kept; ++i) right_hand_side[i] = buffers.output[buffers.kept[i]];
     solve(buffers.third, stride, num_kept, right_hand_side);
     for (int i = 0; i < num_kept; ++i) buffers.change[buffers.kept[i]] = right_hand_side[i];
+    return true;
+}
+
+// u_Q = ([F^-1]_QQ)^-1 w_Q for the pruned positions Q of one group; false on a non-positive
+// pivot.
+bool solve_group(const Buffers& buffers, int n, const uint8_t* keep, int begin, int end,
+                 double* u) {
+    const int stride = buffers.stride;
+    const int count = list_pruned(keep, begin, end, buffers.kept);
+    if (!any_nonzero(buffers.weight, buffers.kept, count)) return true;
+    double* block = buffers.third;
+    group_block(buffers, n, begin, end - begin, block);
+    for (int i = 0; i < count; ++i) buffers.local[i] = buffers.weight[buffers.kept[i]];
+    // In place: a gathered entry never lies before its source in row order.
+    for (int i = 0; i < count; ++i)
+        for (int j = i; j < round_up(count, kLanes); ++j)
+            block[int64_t(i) * stride + j] =
+                j < count
+                    ? block[int64_t(buffers.kept[i] - begin) * stride + buffers.kept[j] - begin]
+                    : 0.0;
+    if (!cholesky(block, stride, count, 0.0)) return false;
+    solve(block, stride, count, buffers.local);
+    for (int i = 0; i < count; ++i) u[buffers.kept[i]] = buffers.local[i];
     return true;
 }
 
 // Every group removed as if alone: change = -F^-1 u with u_Q = ([F^-1]_QQ)^-1 w_Q.
 bool sum_change(const GramUpdate& args, int64_t b, int n, const uint8_t* keep,
                 const Buffers& buffers) {
-    const int stride = buffers.stride;
     if (!factor(args.fisher, b, n, buffers)) return false;
-    invert_lower(buffers.fisher, stride, n, buffers.inverse);
+    invert_lower(buffers.fisher, buffers.stride, n, buffers.inverse);
     double* u = buffers.change;
-    double local[kMaxBlockSize];
-    const bool solved = for_each_group(
-        args.fisher.partition, b, args.update.group_size, [&](int64_t, int begin, int end) {
-            const int count = list_pruned(keep, begin, end, buffers.kept);
-            if (!any_nonzero(buffers.weight, buffers.kept, count)) return true;
-            double* block = buffers.third;
-            group_block(buffers, n, begin, end - begin, block);
-            for (int i = 0; i < count; ++i) local[i] = buffers.weight[buffers.kept[i]];
-            if (count == 1) {
-                const int i = buffers.kept[0] - begin;
-                u[buffers.kept[0]] = local[0] / block[int64_t(i) * stride + i];
-                return true;
-            }
-            // In place: a gathered entry never lies before its source in row order.
-            for (int i = 0; i < count; ++i)
-                for (int j = i; j < round_up(count, kLanes); ++j)
-                    block[int64_t(i) * stride + j] =
-                        j < count ? block[int64_t(buffers.kept[i] - begin) * stride +
-                                          buffers.kept[j] - begin]
-                                  : 0.0;
-            if (!cholesky(block, stride, count, 0.0)) return false;
-            solve(block, stride, count, local);
-            for (int i = 0; i < count; ++i) u[buffers.kept[i]] = local[i];
-            return true;
-        });
-    if (!solved) return false;
-    solve(buffers.fisher, stride, n, u);
+    if (args.update.group_size == 1) {
+        diagonal_of_inverse(buffers, n, buffers.local);
+        for (int i = 0; i < n; ++i)
+            if (!keep[i]) u[i] = buffers.weight[i] / buffers.local[i];
+    } else if (!for_each_group(args.fisher.partition, b, args.update.group_size,
+                               [&](int64_t, int begin, int end) {
+                                   return solve_group(buffers, n, keep, begin, end, u);
+                               })) {
+        return false;
+    }
+    solve(buffers.fisher, buffers.stride, n, u);
     for (int i = 0; i < n; ++i) u[i] = -u[i];
     return true;
 }
@@ -202,7 +221,6 @@ int64_t gram_scores(const GramScores& args, cpu::BlockRange range, char* workspa
     const Partition& partition = args.fisher.partition;
     const Buffers buffers = buffers_for(partition.block_size, workspace);
     const int stride = buffers.stride;
-    double local[kMaxBlockSize];
     return over_blocks(partition, range, [&](int64_t b, int n) {
         if (!factor(args.fisher, b, n, buffers)) return false;
         invert_lower(buffers.fisher, stride, n, buffers.inverse);
@@ -216,17 +234,20 @@ int64_t gram_scores(const GramScores& args, cpu::BlockRange range, char* workspa
             }
             return true;
         }
-        return for_each_group(partition, b, args.group_size, [&](int64_t group, int begin, int end) {
-            const int count = end - begin;
-            group_block(buffers, n, begin, count, buffers.third);
-            if (!cholesky(buffers.third, stride, count, 0.0)) return false;
-            for (int i = 0; i < count; ++i) local[i] = buffers.weight[begin + i];
-            solve_lower(buffers.third, stride, count, local);
-            double score = 0;
-            for (int i = 0; i < count; ++i) score += local[i] * local[i];
-            args.scores[group] += static_cast<float>(0.5 * score);
-            return true;
-        });
+        return for_each_group(partition, b, args.group_size,
+                              [&](int64_t group, int begin, int end) {
+                                  const int count = end - begin;
+                                  group_block(buffers, n, begin, count, buffers.third);
+                                  if (!cholesky(buffers.third, stride, count, 0.0)) return false;
+                                  for (int i = 0; i < count; ++i)
+                                      buffers.local[i] = buffers.weight[begin + i];
+                                  solve_lower(buffers.third, stride, count, buffers.local);
+                                  double score = 0;
+                                  for (int i = 0; i < count; ++i)
+                                      score += buffers.local[i] * buffers.local[i];
+                                  args.scores[group] += static_cast<float>(0.5 * score);
+                                  return true;
+                              });
     });
 }
 
@@ -248,8 +269,10 @@ int64_t gram_update(const GramUpdate& args, cpu::BlockRange range, char* workspa
             if (!done) return false;
             for (int i = 0; i < n; ++i)
                 if (!keep[i]) buffers.change[i] = -buffers.weight[i];
-            unpack_fisher(args.fisher, b, n, buffers.fisher, buffers.stride);
-            increase = half_quadratic_form(buffers.fisher, buffers.stride, n, buffers.change);
+            if (update.rule == UpdateRule::sum)  // the factor took its place
+                unpack_fisher(args.fisher, b, n, buffers.fisher, buffers.stride);
+            multiply(buffers.fisher, buffers.stride, n, buffers.change, buffers.output);
+            increase = 0.5 * dot(buffers.change, buffers.output, 0, n);
             // The joint rule factors the survivors only: a NaN among the pruned shows here.
             if (!__builtin_isfinite(increase)) return false;
         }

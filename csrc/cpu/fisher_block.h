@@ -13,23 +13,48 @@ inline double pivot_tolerance(DType type, int n) {
     return epsilon * n;
 }
 
+inline VecD load_widened(const double* p) {
+    return load(p);
+}
+inline VecD load_widened(const float* p) {
+    return widen(p);
+}
+
 // a = damping I + scale gram[b], full and symmetric, [n, stride], padding columns zero.
+// Squares below the diagonal are copied, and transposed to the place above it.
 template <class T>
 void unpack(const Fisher& fisher, int64_t b, int n, double* a, int stride) {
     const T* packed =
         static_cast<const T*>(fisher.gram) + b * packed_size(fisher.partition.block_size);
-    for (int i = 0; i < n; ++i) {
-        double* row = a + int64_t(i) * stride;
-        for (int j = 0; j <= i; ++j) {
-            const double value = fisher.scale * static_cast<double>(packed[j]);
-            row[j] = value;
-            a[int64_t(j) * stride + i] = value;
-        }
-        row[i] += fisher.damping;
-        packed += i + 1;
-    }
+    const int padded = round_up(n, kLanes);
     for (int i = 0; i < n; ++i)
-        for (int j = n; j < stride; ++j) a[int64_t(i) * stride + j] = 0;
+        for (int j = padded - kLanes; j < stride; j += kLanes)
+            store(a + int64_t(i) * stride + j, VecD{});
+    for (int i0 = 0; i0 < n; i0 += kLanes) {
+        const int rows = min_int(kLanes, n - i0);
+        for (int j0 = 0; j0 < i0; j0 += kLanes) {
+            VecD square[kLanes] = {};
+#pragma GCC unroll 8
+            for (int i = 0; i < kLanes; ++i) {
+                if (i >= rows) break;
+                const int row = i0 + i;
+                square[i] = fisher.scale * load_widened(packed + row * (row + 1) / 2 + j0);
+                store(a + int64_t(row) * stride + j0, square[i]);
+            }
+            transpose<double>(square);
+#pragma GCC unroll 8
+            for (int j = 0; j < kLanes; ++j) store(a + int64_t(j0 + j) * stride + i0, square[j]);
+        }
+        for (int i = i0; i < i0 + rows; ++i) {
+            for (int j = i0; j <= i; ++j) {
+                const double value =
+                    fisher.scale * static_cast<double>(packed[i * (i + 1) / 2 + j]);
+                a[int64_t(i) * stride + j] = value;
+                a[int64_t(j) * stride + i] = value;
+            }
+            a[int64_t(i) * stride + i] += fisher.damping;
+        }
+    }
 }
 
 inline void unpack_fisher(const Fisher& fisher, int64_t b, int n, double* a, int stride) {

@@ -2,6 +2,10 @@
 //
 // Per block: bytes B(B+1) * sizeof(gram) + k B * sizeof(gradient) (the packed triangle is
 // read and written once, each gradient read once); flops k B (B+1).
+//
+// Reading k rows in short pieces is slow: the memory wants long runs.  So blocks are taken
+// in stretches, and while the tiles of one stretch are computed every tile asks for one run
+// of a row of the next stretch, into the second-level cache.
 #include "rank_k.h"
 
 namespace obert {
@@ -10,77 +14,118 @@ namespace {
 
 // A panel (the gradients of one block, or of a few small ones, converted to the Gram's type)
 // is read by every tile and should stay in the first-level cache.
-constexpr int kPanelBytes = 24 * 1024;
-constexpr int kMaxDepth = 128;
+constexpr int kPanelBytes = 32 * 1024;
+// Two stretches of at most this many gradients should stay in the second-level cache.
+constexpr int kMaxGradients = 128;
+constexpr int kStretchBytes = 4096;
 
+// Adds a tile to the packed lower triangle of one block.
 template <class T>
-void add_block(const T* panel, int stride, int depth, int n, Ahead& ahead, T* gram) {
-    lower_product<T, false>(panel, stride, depth, n, ahead,
-                            [gram](int row, int column, int count, const T* values) {
-                                add_to(gram + int64_t(row) * (row + 1) / 2 + column, values, count);
-                            });
-}
-
-int element_size(DType type) { return type == DType::f64 ? 8 : type == DType::f32 ? 4 : 2; }
-
-// Where a panel comes from.
-struct Source {
-    int64_t first_block, last_block;
-    int64_t first_gradient;
-    int depth;
-    int64_t column;
-    int columns;
+struct AddToGram {
+    T* gram;
+    void operator()(int row, int column, bool is_last, typename Simd<T>::Vec sum) const {
+        T* target = gram + row * (row + 1) / 2 + column;
+        if (is_last)
+            add_first(target, sum, row + 1 - column);
+        else
+            store(target, load(target) + sum);
+    }
 };
 
-Source source_at(const GramAccumulate& args, cpu::BlockRange range, int64_t block, int blocks,
-                 int64_t gradient, int depth) {
+// The gradients of consecutive blocks that are read together.
+struct Stretch {
+    int64_t first_block, last_block;
+    int64_t first_gradient;
+    int gradients;
+};
+
+Stretch stretch_at(const GramAccumulate& args, cpu::BlockRange range, int64_t block, int64_t blocks,
+                   int64_t gradient) {
     const int64_t last = block + blocks < range.end ? block + blocks : range.end;
     const int64_t left = args.num_gradients - gradient;
-    const int64_t column = block * args.partition.block_size;
-    const int64_t column_end = last * args.partition.block_size;
-    const int64_t n = args.partition.num_weights;
-    return {block, last, gradient, left < depth ? int(left) : depth, column,
-            int((column_end < n ? column_end : n) - column)};
+    return {block, last, gradient, left < kMaxGradients ? int(left) : kMaxGradients};
 }
 
-const char* address(const GramAccumulate& args, const Source& source, int t) {
+const char* address(const GramAccumulate& args, int64_t block, int64_t gradient) {
     return static_cast<const char*>(args.gradients) +
-           ((source.first_gradient + t) * args.gradient_stride + source.column) *
+           (gradient * args.gradient_stride + block * args.partition.block_size) *
                element_size(args.gradient_type);
 }
 
-Ahead ahead_of(const GramAccumulate& args, const Source& source) {
-    const int size = element_size(args.gradient_type);
-    return {address(args, source, 0), args.gradient_stride * size, (source.columns * size + 63) / 64};
+// Deals out the rows of a stretch to `tiles` tiles: one run each, every row cut into the
+// same number of runs.
+struct Runs {
+    const char* row;
+    int64_t row_bytes, run_bytes;
+    int runs_per_row, rows_left;
+    int run = 0;
+
+    Ahead next(int steps) {
+        if (rows_left == 0) return nothing_ahead(row);
+        const Ahead now{row + run * run_bytes, run_bytes / steps};
+        if (++run == runs_per_row) {
+            run = 0;
+            row += row_bytes;
+            --rows_left;
+        }
+        return now;
+    }
+};
+
+Runs runs_of(const GramAccumulate& args, cpu::BlockRange range, const Stretch& stretch,
+             int64_t tiles) {
+    const int64_t size = element_size(args.gradient_type);
+    const int rows = stretch.first_block < range.end ? stretch.gradients : 0;
+    const int runs_per_row = max_int(1, int(tiles / stretch.gradients));
+    const int64_t blocks = stretch.last_block - stretch.first_block;
+    const int64_t bytes = blocks * args.partition.block_size * size;
+    return {address(args, stretch.first_block, stretch.first_gradient), args.gradient_stride * size,
+            bytes / runs_per_row, runs_per_row, rows};
 }
 
 template <class T>
 void accumulate(const GramAccumulate& args, cpu::BlockRange range, char* workspace) {
+    if (args.num_gradients == 0) return;
     constexpr int lanes = Simd<T>::lanes;
     const int block_size = args.partition.block_size;
-    const int64_t triangle = packed_size(block_size);
     const int block_bytes = round_up(block_size, lanes) * int(sizeof(T));
-    const int64_t wanted = args.num_gradients < kMaxDepth ? args.num_gradients : kMaxDepth;
-    const int depth = max_int(1, min_int(int(wanted), max_int(16, kPanelBytes / block_bytes)));
-    const int blocks = max_int(1, kPanelBytes / depth / int(sizeof(T)) / block_size);
+    const int wanted = int(args.num_gradients < kMaxGradients ? args.num_gradients : kMaxGradients);
+    const int depth = min_int(wanted, max_int(16, kPanelBytes / block_bytes));
+    // Blocks of a few vectors start on a vector; smaller ones share a panel.
+    const int blocks =
+        block_size > 2 * lanes ? 1 : max_int(1, kPanelBytes / depth / int(sizeof(T)) / block_size);
     const int stride = round_up(blocks * block_size + (blocks > 1 ? lanes : 0), lanes);
     T* panel = Scratch{workspace}.take<T>(int64_t(depth) * stride);
     for (int64_t i = 0; i < int64_t(depth) * stride; ++i) panel[i] = 0;
+    const int64_t stretch_blocks =
+        max_int(1, kStretchBytes / element_size(args.gradient_type) / block_size);
 
-    Source now = source_at(args, range, range.begin, blocks, 0, depth);
+    Stretch now = stretch_at(args, range, range.begin, stretch_blocks, 0);
     while (now.first_block < range.end) {
-        const int64_t following = now.first_gradient + depth;
-        const Source next = following < args.num_gradients
-                                ? source_at(args, range, now.first_block, blocks, following, depth)
-                                : source_at(args, range, now.last_block, blocks, 0, depth);
-        for (int t = 0; t < now.depth; ++t)
-            read_as(args.gradient_type, address(args, now, t), 0, now.columns,
-                    panel + int64_t(t) * stride);
-        Ahead ahead = next.first_block < range.end ? ahead_of(args, next) : nothing_ahead(panel);
-        for (int64_t b = now.first_block; b < now.last_block; ++b)
-            add_block(panel + (b - now.first_block) * block_size, stride, now.depth,
-                      block_length(args.partition, b), ahead,
-                      static_cast<T*>(args.gram) + b * triangle);
+        const int64_t following = now.first_gradient + kMaxGradients;
+        const Stretch next =
+            following < args.num_gradients
+                ? stretch_at(args, range, now.first_block, stretch_blocks, following)
+                : stretch_at(args, range, now.last_block, stretch_blocks, 0);
+        Runs runs = runs_of(args, range, next,
+                            (now.last_block - now.first_block) * tiles_in_triangle<T>(block_size) *
+                                divide_up(now.gradients, depth));
+        for (int64_t b0 = now.first_block; b0 < now.last_block; b0 += blocks) {
+            const int64_t b1 = b0 + blocks < now.last_block ? b0 + blocks : now.last_block;
+            const int columns =
+                int(b1 - b0 - 1) * block_size + block_length(args.partition, b1 - 1);
+            for (int t0 = 0; t0 < now.gradients; t0 += depth) {
+                const int rows = min_int(depth, now.gradients - t0);
+                for (int t = 0; t < rows; ++t)
+                    read_as(args.gradient_type, address(args, b0, now.first_gradient + t0 + t), 0,
+                            columns, panel + int64_t(t) * stride);
+                for (int64_t b = b0; b < b1; ++b)
+                    lower_product<T, false>(
+                        panel + (b - b0) * block_size, stride, rows,
+                        block_length(args.partition, b), [&] { return runs.next(rows); },
+                        AddToGram<T>{static_cast<T*>(args.gram) + b * packed_size(block_size)});
+            }
+        }
         now = next;
     }
 }

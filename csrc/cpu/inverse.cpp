@@ -45,6 +45,13 @@ void read_block(const float* inverse, int block_size, int n, const Buffers& buff
 // u_Q = ([F^-1]_QQ)^-1 w_Q for the listed positions; false if the block is not positive
 // definite.  Returns w_Q^T u_Q through `product`.
 bool solve_listed(const Buffers& buffers, const int* index, int count, double* u, double* product) {
+    if (count == 1) {  // the unstructured sum rule: a division
+        const int i = index[0];
+        const double pivot = buffers.inverse[int64_t(i) * buffers.stride + i];
+        u[i] = buffers.weight[i] / pivot;
+        *product += buffers.weight[i] * u[i];
+        return pivot > 0 && pivot < __builtin_inf();
+    }
     for (int i = 0; i < count; ++i) buffers.local[i] = buffers.weight[index[i]];
     gather_upper(buffers.inverse, buffers.stride, index, count, buffers.block, buffers.stride);
     if (!cholesky(buffers.block, buffers.stride, count, 0.0)) return false;
@@ -84,8 +91,8 @@ bool change_block(const InverseUpdate& args, int64_t b, int n, const Buffers& bu
         const int count = list_pruned(keep, 0, n, buffers.pruned);
         solved = solve_listed(buffers, buffers.pruned, count, u, &product);
     } else {
-        solved = for_each_group(
-            args.partition, b, update.group_size, [&](int64_t, int begin, int end) {
+        solved =
+            for_each_group(args.partition, b, update.group_size, [&](int64_t, int begin, int end) {
                 const int count = list_pruned(keep, begin, end, buffers.pruned);
                 return !any_nonzero(buffers.weight, buffers.pruned, count) ||
                        solve_listed(buffers, buffers.pruned, count, u, &product);
@@ -95,15 +102,26 @@ bool change_block(const InverseUpdate& args, int64_t b, int n, const Buffers& bu
     for (int i = 0; i < n; ++i) buffers.change[i] = 0;
     for (int i = 0; i < n; ++i)
         if (u[i] != 0)
-            subtract_multiple(buffers.change, u[i], buffers.inverse + int64_t(i) * buffers.stride, 0,
-                              n);
+            subtract_multiple(buffers.change, u[i], buffers.inverse + int64_t(i) * buffers.stride,
+                              0, n);
     for (int i = 0; i < n; ++i)
         if (!keep[i]) buffers.change[i] = -buffers.weight[i];
-    if (update.rule == UpdateRule::joint) {
-        *increase = 0.5 * product;
-        return true;
-    }
+    *increase = 0.5 * product;  // what the joint rule costs, and a sign of NaN for both
+    if (!__builtin_isfinite(*increase)) return false;
+    if (update.rule == UpdateRule::joint || update.predicted_increase == nullptr) return true;
     return increase_of(buffers, n, buffers.change, increase);
+}
+
+// scores[i] = 1/2 w_i^2 / [F^-1]_ii; false if a diagonal entry is not positive.
+bool single_scores(const float* inverse, int block_size, int n, const double* weight,
+                   float* scores) {
+    bool good = true;
+    for (int i = 0; i < n; ++i) {
+        const float d = inverse[int64_t(i) * (block_size + 1)];
+        good &= d > 0 && d < __builtin_inff();
+        scores[i] = static_cast<float>(0.5 * weight[i] * weight[i] / d);
+    }
+    return good;
 }
 
 }  // namespace
@@ -117,15 +135,20 @@ int64_t inverse_scores(const InverseScores& args, cpu::BlockRange range, char* w
         const int64_t start = b * block_size;
         const float* inverse = args.inverse + start * block_size;
         read_as(args.weight_type, args.weight, start, n, buffers.weight);
-        const bool good =
-            for_each_group(args.partition, b, args.group_size, [&](int64_t group, int begin, int end) {
+        if (args.group_size == 1) {
+            if (!single_scores(inverse, block_size, n, buffers.weight, args.scores + start) &&
+                failed < 0)
+                failed = b;
+            continue;
+        }
+        const bool good = for_each_group(
+            args.partition, b, args.group_size, [&](int64_t group, int begin, int end) {
                 const int count = end - begin;
                 for (int i = 0; i < count; ++i) {
                     double* row = buffers.block + int64_t(i) * buffers.stride;
                     for (int j = 0; j < round_up(count, kLanes); ++j)
-                        row[j] = j < count
-                                     ? inverse[int64_t(begin + i) * block_size + begin + j]
-                                     : 0.0;
+                        row[j] =
+                            j < count ? inverse[int64_t(begin + i) * block_size + begin + j] : 0.0;
                     buffers.local[i] = buffers.weight[begin + i];
                 }
                 if (!cholesky(buffers.block, buffers.stride, count, 0.0)) return false;
@@ -159,7 +182,7 @@ int64_t inverse_update(const InverseUpdate& args, cpu::BlockRange range, char* w
                 continue;
             }
         }
-        update.predicted_increase[b] = increase;
+        if (update.predicted_increase != nullptr) update.predicted_increase[b] = increase;
         write_update(update, start, n, buffers.weight, buffers.change, buffers.output);
     }
     return failed;

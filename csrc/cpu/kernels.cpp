@@ -19,8 +19,16 @@ int64_t inverse_update(const InverseUpdate&, cpu::BlockRange, char*);
 
 extern const cpu::Kernels kernels;
 const cpu::Kernels kernels = {
-    OBERT_STRING(OBERT_ISA), gram_accumulate, gram_inverse,    gram_diagonal,  gram_solve,
-    gram_scores,             gram_update,     woodbury_update, inverse_scores, inverse_update,
+    OBERT_STRING(OBERT_ISA),
+    gram_accumulate,
+    gram_inverse,
+    gram_diagonal,
+    gram_solve,
+    gram_scores,
+    gram_update,
+    woodbury_update,
+    inverse_scores,
+    inverse_update,
 };
 
 }  // namespace OBERT_ISA

@@ -1,7 +1,7 @@
 // Register tiles of a symmetric rank-k product: C = sum over k rows p of p p^T.
 //
-// Used for the Gram (rows are gradients, float32 or float64) and for F^-1 = M^T M with
-// M = L^-1 (rows of M, float64).
+// Used for the Gram (rows are gradients, float32 or float64), for the Woodbury downdate
+// (float32) and for F^-1 = M^T M with M = L^-1 (rows of M, float64).
 #pragma once
 
 #include "simd.h"
@@ -10,116 +10,183 @@ namespace obert {
 namespace OBERT_ISA {
 namespace {
 
-// Tile of kTileRows x kTileVectors accumulators plus one row of columns and a broadcast
-// must fit the register file: 32 registers with AVX-512 and on ARM, 16 otherwise.
+// A tile of R rows x V vectors of accumulators, one row of columns and a broadcast must fit
+// the register file: 32 registers with AVX-512 and on ARM, 16 otherwise.  Narrow tiles are
+// higher, so that there are enough independent sums to hide the latency of an addition.
 #if defined(__AVX512F__) || defined(__aarch64__)
-#define OBERT_32_REGISTERS
-constexpr int kTileRows = 8;
+constexpr int kTileVectors = 4;
+constexpr int kTileSums = 24;
+constexpr int kTileRows = 16;
 #else
-constexpr int kTileRows = 4;
-#endif
 constexpr int kTileVectors = 3;
+constexpr int kTileSums = 12;
+constexpr int kTileRows = 8;
+#endif
 
-// Memory to ask for while tiles are computed: the panel that comes next, one cache line of
-// every row per tile.  A row of a panel is too short a stream for the hardware to follow,
-// and asking for all of it at once would stall the loads that are needed now.
+constexpr int tile_rows(int vectors) {
+    return kTileSums / vectors < kTileRows ? kTileSums / vectors : kTileRows;
+}
+
+// Memory to ask for while a tile is computed: one address per step of its sum.
 struct Ahead {
-    const char* line;     // first cache line of row 0 still to be asked for
-    int64_t row_bytes;    // distance of two rows
-    int lines;            // lines left
-
-    // The line to ask for during the next tile; row 0 of it again and again once done.
-    Ahead next() {
-        if (lines == 0) return {line, 0, 0};
-        const Ahead now = *this;
-        line += 64;
-        --lines;
-        return now;
-    }
+    const char* line;
+    int64_t step;  // bytes, less than a cache line where there are steps to spare
 };
 
 inline Ahead nothing_ahead(const void* somewhere) {
-    return {static_cast<const char*>(somewhere), 0, 0};
+    return {static_cast<const char*>(somewhere), 0};
 }
 
-// out[r][c] = sum_t panel[t][row0 + r] * panel[t][column0 + c]
-//   panel    [depth, stride], readable for V whole vectors from column0
-//   out      [R, V * lanes]
-// Bytes read: depth * (R + V * lanes) * sizeof(T) from L1; flops: 2 * depth * R * V * lanes.
-template <class T, int R, int V>
-void tile(const T* panel, int stride, int depth, int row0, int column0, Ahead ahead, T* out) {
+// The two factors of a product sum_t rows(t, r) * columns[t * column_stride + c], where
+// rows(t, r) is rows[t * row_stride + r], or rows[r * row_stride + t] if rows_along_t.
+template <class T>
+struct Factors {
+    const T* rows;
+    int row_stride;
+    const T* columns;
+    int column_stride;
+    int depth;
+};
+
+// Sums start at zero, unless the receiver of a tile says otherwise with a type of its own.
+template <class Vec, class Emit>
+inline Vec start_of(const Emit&, int, int) {
+    return Vec{};
+}
+
+// Hands emit the sums of one tile, a vector at a time.
+template <class T, int R, int V, bool rows_along_t, class Emit>
+void tile(const Factors<T>& factors, Ahead ahead, int row0, int column0, const Emit& emit) {
     using Vec = typename Simd<T>::Vec;
     constexpr int lanes = Simd<T>::lanes;
-    Vec sum[R][V] = {};
-    const T* rows = panel + row0;
-    const T* columns = panel + column0;
+    const T* rows = factors.rows;
+    const T* columns = factors.columns;
+    const int64_t row_stride = factors.row_stride;
+    const int64_t column_stride = factors.column_stride;
+    const int depth = factors.depth;
+    Vec sum[R][V];
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v) sum[r][v] = start_of<Vec>(emit, row0 + r, column0 + v * lanes);
     for (int t = 0; t < depth; ++t) {
         Vec column[V];
-#pragma GCC unroll 8
+#pragma GCC unroll 4
         for (int v = 0; v < V; ++v) {
             column[v] = load(columns + v * lanes);
             OBERT_IN_REGISTER(column[v]);
         }
-#pragma GCC unroll 8
+#pragma GCC unroll 16
         for (int r = 0; r < R; ++r) {
-            const T x = rows[r];
-#pragma GCC unroll 8
+            const T x = rows[rows_along_t ? r * row_stride : r];
+#pragma GCC unroll 4
             for (int v = 0; v < V; ++v) sum[r][v] += x * column[v];
         }
-        __builtin_prefetch(ahead.line);
-        ahead.line += ahead.row_bytes;
-        rows += stride;
-        columns += stride;
+        __builtin_prefetch(ahead.line, 0, 2);  // into the second-level cache
+        ahead.line += ahead.step;
+        rows += rows_along_t ? 1 : row_stride;
+        columns += column_stride;
     }
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int r = 0; r < R; ++r)
-#pragma GCC unroll 8
-        for (int v = 0; v < V; ++v) store(out + (r * V + v) * lanes, sum[r][v]);
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v) emit(row0 + r, column0 + v * lanes, v + 1 == V, sum[r][v]);
 }
 
-template <class T>
-using Tile = void (*)(const T*, int, int, int, int, Ahead, T*);
+template <class T, class Emit>
+using Tile = void (*)(const Factors<T>&, Ahead, int, int, const Emit&);
 
-// The tile for a run-time size: rows in 1..kTileRows, vectors in 1..kTileVectors.
-template <class T>
-inline Tile<T> tile_for(int rows, int vectors) {
-    static_assert(kTileVectors == 3, "the table has three columns");
-    static constexpr Tile<T> table[][3] = {
-        {tile<T, 1, 1>, tile<T, 1, 2>, tile<T, 1, 3>},
-        {tile<T, 2, 1>, tile<T, 2, 2>, tile<T, 2, 3>},
-        {tile<T, 3, 1>, tile<T, 3, 2>, tile<T, 3, 3>},
-        {tile<T, 4, 1>, tile<T, 4, 2>, tile<T, 4, 3>},
-#ifdef OBERT_32_REGISTERS
-        {tile<T, 5, 1>, tile<T, 5, 2>, tile<T, 5, 3>},
-        {tile<T, 6, 1>, tile<T, 6, 2>, tile<T, 6, 3>},
-        {tile<T, 7, 1>, tile<T, 7, 2>, tile<T, 7, 3>},
-        {tile<T, 8, 1>, tile<T, 8, 2>, tile<T, 8, 3>},
-#endif
-    };
-    return table[rows - 1][vectors - 1];
+template <class T, int V, bool rows_along_t, class Emit>
+inline Tile<T, Emit> tile_of_width(int rows) {
+    constexpr int highest = tile_rows(V);
+#define OBERT_TILE(R) tile<T, (R < highest ? R : highest), V, rows_along_t, Emit>
+    static constexpr Tile<T, Emit> table[] = {
+        OBERT_TILE(1),  OBERT_TILE(2),  OBERT_TILE(3),  OBERT_TILE(4),
+        OBERT_TILE(5),  OBERT_TILE(6),  OBERT_TILE(7),  OBERT_TILE(8),
+        OBERT_TILE(9),  OBERT_TILE(10), OBERT_TILE(11), OBERT_TILE(12),
+        OBERT_TILE(13), OBERT_TILE(14), OBERT_TILE(15), OBERT_TILE(16)};
+#undef OBERT_TILE
+    return table[rows - 1];
 }
 
-// Calls emit(row, column0, count, values) for stretches that together cover the lower
-// triangle (column <= row) of sum_t p_t p_t^T, p_t = panel[t][0..n).
+// The tile for a run-time size: vectors in 1..kTileVectors, rows in 1..tile_rows(vectors).
+template <class T, bool rows_along_t, class Emit>
+inline Tile<T, Emit> tile_for(int rows, int vectors) {
+    switch (vectors) {
+        case 1: return tile_of_width<T, 1, rows_along_t, Emit>(rows);
+        case 2: return tile_of_width<T, 2, rows_along_t, Emit>(rows);
+        case 3: return tile_of_width<T, 3, rows_along_t, Emit>(rows);
+        default: return tile_of_width<T, kTileVectors, rows_along_t, Emit>(rows);
+    }
+}
+
+inline int divide_up(int a, int b) {
+    return (a + b - 1) / b;
+}
+
+// Size of the next piece when `left` is cut into pieces of at most `most`, the last two of
+// about the same size.  Without a division, which costs as much as a small tile.
+inline int next_piece(int left, int most) {
+    return left <= most ? left : left < 2 * most ? (left + 1) / 2 : most;
+}
+
+// Tiles that lower_product() takes for a triangle of size n.
+template <class T>
+inline int tiles_in_triangle(int n) {
+    constexpr int lanes = Simd<T>::lanes;
+    int tiles = 0;
+    for (int band = 0; band < n; band += lanes) {
+        const int vectors = band / lanes + 1;
+        tiles += divide_up(min_int(lanes, n - band), tile_rows(next_piece(vectors, kTileVectors))) *
+                 divide_up(vectors, kTileVectors);
+    }
+    return tiles;
+}
+
+// Calls emit(row, column, is_last, sums) with vectors that together cover the lower
+// triangle (column <= row) of sum_t p_t p_t^T, p_t = panel[t][0..n), readable in whole
+// vectors.  Only a vector with is_last can reach past the diagonal.
 //   first_row_is_start: rows t < row0 of the panel are known to be zero from column row0
 //   on (a lower triangular panel), so a tile starts at t = row0.
-template <class T, bool first_row_is_start, class Emit>
-inline void lower_product(const T* panel, int stride, int depth, int n, Ahead& ahead, Emit emit) {
+template <class T, bool first_row_is_start, class Next, class Emit>
+inline void lower_product(const T* panel, int stride, int depth, int n, Next next_ahead,
+                          const Emit& emit) {
     constexpr int lanes = Simd<T>::lanes;
-    alignas(64) T out[kTileRows * kTileVectors * lanes];
-    for (int row0 = 0; row0 < n; row0 += kTileRows) {
-        const int rows = min_int(kTileRows, n - row0);
-        const int start = first_row_is_start ? row0 : 0;
-        const int vectors = (row0 + rows + lanes - 1) / lanes;
-        for (int v = 0; v < vectors; v += kTileVectors) {
-            const int width = min_int(kTileVectors, vectors - v);
-            const int column0 = v * lanes;
-            tile_for<T>(rows, width)(panel + int64_t(start) * stride, stride, depth - start, row0,
-                                     column0, ahead.next(), out);
-            for (int r = 0; r < rows; ++r) {
-                const int count = min_int(row0 + r + 1 - column0, width * lanes);
-                if (count > 0) emit(row0 + r, column0, count, out + r * width * lanes);
+    for (int band = 0; band < n; band += lanes) {
+        const int vectors = band / lanes + 1;
+        const int height = min_int(lanes, n - band);
+        const int rows_at_most = tile_rows(next_piece(vectors, kTileVectors));
+        for (int row = 0, rows; row < height; row += rows) {
+            rows = next_piece(height - row, rows_at_most);
+            const int row0 = band + row;
+            const int start = first_row_is_start ? row0 : 0;
+            const T* first = panel + int64_t(start) * stride;
+            for (int v = 0, width; v < vectors; v += width) {
+                width = next_piece(vectors - v, kTileVectors);
+                const Factors<T> factors{first + row0, stride, first + v * lanes, stride,
+                                         depth - start};
+                tile_for<T, false, Emit>(rows, width)(factors, next_ahead(), row0, v * lanes, emit);
             }
+        }
+    }
+}
+
+// Calls emit(row, column, ..) with vectors that cover rows x columns of a general product,
+// columns rounded up to whole vectors.
+template <class T, bool rows_along_t, class Emit>
+inline void product(Factors<T> factors, int rows, int columns, const Emit& emit) {
+    constexpr int lanes = Simd<T>::lanes;
+    const int vectors = divide_up(columns, lanes);
+    const int rows_at_most = tile_rows(next_piece(vectors, kTileVectors));
+    const Factors<T> all = factors;
+    for (int row = 0, height; row < rows; row += height) {
+        height = next_piece(rows - row, rows_at_most);
+        factors.rows = all.rows + (rows_along_t ? row * int64_t(all.row_stride) : row);
+        for (int v = 0, width; v < vectors; v += width) {
+            width = next_piece(vectors - v, kTileVectors);
+            factors.columns = all.columns + v * lanes;
+            tile_for<T, rows_along_t, Emit>(height, width)(factors, nothing_ahead(factors.columns),
+                                                           row, v * lanes, emit);
         }
     }
 }

@@ -11,6 +11,10 @@
 
 #include "../api.h"
 
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
 #if !defined(OBERT_ISA) || !defined(OBERT_VECTOR_BYTES)
 #error "compile with -DOBERT_ISA=<name> -DOBERT_VECTOR_BYTES=<width>"
 #endif
@@ -21,6 +25,7 @@ namespace {
 
 // Unaligned vectors: aligned() lowers the alignment the compiler may assume.
 typedef float VecF __attribute__((vector_size(OBERT_VECTOR_BYTES), aligned(4), may_alias));
+typedef float HalfVecF __attribute__((vector_size(OBERT_VECTOR_BYTES / 2), aligned(4), may_alias));
 typedef double VecD __attribute__((vector_size(OBERT_VECTOR_BYTES), aligned(8), may_alias));
 
 template <class T>
@@ -28,11 +33,13 @@ struct Simd;
 template <>
 struct Simd<float> {
     using Vec = VecF;
+    typedef int32_t Index __attribute__((vector_size(OBERT_VECTOR_BYTES)));
     static constexpr int lanes = OBERT_VECTOR_BYTES / 4;
 };
 template <>
 struct Simd<double> {
     using Vec = VecD;
+    typedef int64_t Index __attribute__((vector_size(OBERT_VECTOR_BYTES)));
     static constexpr int lanes = OBERT_VECTOR_BYTES / 8;
 };
 
@@ -55,22 +62,96 @@ inline void store(T* p, typename Simd<T>::Vec v) {
 #define OBERT_IN_REGISTER(v)
 #endif
 
-// target[0..count) += values[0..count).  Tails go by halves, not by single elements.
-template <class T>
-inline void add_to(T* target, const T* values, int count) {
-    constexpr int lanes = Simd<T>::lanes;
-    typedef T Half __attribute__((vector_size(16), aligned(sizeof(T)), may_alias));
-    constexpr int half = 16 / int(sizeof(T));
-    int j = 0;
-    for (; j + lanes <= count; j += lanes) store(target + j, load(target + j) + load(values + j));
-    for (; j + half <= count; j += half)
-        *reinterpret_cast<Half*>(target + j) += *reinterpret_cast<const Half*>(values + j);
-    for (; j < count; ++j) target[j] += values[j];
+inline int min_int(int a, int b) {
+    return a < b ? a : b;
 }
 
-inline int round_up(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
-inline int min_int(int a, int b) { return a < b ? a : b; }
-inline int max_int(int a, int b) { return a > b ? a : b; }
+// target[0..count) += values[0..count), at most one vector; count >= 1.
+#if defined(__AVX512F__)
+inline void add_first(float* target, VecF values, int count) {
+    const __mmask16 mask = static_cast<__mmask16>(0xffffu >> (16 - min_int(count, 16)));
+    const __m512 sum = _mm512_add_ps(_mm512_maskz_loadu_ps(mask, target), __m512(values));
+    _mm512_mask_storeu_ps(target, mask, sum);
+}
+inline void add_first(double* target, VecD values, int count) {
+    const __mmask8 mask = static_cast<__mmask8>(0xffu >> (8 - min_int(count, 8)));
+    const __m512d sum = _mm512_add_pd(_mm512_maskz_loadu_pd(mask, target), __m512d(values));
+    _mm512_mask_storeu_pd(target, mask, sum);
+}
+#else
+template <class T>
+inline void add_first(T* target, typename Simd<T>::Vec values, int count) {
+    if (count >= Simd<T>::lanes) return store(target, load(target) + values);
+    for (int j = 0; j < count; ++j) target[j] += values[j];
+}
+#endif
+
+// One vector of doubles from as many floats, and back.
+inline VecD widen(const float* p) {
+    return __builtin_convertvector(*reinterpret_cast<const HalfVecF*>(p), VecD);
+}
+inline void narrow(VecD v, float* p) {
+    *reinterpret_cast<HalfVecF*>(p) = __builtin_convertvector(v, HalfVecF);
+}
+
+// One step of transpose(): swaps the off-diagonal quarters of squares of 2 * half elements.
+template <class T, int half>
+inline void swap_quarters(typename Simd<T>::Vec (&x)[Simd<T>::lanes]) {
+    constexpr int lanes = Simd<T>::lanes;
+    using Vec = typename Simd<T>::Vec;
+#pragma GCC unroll 16
+    for (int i = 0; i < lanes; ++i) {
+        if (i & half) continue;
+        const Vec a = x[i], b = x[i + half];
+#if defined(__clang__)
+        for (int l = 0; l < lanes; ++l) {
+            x[i][l] = l & half ? b[l - half] : a[l];
+            x[i + half][l] = l & half ? b[l] : a[l + half];
+        }
+#else
+        typename Simd<T>::Index low{}, high{};  // lanes + l: element l of the second operand
+#pragma GCC unroll 16
+        for (int l = 0; l < lanes; ++l) {
+            low[l] = l & half ? lanes + l - half : l;
+            high[l] = l & half ? lanes + l : l + half;
+        }
+        x[i] = __builtin_shuffle(a, b, low);
+        x[i + half] = __builtin_shuffle(a, b, high);
+#endif
+    }
+    if constexpr (half > 1) swap_quarters<T, half / 2>(x);
+}
+
+// Transposes the square of lanes x lanes elements in x.
+template <class T>
+inline void transpose(typename Simd<T>::Vec (&x)[Simd<T>::lanes]) {
+    swap_quarters<T, Simd<T>::lanes / 2>(x);
+}
+
+// Asks for memory that is needed soon.
+inline void prefetch(const void* begin, int64_t bytes) {
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(begin) + i);
+}
+
+// destination[0..n) = source[0..n): whole vectors, the last one laid back over the one
+// before it, so that nothing past n is touched.
+template <class T>
+inline void copy(const T* source, int n, T* destination) {
+    constexpr int lanes = Simd<T>::lanes;
+    if (n < lanes) {
+        for (int j = 0; j < n; ++j) destination[j] = source[j];
+        return;
+    }
+    for (int j = 0; j + lanes < n; j += lanes) store(destination + j, load(source + j));
+    store(destination + n - lanes, load(source + n - lanes));
+}
+
+inline int round_up(int n, int multiple) {
+    return (n + multiple - 1) / multiple * multiple;
+}
+inline int max_int(int a, int b) {
+    return a > b ? a : b;
+}
 
 // Row stride, in elements, of a scratch matrix with n columns: whole vectors, and an odd
 // number of cache lines so that a column does not fall into one cache set.
@@ -93,8 +174,12 @@ inline uint32_t bits_from_float(float value) {
     return bits;
 }
 
-inline float to_float(float x) { return x; }
-inline double to_float(double x) { return x; }
+inline float to_float(float x) {
+    return x;
+}
+inline double to_float(double x) {
+    return x;
+}
 
 struct BFloat16 {
     uint16_t bits;
@@ -103,7 +188,9 @@ struct Float16 {
     uint16_t bits;
 };
 
-inline float to_float(BFloat16 x) { return float_from_bits(static_cast<uint32_t>(x.bits) << 16); }
+inline float to_float(BFloat16 x) {
+    return float_from_bits(static_cast<uint32_t>(x.bits) << 16);
+}
 
 // Exact for every half: exponent and mantissa move to their float32 places and a
 // multiplication by 2^112 corrects the bias.  Subnormal halves become integers first, so
@@ -128,6 +215,10 @@ inline void convert(const void* source, int64_t offset, int n, T* destination) {
         __builtin_memcpy(&element, bytes + i * sizeof(Source), sizeof(Source));
         destination[i] = static_cast<T>(to_float(element));
     }
+}
+
+inline int element_size(DType type) {
+    return type == DType::f64 ? 8 : type == DType::f32 ? 4 : 2;
 }
 
 // destination[0..n) = source[offset .. offset + n), converted to T.
@@ -158,7 +249,9 @@ inline int block_length(const Partition& partition, int64_t b) {
     return left < partition.block_size ? static_cast<int>(left) : partition.block_size;
 }
 
-inline int64_t packed_size(int block_size) { return int64_t(block_size) * (block_size + 1) / 2; }
+inline int64_t packed_size(int block_size) {
+    return int64_t(block_size) * (block_size + 1) / 2;
+}
 
 // Hands out 64-byte aligned pieces of the calling thread's scratch memory.
 struct Scratch {

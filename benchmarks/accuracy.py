@@ -1,0 +1,250 @@
+"""One-shot accuracy of MiniLM-L6 on TREC and MR: magnitude against oBERT.
+
+    python benchmarks/accuracy.py
+
+fine-tunes one model per task and seed, estimates one Fisher for each, prunes at every sparsity
+with every method from the same weights and the same gradients, and writes
+``benchmarks/results/accuracy_oneshot.md`` and ``.json``.  Fine-tuned models and finished parts
+are kept in ``--work``, so an interrupted run goes on where it stopped.  About 40 minutes on two
+cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import hashlib
+import json
+import os
+import platform
+import shlex
+import statistics
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+import obert_kernels
+from obert_kernels import checkpoints, classification
+from obert_kernels.downloads import cache_folder, demo_model_folder
+from obert_kernels.text_data import TextData, load_demo_set
+
+RESULTS = Path(__file__).parent / "results"
+MODEL_NAME = "all-MiniLM-L6-v2"
+METHODS: dict[str, dict[str, Any]] = {
+    "magnitude": {"selection": "magnitude", "update": "none"},
+    "oBERT, sum update": {"selection": "diagonal", "update": "sum"},
+    "oBERT, joint update": {"selection": "diagonal", "update": "joint"},
+}
+# Tokens; film reviews are longer than questions.
+MAX_LENGTH = {"trec": 64, "mr": 96}
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--datasets", nargs="+", default=["trec", "mr"], choices=list(MAX_LENGTH))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--sparsities", nargs="+", type=float, default=[0.5, 0.6, 0.7, 0.8])
+    parser.add_argument("--epochs", type=float, default=2.0, help="of fine-tuning")
+    parser.add_argument("--learning-rate", type=float, default=2e-4)
+    parser.add_argument("--num-grads", type=int, default=256)
+    parser.add_argument("--grad-batch-size", type=int, default=16, help="texts per gradient")
+    parser.add_argument("--block-size", type=int, default=50)
+    parser.add_argument("--damping", type=float, default=1e-8)
+    parser.add_argument("--work", type=Path, default=cache_folder() / "benchmark_accuracy")
+    return parser.parse_args()
+
+
+class Stages:
+    """A bar for each stage of more than a second."""
+
+    def __init__(self, prefix: str) -> None:
+        self.prefix = prefix
+        self.bar: tqdm | None = None
+        self.stage = ""
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        if self.bar is None or stage != self.stage:
+            self.stage = stage
+            self.bar = tqdm(
+                total=total, desc=f"{self.prefix} {stage}", delay=1, leave=False, disable=None
+            )
+        self.bar.update(done - self.bar.n)
+        if done >= total:
+            self.bar.close()
+            self.bar = None
+
+
+def fine_tuned(
+    dataset: str, seed: int, data: TextData, settings: argparse.Namespace, progress: Stages
+) -> Path:
+    """Return the folder of the model fine-tuned with this seed, made if it is not there."""
+    key = f"{dataset}-seed{seed}-epochs{settings.epochs:g}-lr{settings.learning_rate:g}"
+    folder = settings.work / "dense" / key
+    if folder.is_dir():
+        return folder
+    source = demo_model_folder()
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    with classification.seeded(seed):
+        model = AutoModelForSequenceClassification.from_pretrained(
+            source, num_labels=len(data.label_names)
+        )
+    loader = classification.make_loader(
+        tokenizer, data.train, 32, max_length=MAX_LENGTH[dataset], shuffle=True, seed=seed
+    )
+    classification.fine_tune(
+        model, loader, settings.epochs, settings.learning_rate, seed=seed, progress=progress
+    )
+    with checkpoints.whole_folder(folder) as fresh:
+        model.save_pretrained(fresh)
+        tokenizer.save_pretrained(fresh)
+    return folder
+
+
+def measure(dataset: str, seed: int, settings: argparse.Namespace) -> dict[str, Any]:
+    """Return the accuracies of one task and seed: dense, and by method and sparsity."""
+    progress = Stages(f"{dataset} seed {seed}:")
+    start = time.perf_counter()
+    data = load_demo_set(dataset)
+    folder = fine_tuned(dataset, seed, data, settings, progress)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForSequenceClassification.from_pretrained(folder)
+    length = MAX_LENGTH[dataset]
+    test = classification.make_loader(tokenizer, data.test, 64, max_length=length, by_length=True)
+    batches = classification.calibration_batches(
+        tokenizer,
+        data.train,
+        settings.num_grads,
+        settings.grad_batch_size,
+        max_length=length,
+        seed=seed,
+    )
+    dense = {name: value.clone() for name, value in model.state_dict().items()}
+    result = {"dense": classification.accuracy(model, test), "test_texts": len(data.test)}
+    fisher = obert_kernels.estimate_fisher(
+        model,
+        batches,
+        num_grads=settings.num_grads,
+        block_size=settings.block_size,
+        progress=progress,
+    )
+    for method, options in METHODS.items():
+        shared = {} if method == "magnitude" else {"fisher": fisher, "damping": settings.damping}
+        result[method] = {}
+        for sparsity in settings.sparsities:
+            model.load_state_dict(dense)
+            obert_kernels.prune(model, sparsity=sparsity, progress=progress, **shared, **options)
+            result[method][f"{sparsity:g}"] = classification.accuracy(model, test)
+    result["seconds"] = time.perf_counter() - start
+    return result
+
+
+def measure_all(settings: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Measure every task and seed that has not been measured with these settings before."""
+    relevant = {
+        name: value
+        for name, value in vars(settings).items()
+        if name not in ("datasets", "seeds", "work")
+    }
+    relevant["max_length"] = MAX_LENGTH
+    key = hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest()[:12]
+    results: dict[str, dict[str, Any]] = {}
+    for dataset in settings.datasets:
+        for seed in settings.seeds:
+            path = settings.work / "measured" / key / f"{dataset}-seed{seed}.json"
+            if not path.is_file():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                checkpoints.write_json(path, measure(dataset, seed, settings))
+            results.setdefault(dataset, {})[str(seed)] = json.loads(path.read_text())
+            print(f"{dataset} seed {seed}: {results[dataset][str(seed)]['seconds']:.0f} s")
+    return results
+
+
+def processor_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if "model name" in line)
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def environment() -> dict[str, Any]:
+    packages = ("obert-kernels", "torch", "transformers", "tokenizers")
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "cpu": processor_name(),
+        "threads": torch.get_num_threads(),
+        "bfloat16": classification.runs_bfloat16_natively(),
+        "python": platform.python_version(),
+        **{name: version(name) for name in packages},
+    }
+
+
+def table(by_seed: dict[str, Any], sparsities: list[float]) -> list[str]:
+    """Markdown rows: mean and standard deviation over the seeds, in per cent."""
+
+    def cell(values: list[float]) -> str:
+        spread = statistics.stdev(values) if len(values) > 1 else 0.0
+        return f"{100 * statistics.mean(values):.1f} ± {100 * spread:.1f}"
+
+    runs = list(by_seed.values())
+    header = ["method", *(f"{100 * sparsity:g} %" for sparsity in sparsities)]
+    rows = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    for method in METHODS:
+        cells = [cell([run[method][f"{s:g}"] for run in runs]) for s in sparsities]
+        rows.append("| " + " | ".join([method, *cells]) + " |")
+    dense = cell([run["dense"] for run in runs])
+    return [f"Dense: {dense}; {runs[0]['test_texts']} test texts.", "", *rows]
+
+
+def report(results: dict[str, Any], settings: argparse.Namespace, command: str) -> str:
+    about = environment()
+    lines = [
+        "# One-shot accuracy",
+        "",
+        f"{MODEL_NAME} fine-tuned, pruned in one shot (encoder linear layers, unstructured, one "
+        "global ranking), no training afterwards.  Test accuracy in per cent, mean ± standard "
+        f"deviation over {len(settings.seeds)} seeds of fine-tuning and gradients; every "
+        "second-order row of a seed uses the same gradients.",
+        "",
+        f"Settings: {settings.epochs:g} epochs at learning rate {settings.learning_rate:g}, batch "
+        f"32; {settings.num_grads} gradients of {settings.grad_batch_size} texts, block size "
+        f"{settings.block_size}, damping {settings.damping:g}.",
+        "",
+    ]
+    for dataset, by_seed in results.items():
+        lines += [f"## {dataset.upper()}", "", *table(by_seed, settings.sparsities), ""]
+    lines += [
+        f"Made by `{command}` on {about['date']}: "
+        + ", ".join(f"{name} {value}" for name, value in about.items() if name != "date")
+        + ".",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    settings = parse_arguments()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    command = shlex.join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]])
+    results = measure_all(settings)
+    text = report(results, settings, command)
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / "accuracy_oneshot.md").write_text(text, encoding="utf-8")
+    options = {**vars(settings), "work": None, "max_length": MAX_LENGTH}
+    checkpoints.write_json(
+        RESULTS / "accuracy_oneshot.json",
+        {"command": command, "settings": options, "versions": environment(), "results": results},
+    )
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,59 @@
+"""The reference algorithm of oBERT in plain torch, written from its published formulas.
+
+It is what people ran before: a dense float32 inverse per block, one einsum and one baddbmm
+per gradient; scores w^2 / (2 diag + eps); 4 x 4 solves for 4-blocks; update by bmm.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+EPS = torch.finfo(torch.float32).eps
+
+
+class ReferenceInverse:
+    """Inverse block Fisher of ``d`` weights; ``f_inv`` is ``[blocks, B, B]`` float32."""
+
+    def __init__(self, m: int, block_size: int, d: int, damping: float) -> None:
+        self.m, self.size, self.d = m, block_size, d
+        self.blocks = -(-d // block_size)
+        self.f_inv = (torch.eye(block_size) / damping).repeat(self.blocks, 1, 1)
+
+    def _padded(self, v: Tensor) -> Tensor:
+        missing = self.blocks * self.size - self.d
+        if missing:
+            v = torch.cat([v, v.new_zeros(missing)])
+        return v.view(self.blocks, self.size)
+
+    def add_grad(self, g: Tensor) -> None:
+        g = self._padded(g)
+        fg = torch.einsum("bij,bj->bi", self.f_inv, g)
+        alpha = (self.m + torch.einsum("bi,bi->b", g, fg)).sqrt().unsqueeze(1)
+        fg /= alpha
+        self.f_inv.baddbmm_(fg.unsqueeze(2), fg.unsqueeze(1), alpha=-1)
+
+    def diag(self) -> Tensor:
+        return self.f_inv.diagonal(dim1=1, dim2=2).flatten()[: self.d]
+
+    def mul(self, v: Tensor) -> Tensor:
+        return torch.bmm(self.f_inv, self._padded(v).unsqueeze(2)).flatten()[: self.d]
+
+    def scores(self, w: Tensor) -> Tensor:
+        return w**2 / (2.0 * self.diag() + EPS)
+
+    def update(self, w: Tensor, keep: Tensor) -> Tensor:
+        return (w - self.mul(w * ~keep / (self.diag() + EPS))) * keep
+
+    def _groups(self, c: int) -> Tensor:
+        """``[groups, c, c]`` diagonal blocks of the inverse; c divides B."""
+        split = self.f_inv.view(self.blocks, self.size // c, c, self.size // c, c)
+        return split.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2).reshape(-1, c, c)[: self.d // c]
+
+    def group_scores(self, w: Tensor, c: int) -> Tensor:
+        q = w.view(-1, c, 1)
+        return 0.5 * (q.mT @ torch.linalg.solve(self._groups(c), q)).flatten()
+
+    def group_update(self, w: Tensor, keep: Tensor, c: int) -> Tensor:
+        q = (w * ~keep).view(-1, c, 1)
+        return (w - self.mul(torch.linalg.solve(self._groups(c), q).flatten())) * keep

@@ -1,0 +1,255 @@
+"""CPU kernels against the reference algorithm in torch, alternated in one process.
+
+    python benchmarks/kernels.py                 # everything, about 10 minutes on 2 cores
+    python benchmarks/kernels.py --block 50 --rows 768 --columns 768
+
+Every figure is the median over rounds; in each round every contender runs once on the same
+data.  "gradients to inverse" is m times the cost of one gradient (measured over k gradients,
+in one call for ours) plus one inversion.  The reference adds its gradients one by one, and
+its cost per gradient does not depend on how many came before, so it is measured on a few.
+Bounds are calculated from bytes and flops (stated per row in the JSON) against ceilings
+measured here: reading memory, and matrix products in the same precision.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from contender import ReferenceInverse
+
+from obert_kernels import _lib, ops
+
+M = 1024
+DAMPING = 1e-7
+SCALE = 1e-4
+RESULTS = Path(__file__).parent / "results"
+
+
+def seconds(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def ceilings() -> dict[str, float]:
+    """Bytes read per second and flops per second this machine reaches right now."""
+    data = torch.zeros(1 << 26)
+    read = min(seconds(data.sum) for _ in range(9))
+    found = {"read_bytes_per_s": data.numel() * 4 / read}
+    for name, dtype in (("float32", torch.float32), ("float64", torch.float64)):
+        a = torch.rand(2048, 2048, dtype=dtype)
+        best = min(seconds(lambda a=a: a @ a) for _ in range(9))
+        found[f"{name}_flops_per_s"] = 2 * 2048**3 / best
+    return found
+
+
+def machine() -> dict[str, str]:
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [x for x in cpuinfo.read_text().splitlines() if x.startswith("model name")]
+        model = names[0].split(":")[1].strip() if names else model
+    return {
+        "cpu": model,
+        "threads": str(torch.get_num_threads()),
+        "kernels": _lib.core().current_instruction_set(),
+        "torch": torch.__version__,
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def gradient_pool(k: int, n: int) -> torch.Tensor:
+    """k correlated gradients (a shared direction and noise)."""
+    torch.manual_seed(0)
+    shared = torch.randn(n) * SCALE
+    return torch.randn(k, n).mul_(SCALE).add_(torch.randn(k, 1) * shared)
+
+
+def validate(n: int, size: int, g: torch.Tensor) -> None:
+    """All routes must agree on a piece of the data before anything is timed."""
+    part = g[:, : min(n, 20 * size)].contiguous()
+    d = part.shape[1]
+    ref = ReferenceInverse(M, size, d, DAMPING)
+    for row in part:
+        ref.add_grad(row)
+    status = ops.new_status()
+    blocks, triangle = ref.blocks, size * (size + 1) // 2
+    for dtype in (torch.float32, torch.float64):
+        gram = torch.zeros(blocks, triangle, dtype=dtype)
+        ops.gram_accumulate(gram, part, size)
+        inverse = ops.gram_inverse(gram, d, size, M, DAMPING, torch.float32, status)
+        torch.testing.assert_close(inverse, ref.f_inv, rtol=1e-3, atol=1e-3 / DAMPING * 1e-2)
+    state = (torch.eye(size) / DAMPING).repeat(blocks, 1, 1)
+    ops.woodbury_update(state, part, M, status)
+    torch.testing.assert_close(state, ref.f_inv, rtol=1e-3, atol=1e-3 / DAMPING * 1e-2)
+    assert status.item() == -1
+
+
+def bound_seconds(kind: str, n: int, size: int, k: int, top: dict[str, float]) -> dict:
+    """Time per gradient that bytes and flops allow (design: 8B^2 + 4kB bytes a block, …)."""
+    blocks = -(-n // size)
+    element = 8 if kind == "gram float64" else 4
+    if kind == "woodbury":
+        state_bytes, flops = 2 * size * size * 4, 4 * size * size
+    else:
+        state_bytes, flops = size * (size + 1) * element, size * (size + 1)
+    rate = "float64" if kind == "gram float64" else "float32"
+    by_bytes = blocks * (state_bytes / k + 4 * size) / top["read_bytes_per_s"]
+    by_flops = blocks * flops / top[f"{rate}_flops_per_s"]
+    return {"bytes": by_bytes, "flops": by_flops}
+
+
+def measure(rows: int, columns: int, size: int, k: int, rounds: int, top: dict) -> list[dict]:
+    n = rows * columns
+    g = gradient_pool(k, n)
+    validate(n, size, g)
+    torch.manual_seed(1)
+    weight, keep = torch.randn(n) * 0.04, torch.rand(n) < 0.3
+    keep4 = (torch.rand(n // 4) < 0.3).repeat_interleave(4)
+    ref = ReferenceInverse(M, size, n, DAMPING)
+    blocks, triangle = ref.blocks, size * (size + 1) // 2
+    gram32 = torch.zeros(blocks, triangle)
+    gram64 = torch.zeros(blocks, triangle, dtype=torch.float64)
+    state = (torch.eye(size) / DAMPING).repeat(blocks, 1, 1)
+    status = ops.new_status()
+    fisher = (size, float(M), DAMPING, status)
+    few = 4
+    calls: dict[str, tuple[Callable[[], object], int]] = {
+        "reference gradient": (lambda: [ref.add_grad(g[i]) for i in range(few)], few),
+        "gram float32": (lambda: ops.gram_accumulate(gram32, g, size), k),
+        "gram float64": (lambda: ops.gram_accumulate(gram64, g, size), k),
+        "woodbury": (lambda: ops.woodbury_update(state, g, float(M), status), k),
+        "inverse": (
+            lambda: ops.gram_inverse(gram64, n, size, float(M), DAMPING, torch.float32, status), 1),
+        "reference scores": (lambda: ref.scores(weight), 1),
+        "scores, given inverse": (lambda: ops.inverse_scores(state, weight, 1, status), 1),
+        "scores, from Gram": (lambda: ops.gram_scores(gram64, weight, 1, *fisher), 1),
+        "reference update": (lambda: ref.update(weight, keep), 1),
+        "sum update, given inverse": (
+            lambda: ops.inverse_update(state, weight, keep, 1, False, False, status), 1),
+        "sum update, from Gram": (
+            lambda: ops.gram_update(gram64, weight, keep, 1, False, *fisher), 1),
+        "joint update, from Gram": (
+            lambda: ops.gram_update(gram64, weight, keep, 1, True, *fisher), 1),
+    }  # fmt: skip
+    if size % 4 == 0:
+        calls |= {
+            "reference 4-block scores": (lambda: ref.group_scores(weight, 4), 1),
+            "4-block scores, given inverse": (
+                lambda: ops.inverse_scores(state, weight, 4, status), 1),
+            "4-block scores, from Gram": (lambda: ops.gram_scores(gram64, weight, 4, *fisher), 1),
+            "reference 4-block update": (lambda: ref.group_update(weight, keep4, 4), 1),
+            "4-block sum update, given inverse": (
+                lambda: ops.inverse_update(state, weight, keep4, 4, False, False, status), 1),
+            "4-block joint update, from Gram": (
+                lambda: ops.gram_update(gram64, weight, keep4, 4, True, *fisher), 1),
+        }  # fmt: skip
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for index in range(rounds + 1):
+        for name, (call, count) in calls.items():
+            spent = seconds(call) / count
+            if index > 0:  # the first round warms up
+                times[name].append(spent)
+    if status.item() != -1:
+        raise SystemExit(f"block {status.item()} broke down; the timings mean nothing")
+    median = {name: statistics.median(values) for name, values in times.items()}
+    return rows_of(median, times, rows, columns, size, k, top)
+
+
+def rows_of(
+    median: dict, times: dict, rows: int, columns: int, size: int, k: int, top: dict
+) -> list[dict]:
+    common = {"matrix": f"{rows}x{columns}", "block_size": size, "k": k}
+    reference = M * median["reference gradient"]
+    out = []
+    for kind in ("gram float32", "gram float64", "woodbury"):
+        inverse = 0.0 if kind == "woodbury" else median["inverse"]
+        total = M * median[kind] + inverse
+        bound = bound_seconds(kind, rows * columns, size, k, top)
+        out.append({
+            **common,
+            "what": f"gradients to inverse: {kind}",
+            "reference_s": reference,
+            "ours_s": total,
+            "ratio": reference / total,
+            "per_gradient_ms": median[kind] * 1e3,
+            "reference_per_gradient_ms": median["reference gradient"] * 1e3,
+            "inverse_ms": inverse * 1e3,
+            "bound_ms": {name: value * 1e3 for name, value in bound.items()},
+            "of_bound": max(bound.values()) / median[kind],
+        })  # fmt: skip
+    for name in median:
+        if "given inverse" not in name and "from Gram" not in name:
+            continue
+        kind = "4-block " if name.startswith("4-block") else ""
+        against = f"reference {kind}{'scores' if 'scores' in name else 'update'}"
+        out.append({
+            **common,
+            "what": name,
+            "reference_s": median[against],
+            "ours_s": median[name],
+            "ratio": median[against] / median[name],
+        })  # fmt: skip
+    for row in out:
+        row["rounds"] = len(times["inverse"])
+    return out
+
+
+def table(rows: list[dict]) -> str:
+    lines = [
+        "| matrix | B | k | what | reference s | ours s | ratio | of the bound |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        of_bound = f"{row['of_bound']:.0%}" if "of_bound" in row else ""
+        lines.append(
+            f"| {row['matrix']} | {row['block_size']} | {row['k']} | {row['what']} | "
+            f"{row['reference_s']:.4g} | {row['ours_s']:.4g} | {row['ratio']:.1f}x | {of_bound} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--block", type=int, nargs="+", default=[4, 32, 50, 64, 128])
+    parser.add_argument("--rows", type=int, default=768)
+    parser.add_argument("--columns", type=int, nargs="+", default=[768, 3072])
+    parser.add_argument("-k", type=int, nargs="+", default=[64], help="gradients per call")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--name", default="kernels_cpu", help="file name under results/")
+    args = parser.parse_args()
+    top = ceilings()
+    about = machine()
+    rows: list[dict] = []
+    for columns in args.columns:
+        for size in args.block:
+            for k in args.k:
+                new = measure(args.rows, columns, size, k, args.rounds, top)
+                print(table(new), flush=True)
+                rows += new
+    RESULTS.mkdir(exist_ok=True)
+    command = "python benchmarks/kernels.py"
+    document = {"command": command, "arguments": vars(args), "machine": about, "m": M,
+                "ceilings": top, "rows": rows}  # fmt: skip
+    (RESULTS / f"{args.name}.json").write_text(json.dumps(document, indent=1) + "\n")
+    text = (
+        f"# CPU kernels against the reference algorithm\n\n`{command}` on {about['cpu']}, "
+        f"{about['threads']} threads, {about['kernels']} kernels, torch {about['torch']}, "
+        f"{about['date']}.  m = {M}; medians of {args.rounds} alternated rounds.  Ceilings "
+        f"measured in the same process: reading {top['read_bytes_per_s'] / 1e9:.1f} GB/s, matrix "
+        f"products {top['float32_flops_per_s'] / 1e9:.0f} GFLOP/s in float32 and "
+        f'{top["float64_flops_per_s"] / 1e9:.0f} in float64.  "Of the bound": the larger of '
+        "the times that bytes and flops need at these ceilings, over the time measured.\n\n"
+    )
+    (RESULTS / f"{args.name}.md").write_text(text + table(rows) + "\n")
+
+
+if __name__ == "__main__":
+    main()

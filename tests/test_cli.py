@@ -1,0 +1,295 @@
+"""The command line from end to end on a tiny random BERT, and the parts behind it."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers")
+tokenizers = pytest.importorskip("tokenizers")
+pytest.importorskip("typer")
+
+from obert_kernels import checkpoints, classification, cli, demo, prune  # noqa: E402
+from obert_kernels.text_data import load_text_data  # noqa: E402
+
+WORDS = ["good", "fine", "nice", "bad", "poor", "awful", "film", "plot", "the", "a", "was", "and"]
+TINY = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+
+def save_model(folder: Path, *, head: bool, classes: int = 2) -> Path:
+    """A tiny random BERT with a tokenizer that knows WORDS."""
+    vocabulary = {word: index for index, word in enumerate(["[PAD]", "[UNK]", "[CLS]", *WORDS])}
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="[UNK]"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    words.post_processor = tokenizers.processors.TemplateProcessing(
+        single="[CLS] $A", pair="[CLS] $A [CLS] $B:1", special_tokens=[("[CLS]", 2)]
+    )
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]"
+    )
+    config = transformers.BertConfig(
+        vocab_size=len(vocabulary), intermediate_size=32, num_labels=classes, **TINY
+    )
+    kind = transformers.BertForSequenceClassification if head else transformers.BertModel
+    with classification.seeded(0):
+        model = kind(config)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """A model this small only loses by threads, most of all where tests run side by side."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def data_file(tmp_path: Path) -> str:
+    generator = torch.Generator().manual_seed(0)
+    lines = ["text,label"]
+    for index in range(160):
+        mood = WORDS[3 * (index % 2) + int(torch.randint(3, (1,), generator=generator))]
+        filler = torch.randint(6, 12, (int(torch.randint(3, 9, (1,), generator=generator)),),
+                               generator=generator)  # fmt: skip
+        lines.append(f"{' '.join(WORDS[word] for word in filler)} {mood} {index},{index % 2}")
+    path = tmp_path / "moods.csv"
+    path.write_text("\n".join(lines))
+    return str(path)
+
+
+@pytest.fixture
+def command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str, str]]:
+    """Run ``obert-prune`` with arguments; return exit code, stdout and stderr."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["obert-prune", *map(str, arguments)])
+        monkeypatch.setenv("COLUMNS", "200")
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+            raise SystemExit(0)
+        captured = capsys.readouterr()
+        return end.value.code or 0, captured.out, captured.err
+
+    return run
+
+
+QUICK = ("--num-grads", 8, "--grad-batch-size", 4, "--block-size", 8, "--max-length", 16)
+
+
+def test_run_writes_checkpoints_report_and_plot(
+    tmp_path: Path, data_file: str, command: Callable[..., tuple[int, str, str]]
+) -> None:
+    model = save_model(tmp_path / "model", head=True)
+    out = tmp_path / "out"
+    arguments = ("run", model, data_file, "-s", 0.5, "--sparsity", 0.75, "-o", out, *QUICK)
+    code, stdout, stderr = command(*arguments)
+    assert code == 0, stderr
+    assert re.search(r"50\.0% +\d+\.\d% +\d+\.\d%\n +75\.0%", stdout)
+    assert sorted(path.name for path in out.iterdir()) == [
+        "accuracy.png", "report.json", "sparsity-0.5", "sparsity-0.75",
+    ]  # fmt: skip
+    assert (out / "accuracy.png").read_bytes().startswith(b"\x89PNG")
+    report = json.loads((out / "report.json").read_text())
+    assert [(row["method"], row["sparsity"]) for row in report["results"]] == [
+        ("magnitude", 0.5), ("oBERT", 0.5), ("magnitude", 0.75), ("oBERT", 0.75),
+    ]  # fmt: skip
+    for sparsity in (0.5, 0.75):
+        folder = out / f"sparsity-{sparsity}"
+        masks = checkpoints.load_masks(folder)
+        pruned = transformers.AutoModelForSequenceClassification.from_pretrained(folder)
+        weights = dict(pruned.named_parameters())
+        assert len(masks) == 12
+        for name, mask in masks.items():
+            assert mask.dtype == torch.bool and mask.shape == weights[name].shape
+            assert torch.equal(weights[name] != 0, mask)
+        total = sum(mask.numel() for mask in masks.values())
+        assert sum(int((~mask).sum()) for mask in masks.values()) == sparsity * total
+        own = json.loads((folder / "report.json").read_text())
+        test = classification.make_loader(
+            transformers.AutoTokenizer.from_pretrained(folder), load_text_data(data_file).test, 64
+        )
+        assert own["accuracy"] == classification.accuracy(pruned, test)
+    assert command(*arguments)[1].splitlines()[:-1] == stdout.splitlines()[:-1]  # and again
+
+
+def test_run_fine_tunes_and_recovers(
+    tmp_path: Path, data_file: str, command: Callable[..., tuple[int, str, str]]
+) -> None:
+    model = save_model(tmp_path / "model", head=False)
+    out = tmp_path / "out"
+    code, _, stderr = command(
+        "run", model, data_file, "-s", 0.5, "-o", out, *QUICK, "--finetune-epochs", 12,
+        "--recovery-epochs", 1, "--learning-rate", 5e-3, "--pattern", "block4",
+        "--max-memory", "80KiB",
+    )  # fmt: skip
+    assert code == 0, stderr
+    report = json.loads((out / "report.json").read_text())
+    assert report["dense_accuracy"] > 0.9
+    assert report["results"][1]["accuracy"] > 0.8
+    folder = out / "sparsity-0.5"
+    weights = dict(
+        transformers.AutoModelForSequenceClassification.from_pretrained(folder).named_parameters()
+    )
+    for name, mask in checkpoints.load_masks(folder).items():
+        groups = mask.view(-1, 4)
+        assert torch.equal(groups.any(dim=1), groups.all(dim=1))
+        assert not weights[name][~mask].any()
+    dense = transformers.AutoModelForSequenceClassification.from_pretrained(out / "dense")
+    assert dense.config.id2label == {0: "0", 1: "1"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["missing-folder", "DATA"], "missing-folder could not be loaded as a model"),
+        (["MODEL", "missing.csv"], "there is no file missing.csv"),
+        (["MODEL", "DATA", "--pattern", "rows"], "pattern must be .*got 'rows'"),
+        (["MODEL", "DATA", "--params", "re:nothing"], "'re:nothing' matches no"),
+        (["MODEL", "DATA", "--label-column", "kind"], "no column 'kind' for --label-column"),
+        (["MODEL", "DATA", "--max-memory", "1KB"], "max_memory"),
+        (["MODEL", "DATA", "--damping", "-1"], "damping must be positive"),
+        (["MODEL", "DATA", "--max-length", "513"], "at most 512 tokens"),
+        (["MODEL", "DATA", "--pattern", "block3"], "3"),
+        (["MODEL", "DATA", "--grad-batch-size", "1000"], "--grad-batch-size"),
+        (["BARE", "DATA"], "no trained classification head: .*--finetune-epochs"),
+        (["THREE", "DATA"], "knows the classes .* but .* has 0, 1: .*--finetune-epochs"),
+    ],
+)
+def test_user_errors_are_one_line(
+    tmp_path: Path,
+    data_file: str,
+    command: Callable[..., tuple[int, str, str]],
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    message: str,
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    names = {"DATA": data_file}
+    names |= {"MODEL": str(save_model(tmp_path / "model", head=True))}
+    names |= {"BARE": str(save_model(tmp_path / "bare", head=False))}
+    names |= {"THREE": str(save_model(tmp_path / "three", head=True, classes=3))}
+    given = [names.get(argument, argument) for argument in arguments]
+    out = tmp_path / "out"
+    code, _, stderr = command("run", *given, "-s", 0.5, "--num-grads", 2, "-o", out)
+    assert code == 1
+    assert re.fullmatch(rf"error: .*{message}.*\n", stderr)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["run"], ["run", "a", "b"], ["run", "a", "b", "-s", "2"], ["prune"],
+     ["run", "a", "b", "-s", "0.5", "--max-memory", "lots"]],
+)  # fmt: skip
+def test_wrong_usage_exits_with_2(
+    command: Callable[..., tuple[int, str, str]], arguments: list[str]
+) -> None:
+    code, _, stderr = command(*arguments)
+    assert code == 2 and "Traceback" not in stderr
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["demo", "-h"]])
+def test_help(command: Callable[..., tuple[int, str, str]], arguments: list[str]) -> None:
+    code, stdout, _ = command(*arguments)
+    assert code == 0 and "Usage: obert-prune" in stdout
+
+
+def test_demo_is_a_run_with_its_own_settings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Callable[..., tuple[int, str, str]]
+) -> None:
+    seen = []
+    monkeypatch.setattr(cli, "prune_classifier", lambda settings, *_: seen.append(settings))
+    assert command("demo", "--dataset", "mr", "-o", tmp_path, "--seed", 3)[0] == 0
+    assert seen == [demo.demo_settings("mr", tmp_path, 3)]
+    assert seen[0].sparsity == (0.5, 0.6, 0.7, 0.8)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("8GB", 8 * 10**9), ("512 MiB", 2**29), ("1.5k", 1500), ("1000000", 10**6), ("2Gi", 2**31)],
+)
+def test_amounts_of_memory(text: str, expected: int) -> None:
+    assert cli.parse_bytes(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "GB", "8 parsecs", "-1GB", "1TB1", "5i"])
+def test_wrong_amounts_of_memory(text: str) -> None:
+    with pytest.raises(ValueError, match="no amount of memory"):
+        cli.parse_bytes(text)
+
+
+def test_interrupted_save_leaves_the_old_checkpoint(tmp_path: Path, data_file: str) -> None:
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(
+        save_model(tmp_path / "model", head=True)
+    )
+    result = prune(model, sparsity=0.5, selection="magnitude")
+    folder = checkpoints.save_pruned(result, None, tmp_path / "saved" / "half")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    class BrokenTokenizer:
+        def save_pretrained(self, folder: Path) -> None:
+            raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        checkpoints.save_pruned(result, BrokenTokenizer(), folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    with pytest.raises(OSError, match="disk full"):
+        checkpoints.save_pruned(result, BrokenTokenizer(), tmp_path / "saved" / "other")
+    assert [path.name for path in (tmp_path / "saved").iterdir()] == ["half"]
+
+
+def test_other_folders_are_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter1.tex").write_text("x")
+    with pytest.raises(FileExistsError, match="not a checkpoint"):
+        checkpoints.check_replaceable(tmp_path / "thesis")
+    with pytest.raises(FileNotFoundError, match="holds no masks"):
+        checkpoints.load_masks(tmp_path)
+
+
+def test_batches_and_training_are_seeded(tmp_path: Path, data_file: str) -> None:
+    folder = save_model(tmp_path / "model", head=True)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    data = load_text_data(data_file)
+
+    def trained(state: int) -> torch.Tensor:
+        torch.manual_seed(state)  # must not matter
+        model = transformers.AutoModelForSequenceClassification.from_pretrained(folder)
+        loader = classification.make_loader(
+            tokenizer, data.train, 16, shuffle=True, by_length=state > 1, seed=1
+        )
+        before = torch.get_rng_state()
+        classification.fine_tune(model, loader, 0.5, 1e-3, seed=5)
+        assert torch.equal(torch.get_rng_state(), before)
+        batches = classification.calibration_batches(tokenizer, data.train, 40, 8, seed=2)
+        assert [len(batch["labels"]) for batch in batches] == [8] * 40
+        texts = torch.cat([batch["input_ids"].sum(dim=1) for batch in batches])
+        return torch.cat([texts.float(), *[p.detach().flatten() for p in model.parameters()]])
+
+    assert torch.equal(trained(0), trained(1))
+    assert not torch.equal(trained(0), trained(2))
+
+
+def test_sorted_loader_gives_every_text_once(tmp_path: Path, data_file: str) -> None:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(save_model(tmp_path / "m", head=False))
+    data = load_text_data(data_file)
+    plain = classification.make_loader(tokenizer, data.train, 8)
+    ordered = classification.make_loader(tokenizer, data.train, 8, by_length=True)
+    assert sum(int(batch["labels"].sum()) for batch in plain) == sum(
+        int(batch["labels"].sum()) for batch in ordered
+    )
+    widths = [batch["input_ids"].shape[1] for batch in ordered]
+    assert widths == sorted(widths)
