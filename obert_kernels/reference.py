@@ -149,7 +149,8 @@ def _solve_restricted(inverse: Tensor, weight: Tensor, allowed: Tensor) -> Tenso
     identity = torch.eye(inverse.shape[-1], dtype=torch.bool, device=inverse.device)
     alone = identity & ~allowed.diagonal(dim1=1, dim2=2)[:, :, None]
     system = torch.where(allowed, inverse, 0.0) + alone.to(inverse.dtype)
-    return torch.linalg.solve(system, weight.unsqueeze(-1)).squeeze(-1)
+    factor, _ = torch.linalg.cholesky_ex(system)  # positive definite like F^-1
+    return torch.cholesky_solve(weight.unsqueeze(-1), factor).squeeze(-1)
 
 
 def _group_scores(
