@@ -16,8 +16,9 @@ except ModuleNotFoundError as missing:
         '`pip install "obert-kernels[cli]"`'
     ) from missing
 
-from .demo import Settings, demo_settings, prune_classifier
+from .demo import demo_settings
 from .downloads import DownloadError, import_extra
+from .experiment import Settings, prune_classifier
 from .ops import NumericalError
 
 # What a user can cause and cure; anything else is a bug and shows its traceback.
