@@ -1,6 +1,6 @@
 """CPU kernels against the reference algorithm in torch, alternated in one process.
 
-    python benchmarks/kernels.py                 # everything, about 10 minutes on 2 cores
+    python benchmarks/kernels.py                 # everything, about 4 minutes on 2 cores
     python benchmarks/kernels.py --block 50 --rows 768 --columns 768
 
 Every figure is the median over rounds; in each round every contender runs once on the same
@@ -16,7 +16,9 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import shlex
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -235,7 +237,7 @@ def main() -> None:
                 print(table(new), flush=True)
                 rows += new
     RESULTS.mkdir(exist_ok=True)
-    command = "python benchmarks/kernels.py"
+    command = shlex.join(["python", "benchmarks/kernels.py", *sys.argv[1:]])
     document = {"command": command, "arguments": vars(args), "machine": about, "m": M,
                 "ceilings": top, "rows": rows}  # fmt: skip
     (RESULTS / f"{args.name}.json").write_text(json.dumps(document, indent=1) + "\n")
