@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .reference import num_blocks
+from .reference import gram_shape, num_blocks
 
 MAX_BLOCK_SIZE = 256
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -24,6 +24,11 @@ def check_block_size(block_size: int) -> None:
         1 <= block_size <= MAX_BLOCK_SIZE,
         f"block_size must be between 1 and {MAX_BLOCK_SIZE}, got {block_size}",
     )
+
+
+def check_positive(name: str, value: float) -> None:
+    """Raise ValueError unless above zero."""
+    require(value > 0, f"{name} must be positive, got {value}")
 
 
 def check_dtype(name: str, tensor: Tensor, allowed: tuple[torch.dtype, ...]) -> None:
@@ -56,8 +61,7 @@ def check_gram(gram: Tensor, num_weights: int, block_size: int) -> None:
     """``[blocks, B(B+1)/2]``, contiguous."""
     check_block_size(block_size)
     check_dtype("gram", gram, WIDE)
-    blocks = num_blocks(num_weights, block_size)
-    check_shape("gram", gram, (blocks, block_size * (block_size + 1) // 2))
+    check_shape("gram", gram, gram_shape(num_weights, block_size))
     require(gram.is_contiguous(), "gram must be contiguous")
 
 
@@ -71,8 +75,8 @@ def check_fisher(
 ) -> None:
     """A Gram with a usable m and damping."""
     check_gram(gram, num_weights, block_size)
-    require(num_gradients > 0, f"num_gradients must be positive, got {num_gradients}")
-    require(damping > 0, f"damping must be positive, got {damping}")
+    check_positive("num_gradients", num_gradients)
+    check_positive("damping", damping)
     check_status(status)
     check_devices(gram=gram, status=status)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ._checks import check_positive
 from .fisher import GramFisher
 from .memory import GRADIENTS_PER_UPDATE
 
@@ -32,8 +33,7 @@ class EmpiricalBlockFisherInverse:
         damp: float,
         device: torch.device | str = "cpu",
     ) -> None:
-        if damp <= 0:
-            raise ValueError(f"damp must be positive, got {damp}")
+        check_positive("damp", damp)
         if num_grads < 1:
             raise ValueError(f"num_grads must be at least 1, got {num_grads}")
         self.m = num_grads

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from ._checks import check_block_size
 from .fisher import GramFisher
 from .gradients import LossFn, batch_gradients
 from .layers import find_weights
 from .memory import Plan, plan_passes
-from .ops import MAX_BLOCK_SIZE
 
 Progress = Callable[[str, int, int], None]
 
@@ -63,8 +63,7 @@ def check_counts(num_grads: int, block_size: int) -> None:
     """Raise ValueError for a number of gradients or a block size out of range."""
     if num_grads < 1:
         raise ValueError(f"num_grads must be at least 1, got {num_grads}")
-    if not 1 <= block_size <= MAX_BLOCK_SIZE:
-        raise ValueError(f"block_size must be between 1 and {MAX_BLOCK_SIZE}, got {block_size}")
+    check_block_size(block_size)
 
 
 def accumulate(
@@ -101,9 +100,9 @@ def accumulate(
         for index in range(num_grads):
             with clock.stage("gradients"):
                 for name, gradient in next(source).items():
+                    row = buffers[name][gathered].view_as(gradient).copy_(gradient)
                     if name in dead:
-                        gradient.masked_fill_(dead[name], 0)
-                    buffers[name][gathered].copy_(gradient.reshape(-1))
+                        row.masked_fill_(dead[name], 0)
             gathered += 1
             if gathered == k or index == num_grads - 1:
                 flush()

@@ -8,17 +8,19 @@ updates it gradient by gradient.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from . import ops
-from .reference import num_blocks
+from ._checks import check_block_size, check_positive
+from .reference import gram_shape, num_blocks
 
 
 def gram_bytes(num_weights: int, block_size: int, dtype: torch.dtype = torch.float64) -> int:
     """Memory of the Gram of one matrix, in bytes."""
-    triangle = block_size * (block_size + 1) // 2
-    return num_blocks(num_weights, block_size) * triangle * dtype.itemsize
+    return math.prod(gram_shape(num_weights, block_size)) * dtype.itemsize
 
 
 def _as_rows(gradients: Tensor, num_weights: int) -> Tensor:
@@ -29,6 +31,12 @@ def _as_rows(gradients: Tensor, num_weights: int) -> Tensor:
             f"gradients must be [n] or [k, n] with n = {num_weights}, got {tuple(gradients.shape)}"
         )
     return rows
+
+
+def _is_joint(rule: str) -> bool:
+    if rule not in ("sum", "joint"):
+        raise ValueError(f"update rule must be 'sum' or 'joint', got {rule!r}")
+    return rule == "joint"
 
 
 def _wide(weight: Tensor) -> Tensor:
@@ -64,19 +72,14 @@ class GramFisher:
     ) -> None:
         if num_weights < 1:
             raise ValueError(f"num_weights must be at least 1, got {num_weights}")
-        if not 1 <= block_size <= ops.MAX_BLOCK_SIZE:
-            raise ValueError(
-                f"block_size must be between 1 and {ops.MAX_BLOCK_SIZE}, got {block_size}"
-            )
+        check_block_size(block_size)
         if dtype not in (torch.float32, torch.float64):
             raise TypeError(f"dtype must be float32 or float64, got {dtype}")
         self.num_weights = num_weights
         self.block_size = block_size
         self.name = name
         self.num_gradients: float = 0
-        blocks = num_blocks(num_weights, block_size)
-        triangle = block_size * (block_size + 1) // 2
-        self.gram = torch.zeros((blocks, triangle), dtype=dtype, device=device)
+        self.gram = torch.zeros(gram_shape(num_weights, block_size), dtype=dtype, device=device)
 
     def accumulate(self, gradients: Tensor) -> None:
         """Add gradients ``[n]`` or ``[k, n]``, any floating type; many at once are cheaper."""
@@ -166,11 +169,9 @@ class GramFisher:
             rule: "sum" adds the updates of all groups as if each were removed alone (oBERT);
                 "joint" is exact inside a block: ``w_S += F_SS^-1 F_SP w_P``.
         """
-        if rule not in ("sum", "joint"):
-            raise ValueError(f"update rule must be 'sum' or 'joint', got {rule!r}")
         problem = self._problem(damping)
         new, increase = ops.gram_update(
-            self.gram, _wide(weight), keep, group_size, rule == "joint", *problem
+            self.gram, _wide(weight), keep, group_size, _is_joint(rule), *problem
         )
         self._checked(problem[-1], damping)
         return new.to(weight.dtype), float(increase.sum())
@@ -205,8 +206,8 @@ class WoodburyFisher:
         device: torch.device | str = "cpu",
         name: str = "weights",
     ) -> None:
-        if damping <= 0:
-            raise ValueError(f"damping must be positive, got {damping}")
+        check_block_size(block_size)
+        check_positive("damping", damping)
         self.num_weights = num_weights
         self.num_gradients = num_gradients
         self.damping = damping
@@ -247,10 +248,8 @@ class WoodburyFisher:
         self, weight: Tensor, keep: Tensor, group_size: int = 1, rule: str = "joint"
     ) -> tuple[Tensor, float]:
         """Like :meth:`GramFisher.update`."""
-        if rule not in ("sum", "joint"):
-            raise ValueError(f"update rule must be 'sum' or 'joint', got {rule!r}")
         new, increase = ops.inverse_update(
-            self.inverse, _wide(weight), keep, group_size, rule == "joint", True, self._status
+            self.inverse, _wide(weight), keep, group_size, _is_joint(rule), True, self._status
         )
         self._checked()
         return new.to(weight.dtype), float(increase.sum())

@@ -8,7 +8,7 @@ stay so; a group counts as pruned when all its weights are.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor
@@ -89,13 +89,33 @@ def _smallest(scores: Mapping[str, Tensor], alive: Mapping[str, Tensor], count: 
     return chosen
 
 
+def _groups_to_prune(alive: Collection[Tensor], sparsity: float) -> int:
+    """How many living groups must go to reach a sparsity; not above 0 if it is reached."""
+    groups = sum(a.numel() for a in alive)
+    present = groups - sum(int(a.sum()) for a in alive)
+    return round(sparsity * groups) - present
+
+
+def prunes_anything(
+    keep: Mapping[str, Tensor],
+    sparsity: float | Mapping[str, float],
+    group_size: int = 1,
+    scope: str = "global",
+) -> bool:
+    """Say whether :func:`select_masks` would prune any group, whatever the scores."""
+    alive = {name: alive_groups(mask, group_size) for name, mask in keep.items()}
+    if isinstance(sparsity, Mapping):
+        return any(_groups_to_prune([alive[name]], sparsity[name]) > 0 for name in alive)
+    if scope == "layer":
+        return any(_groups_to_prune([a], sparsity) > 0 for a in alive.values())
+    return _groups_to_prune(alive.values(), sparsity) > 0
+
+
 def _prune_to(
     scores: Mapping[str, Tensor], keep: Mapping[str, Tensor], sparsity: float, group_size: int
 ) -> dict[str, Tensor]:
     alive = {name: alive_groups(keep[name], group_size) for name in scores}
-    groups = sum(a.numel() for a in alive.values())
-    present = groups - sum(int(a.sum()) for a in alive.values())
-    count = round(sparsity * groups) - present
+    count = _groups_to_prune(alive.values(), sparsity)
     if count <= 0:  # nothing is revived when the target lies below the present sparsity
         return {name: keep[name].clone() for name in scores}
     gone = _smallest(scores, alive, count)

@@ -25,9 +25,6 @@ from torch import Tensor
 
 from . import _lib, reference
 from ._checks import (
-    MAX_BLOCK_SIZE as MAX_BLOCK_SIZE,
-)
-from ._checks import (
     WIDE,
     check_devices,
     check_dtype,
@@ -36,6 +33,7 @@ from ._checks import (
     check_gram,
     check_inverse,
     check_keep,
+    check_positive,
     check_weight,
     require,
 )
@@ -299,7 +297,7 @@ def gram_update(
 def _check_woodbury(inverse, gradients, num_gradients, status):  # type: ignore[no-untyped-def]
     check_gradients(gradients, inverse)
     check_inverse(inverse, gradients.shape[1], status)
-    require(num_gradients > 0, f"num_gradients must be positive, got {num_gradients}")
+    check_positive("num_gradients", num_gradients)
 
 
 @_operator(

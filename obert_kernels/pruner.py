@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ._checks import check_positive
 from .estimate import (
     Clock,
     FisherEstimate,
@@ -21,7 +22,7 @@ from .estimate import (
 from .fisher import GramFisher
 from .gradients import LossFn, take_batches
 from .layers import find_weights, match_names
-from .masks import check_sparsity, group_size_of, magnitude_scores, select_masks
+from .masks import check_sparsity, group_size_of, magnitude_scores, prunes_anything, select_masks
 from .memory import Plan, plan_passes
 from .report import LayerReport, PruneReport
 
@@ -66,6 +67,11 @@ class _Job:
     @property
     def ranks_each_layer_alone(self) -> bool:
         return self.scope == "layer" or isinstance(self.sparsity, dict)
+
+    @property
+    def prunes_anything(self) -> bool:
+        """Is any target above the present sparsity?  Otherwise there is nothing to estimate."""
+        return prunes_anything(self.keep, self.sparsity, self.group_size, self.scope)
 
     def score(self, fishers: Mapping[str, GramFisher]) -> dict[str, Tensor]:
         scores = {}
@@ -181,8 +187,7 @@ def prune(
         NumericalError: a Fisher block is not positive definite.
     """
     check_counts(num_grads, block_size)
-    if damping <= 0:
-        raise ValueError(f"damping must be positive, got {damping}")
+    check_positive("damping", damping)
     if selection not in ("diagonal", "magnitude"):
         raise ValueError(f"selection must be 'diagonal' or 'magnitude', got {selection!r}")
     update = update or ("none" if selection == "magnitude" else "joint")
@@ -205,7 +210,7 @@ def prune(
         clock=Clock(),
         progress=progress or silent,
     )
-    needs_fisher = (selection == "diagonal" or update != "none") and _prunes_anything(job)
+    needs_fisher = (selection == "diagonal" or update != "none") and job.prunes_anything
     plan: Plan | None = None
     notes: list[str] = []
     if not needs_fisher:
@@ -287,16 +292,6 @@ def _check_groups(weights: Mapping[str, nn.Parameter], group_size: int) -> None:
                 f"pattern block{group_size}: the {weight.shape[1]} columns of {name} are not "
                 f"divisible by {group_size}; use another pattern or leave it out with params"
             )
-
-
-def _prunes_anything(job: _Job) -> bool:
-    """Is any target above the present sparsity?  Otherwise there is nothing to estimate."""
-    constant = {
-        name: torch.zeros(w.numel() // job.group_size, device=w.device)
-        for name, w in job.weights.items()
-    }
-    masks = select_masks(constant, job.keep, job.sparsity, job.group_size, job.scope)
-    return any(not torch.equal(masks[name], job.keep[name]) for name in masks)
 
 
 def _rank(job: _Job, fishers: Mapping[str, GramFisher], selection: str) -> dict[str, Tensor]:

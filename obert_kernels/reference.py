@@ -21,6 +21,11 @@ def num_blocks(num_weights: int, block_size: int) -> int:
     return -(-num_weights // block_size)
 
 
+def gram_shape(num_weights: int, block_size: int) -> tuple[int, int]:
+    """Shape of the Gram: one packed lower triangle a block."""
+    return num_blocks(num_weights, block_size), block_size * (block_size + 1) // 2
+
+
 def to_blocks(vector: Tensor, block_size: int) -> Tensor:
     """View ``[..., n]`` as ``[..., blocks, B]``, zeros after the last weight."""
     blocks = num_blocks(vector.shape[-1], block_size)

@@ -171,15 +171,6 @@ bool sum_change(const GramUpdate& args, int64_t b, int n, const uint8_t* keep,
     return true;
 }
 
-// Runs body(block, length) over a range; remembers the first block where it fails.
-template <class Body>
-int64_t over_blocks(const Partition& partition, cpu::BlockRange range, Body body) {
-    int64_t failed = -1;
-    for (int64_t b = range.begin; b < range.end; ++b)
-        if (!body(b, block_length(partition, b)) && failed < 0) failed = b;
-    return failed;
-}
-
 }  // namespace
 
 int64_t gram_inverse(const GramInverse& args, cpu::BlockRange range, char* workspace) {

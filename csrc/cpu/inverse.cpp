@@ -129,19 +129,13 @@ bool single_scores(const float* inverse, int block_size, int n, const double* we
 int64_t inverse_scores(const InverseScores& args, cpu::BlockRange range, char* workspace) {
     const int block_size = args.partition.block_size;
     const Buffers buffers = buffers_for(block_size, workspace);
-    int64_t failed = -1;
-    for (int64_t b = range.begin; b < range.end; ++b) {
-        const int n = block_length(args.partition, b);
+    return over_blocks(args.partition, range, [&](int64_t b, int n) {
         const int64_t start = b * block_size;
         const float* inverse = args.inverse + start * block_size;
         read_as(args.weight_type, args.weight, start, n, buffers.weight);
-        if (args.group_size == 1) {
-            if (!single_scores(inverse, block_size, n, buffers.weight, args.scores + start) &&
-                failed < 0)
-                failed = b;
-            continue;
-        }
-        const bool good = for_each_group(
+        if (args.group_size == 1)
+            return single_scores(inverse, block_size, n, buffers.weight, args.scores + start);
+        return for_each_group(
             args.partition, b, args.group_size, [&](int64_t group, int begin, int end) {
                 const int count = end - begin;
                 for (int i = 0; i < count; ++i) {
@@ -158,18 +152,14 @@ int64_t inverse_scores(const InverseScores& args, cpu::BlockRange range, char* w
                 args.scores[group] += static_cast<float>(0.5 * score);
                 return true;
             });
-        if (!good && failed < 0) failed = b;
-    }
-    return failed;
+    });
 }
 
 int64_t inverse_update(const InverseUpdate& args, cpu::BlockRange range, char* workspace) {
     const int block_size = args.partition.block_size;
     const Buffers buffers = buffers_for(block_size, workspace);
     const Update& update = args.update;
-    int64_t failed = -1;
-    for (int64_t b = range.begin; b < range.end; ++b) {
-        const int n = block_length(args.partition, b);
+    return over_blocks(args.partition, range, [&](int64_t b, int n) {
         const int64_t start = b * block_size;
         read_as(update.weight_type, update.weight, start, n, buffers.weight);
         for (int i = 0; i < n; ++i) buffers.change[i] = 0;
@@ -177,15 +167,12 @@ int64_t inverse_update(const InverseUpdate& args, cpu::BlockRange range, char* w
         const int num_pruned = list_pruned(update.keep + start, 0, n, buffers.pruned);
         if (any_nonzero(buffers.weight, buffers.pruned, num_pruned)) {
             read_block(args.inverse + start * block_size, block_size, n, buffers);
-            if (!change_block(args, b, n, buffers, &increase)) {
-                if (failed < 0) failed = b;
-                continue;
-            }
+            if (!change_block(args, b, n, buffers, &increase)) return false;
         }
         if (update.predicted_increase != nullptr) update.predicted_increase[b] = increase;
         write_update(update, start, n, buffers.weight, buffers.change, buffers.output);
-    }
-    return failed;
+        return true;
+    });
 }
 
 }  // namespace OBERT_ISA

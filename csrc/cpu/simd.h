@@ -249,6 +249,15 @@ inline int block_length(const Partition& partition, int64_t b) {
     return left < partition.block_size ? static_cast<int>(left) : partition.block_size;
 }
 
+// Runs body(block, length) over a range; remembers the first block where it fails.
+template <class Body>
+inline int64_t over_blocks(const Partition& partition, cpu::BlockRange range, Body body) {
+    int64_t failed = -1;
+    for (int64_t b = range.begin; b < range.end; ++b)
+        if (!body(b, block_length(partition, b)) && failed < 0) failed = b;
+    return failed;
+}
+
 inline int64_t packed_size(int block_size) {
     return int64_t(block_size) * (block_size + 1) / 2;
 }

@@ -186,9 +186,7 @@ bool diagonal_is_positive(const float* f, int stride, int n) {
 int64_t woodbury_update(const WoodburyUpdate& args, cpu::BlockRange range, char* workspace) {
     const int block_size = args.partition.block_size;
     const Buffers buffers = buffers_for(block_size, workspace);
-    int64_t failed = -1;
-    for (int64_t b = range.begin; b < range.end; ++b) {
-        const int n = block_length(args.partition, b);
+    return over_blocks(args.partition, range, [&](int64_t b, int n) {
         float* inverse = args.inverse + b * int64_t(block_size) * block_size;
         for (int i = 0; i < n; ++i)
             copy(inverse + int64_t(i) * block_size, n,
@@ -201,15 +199,13 @@ int64_t woodbury_update(const WoodburyUpdate& args, cpu::BlockRange range, char*
             if (b + 1 < range.end) prefetch_next(args, b + 1, t0, count);
             good = apply(buffers, n, count, args.total_gradients);
         }
-        if (!good || !diagonal_is_positive(buffers.inverse, buffers.stride, n)) {
-            if (failed < 0) failed = b;  // the block keeps the state it had
-            continue;
-        }
+        // A failed block keeps the state it had.
+        if (!good || !diagonal_is_positive(buffers.inverse, buffers.stride, n)) return false;
         for (int i = 0; i < n; ++i)
             copy(buffers.inverse + int64_t(i) * buffers.stride, n,
                  inverse + int64_t(i) * block_size);
-    }
-    return failed;
+        return true;
+    });
 }
 
 }  // namespace OBERT_ISA
