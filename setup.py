@@ -36,7 +36,7 @@ if IS_X86:
         "-mprefer-vector-width=512",
     ]
 
-KERNEL_SOURCES = ["gram", "factor", "woodbury", "inverse", "kernels"]
+KERNEL_SOURCES = ["gram", "factor", "woodbury", "inverse_scores", "inverse_update", "kernels"]
 CXX_FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -Wall -Wextra -Werror=return-type".split()
 # Kernels: no errno from sqrt, no exceptions; ABI notes about wide vectors do not apply, as
 # every kernel is inlined into its own translation unit.

@@ -12,11 +12,9 @@ cores.
 from __future__ import annotations
 
 import argparse
-import datetime
 import hashlib
 import json
 import os
-import platform
 import shlex
 import statistics
 import sys
@@ -25,7 +23,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
+from machine import machine
 from tqdm import tqdm
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging as transformers_logging
@@ -166,22 +164,11 @@ def measure_all(settings: argparse.Namespace) -> dict[str, dict[str, Any]]:
     return results
 
 
-def processor_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if "model name" in line)
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
 def environment() -> dict[str, Any]:
-    packages = ("obert-kernels", "torch", "transformers", "tokenizers")
+    packages = ("obert-kernels", "transformers", "tokenizers")
     return {
-        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
-        "cpu": processor_name(),
-        "threads": torch.get_num_threads(),
+        **machine(),
         "bfloat16": classification.runs_bfloat16_natively(),
-        "python": platform.python_version(),
         **{name: version(name) for name in packages},
     }
 

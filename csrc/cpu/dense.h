@@ -1,9 +1,11 @@
 // Dense float64 linear algebra on one Fisher block: Cholesky, triangular inverse, solves.
 //
-// Matrices are row-major with a row stride that is a multiple of the vector width; columns
-// past n up to the stride must be zero and stay so.  The Cholesky factor is kept as the
-// upper triangle R with A = R^T R, so every inner loop runs along a row.  Rows are taken in
-// panels: what the rows before a panel contribute is a matrix product, done in register tiles.
+// Matrices are row-major with a row stride that is a multiple of the vector width and have
+// room for whole panels of rows; columns past n up to the next whole vector must be zero.
+// The Cholesky factor is kept as the upper triangle R with A = R^T R, so every inner loop
+// runs along a row.  Rows are taken in panels of one vector's lanes: what the rows before a
+// panel contribute is a matrix product, done in register tiles; what happens between the
+// rows of a panel is done on squares in registers.
 #pragma once
 
 #include "rank_k.h"
@@ -14,71 +16,138 @@ namespace {
 
 constexpr int kLanes = Simd<double>::lanes;
 
-// row[from..n) -= a * x[from..n), in whole vectors (from is rounded down).
-inline void subtract_multiple(double* row, double a, const double* x, int from, int n) {
-    for (int j = from / kLanes * kLanes; j < n; j += kLanes)
-        store(row + j, load(row + j) - a * load(x + j));
+using Square = VecD[kLanes];
+
+inline void load_square(const double* a, int stride, Square& x) {
+#pragma GCC unroll 8
+    for (int r = 0; r < kLanes; ++r) x[r] = load(a + int64_t(r) * stride);
+}
+inline void store_square(const Square& x, double* a, int stride) {
+#pragma GCC unroll 8
+    for (int r = 0; r < kLanes; ++r) store(a + int64_t(r) * stride, x[r]);
 }
 
-constexpr int kPanel = 8;  // a whole number of vectors
+// 1 / R[i][i] for the rows of a panel whose square on the diagonal is `corner`.
+inline VecD reciprocals(const double* corner, int stride) {
+    VecD diagonal{};
+#pragma GCC unroll 8
+    for (int r = 0; r < kLanes; ++r) diagonal[r] = corner[int64_t(r) * (stride + 1)];
+    return 1.0 / diagonal;
+}
+
+// x_r = (x_r - sum_{q < r} R[q][r] x_q) / R[r][r] for the rows of a panel.
+inline void solve_square(const double* corner, int stride, const double* reciprocal, Square& x) {
+#pragma GCC unroll 8
+    for (int q = 0; q < kLanes; ++q) {
+        x[q] *= reciprocal[q];
+#pragma GCC unroll 8
+        for (int r = q + 1; r < kLanes; ++r) x[r] -= corner[int64_t(q) * stride + r] * x[q];
+    }
+}
+
+// Factors the square on the diagonal of a panel.  False unless every pivot is above its bar
+// and finite.
+inline bool factor_corner(double* corner, int stride, const double* bar) {
+    Square row;
+    load_square(corner, stride, row);
+    VecD pivots{};
+#pragma GCC unroll 8
+    for (int p = 0; p < kLanes; ++p) {
+        pivots[p] = row[p][p];
+        const VecD factor = row[p] * (1.0 / row[p][p]);
+#pragma GCC unroll 8
+        for (int r = p + 1; r < kLanes; ++r) row[r] -= factor[r] * row[p];
+    }
+    bool good = true;
+    for (int p = 0; p < kLanes; ++p)
+        good = good & (pivots[p] > bar[p]) & (pivots[p] < __builtin_inf());
+    for (int p = 0; p < kLanes; ++p) pivots[p] = 1.0 / __builtin_sqrt(pivots[p]);
+#pragma GCC unroll 8
+    for (int p = 0; p < kLanes; ++p) row[p] *= pivots[p];
+    store_square(row, corner, stride);
+    return good;
+}
 
 // A pivot that rounding in the sum for its row could have produced on its own says nothing
 // about the matrix: `relative_tolerance` times the original diagonal is the bar.
-// Overwrites the upper triangle of a by R (the lower triangle holds rubbish afterwards).
-// Returns false at the first pivot at or below the bar, or not a number.
+// Overwrites the upper triangle of a by R (the lower triangle holds rubbish afterwards), and
+// the rows that fill up the last panel by those of the identity.
+// Returns false at the first panel with a pivot at or below the bar, or not a number.
 inline bool cholesky(double* a, int stride, int n, double relative_tolerance) {
+    const int padded = round_up(n, kLanes);
     double bar[kMaxBlockSize];
-    for (int i = 0; i < n; ++i) bar[i] = relative_tolerance * a[int64_t(i) * stride + i];
-    for (int p0 = 0; p0 < n; p0 += kPanel) {
-        const int p1 = min_int(p0 + kPanel, n);
-        double* corner = a + int64_t(p0) * stride + p0;
-        if (p0 > 0)
-            product<double, false>({a + p0, stride, a + p0, stride, p0}, p1 - p0, n - p0,
+    for (int i = 0; i < padded; ++i) {
+        double* row = a + int64_t(i) * stride;
+        if (i >= n) {
+            for (int j = padded - kLanes; j < padded; ++j) row[j] = i == j;
+        }
+        bar[i] = i < n ? relative_tolerance * row[i] : 0;
+    }
+    for (int p = 0; p < padded; p += kLanes) {
+        double* corner = a + int64_t(p) * stride + p;
+        if (p > 0)
+            product<double, false>({a + p, stride, a + p, stride, p}, kLanes, padded - p,
                                    [=](int row, int column, bool, VecD sum) {
                                        double* target = corner + int64_t(row) * stride + column;
                                        store(target, load(target) - sum);
                                    });
-        for (int p = p0; p < p1; ++p) {
-            double* row = a + int64_t(p) * stride;
-            for (int q = p0; q < p; ++q) {
-                const double* factor_row = a + int64_t(q) * stride;
-                subtract_multiple(row, factor_row[p], factor_row, p, n);
-            }
-            if (!(row[p] > bar[p]) || !(row[p] < __builtin_inf())) return false;
-            const double inverse_root = 1.0 / __builtin_sqrt(row[p]);
-            for (int j = p / kLanes * kLanes; j < n; j += kLanes)
-                store(row + j, load(row + j) * inverse_root);
+        if (!factor_corner(corner, stride, bar + p)) return false;
+        double reciprocal[kLanes];
+        store(reciprocal, reciprocals(corner, stride));
+        for (int j = kLanes; j < padded - p; j += kLanes) {
+            Square x;
+            load_square(corner + j, stride, x);
+            solve_square(corner, stride, reciprocal, x);
+            store_square(x, corner + j, stride);
         }
     }
     return true;
 }
 
-// m = L^-1 for L = R^T, lower triangular and row-major with the same stride; the part of a
-// row past its diagonal is set to zero.  Row i is (e_i - sum_{k<i} R[k][i] m_k) / R[i][i].
-inline void invert_lower(const double* r, int stride, int n, double* m) {
+// m = L^-1 for L = R^T from cholesky(), lower triangular and row-major with the same stride;
+// the part of a row past its diagonal is set to zero, up to one vector past n.  Calls
+// visit(column, square) with the rows of a panel, kLanes columns at a time, as they come.
+template <class Visit>
+inline void invert_lower(const double* r, int stride, int n, double* m, const Visit& visit) {
     constexpr int kColumns = kTileVectors * kLanes;
-    for (int i0 = 0; i0 < n; i0 += kPanel) {
-        const int i1 = min_int(i0 + kPanel, n);
-        for (int c = 0; c < i0; c += kColumns) {  // rows above c are zero in these columns
-            double* target = m + int64_t(i0) * stride + c;
+    const int padded = round_up(n, kLanes);
+    for (int i = 0; i < padded; i += kLanes) {
+        for (int c = 0; c < i; c += kColumns) {  // rows above c are zero in these columns
+            double* target = m + int64_t(i) * stride + c;
             const int64_t first = int64_t(c) * stride;
-            product<double, false>({r + first + i0, stride, m + first + c, stride, i0 - c}, i1 - i0,
-                                   min_int(kColumns, i0 - c),
+            product<double, false>({r + first + i, stride, m + first + c, stride, i - c}, kLanes,
+                                   min_int(kColumns, i - c),
                                    [=](int row, int column, bool, VecD sum) {
                                        store(target + int64_t(row) * stride + column, -sum);
                                    });
         }
-        for (int i = i0; i < i1; ++i) {
-            double* row = m + int64_t(i) * stride;
-            for (int j = i0; j < stride; j += kLanes) store(row + j, VecD{});
-            const double reciprocal = 1.0 / r[int64_t(i) * stride + i];
-            for (int q = i0; q < i; ++q)
-                subtract_multiple(row, r[int64_t(q) * stride + i], m + int64_t(q) * stride, 0,
-                                  q + 1);
-            for (int j = 0; j < i; j += kLanes) store(row + j, load(row + j) * reciprocal);
-            row[i] = reciprocal;
+        const double* corner = r + int64_t(i) * stride + i;
+        double reciprocal[kLanes];
+        store(reciprocal, reciprocals(corner, stride));
+        double* panel = m + int64_t(i) * stride;
+        for (int j = 0; j <= i; j += kLanes) {
+            Square x;
+            if (j < i) {
+                load_square(panel + j, stride, x);
+            } else {
+#pragma GCC unroll 8
+                for (int q = 0; q < kLanes; ++q) {
+                    x[q] = VecD{};
+                    x[q][q] = 1;
+                }
+            }
+            solve_square(corner, stride, reciprocal, x);
+            store_square(x, panel + j, stride);
+            visit(j, x);
         }
+        const Square zero = {};
+        for (int j = i + kLanes; j < padded + kLanes; j += kLanes)
+            store_square(zero, panel + j, stride);
     }
+}
+
+inline void invert_lower(const double* r, int stride, int n, double* m) {
+    invert_lower(r, stride, n, m, [](int, const Square&) {});
 }
 
 // sum of a[j] x[j] over from <= j < to.
@@ -92,21 +161,59 @@ inline double dot(const double* a, const double* x, int from, int to) {
     return sum;
 }
 
-// x = L^-1 b in place (L = R^T).
+// x = L^-1 b in place (L = R^T); x has room for whole vectors.
 inline void solve_lower(const double* r, int stride, int n, double* x) {
-    for (int k = 0; k < n; ++k) {
-        const double* row = r + int64_t(k) * stride;
-        const double y = x[k] / row[k];
-        x[k] = y;
-        for (int j = k + 1; j < n; ++j) x[j] -= y * row[j];
+    const int padded = round_up(n, kLanes);
+    for (int i = n; i < padded; ++i) x[i] = 0;
+    for (int p = 0; p < padded; p += kLanes) {
+        const double* corner = r + int64_t(p) * stride + p;
+        const VecD reciprocal = reciprocals(corner, stride);
+        VecD rest = load(x + p), y{};
+#pragma GCC unroll 8
+        for (int q = 0; q < kLanes; ++q) {
+            const double value = rest[q] * reciprocal[q];
+            y[q] = value;
+            rest -= value * load(corner + int64_t(q) * stride);
+        }
+        store(x + p, y);
+        for (int j = kLanes; j < padded - p; j += kLanes) {
+            VecD sum = load(x + p + j);
+#pragma GCC unroll 8
+            for (int q = 0; q < kLanes; ++q)
+                sum -= x[p + q] * load(corner + int64_t(q) * stride + j);
+            store(x + p + j, sum);
+        }
     }
 }
 
-// x = R^-1 b in place.
+// x = R^-1 b in place; x has room for whole vectors.
 inline void solve_upper(const double* r, int stride, int n, double* x) {
-    for (int i = n - 1; i >= 0; --i) {
-        const double* row = r + int64_t(i) * stride;
-        x[i] = (x[i] - dot(row, x, i + 1, n)) / row[i];
+    const int padded = round_up(n, kLanes);
+    for (int i = n; i < padded; ++i) x[i] = 0;
+    for (int p = padded - kLanes; p >= 0; p -= kLanes) {
+        const double* corner = r + int64_t(p) * stride + p;
+        const VecD reciprocal = reciprocals(corner, stride);
+        Square sum = {};
+        for (int j = kLanes; j < padded - p; j += kLanes) {
+            const VecD known = load(x + p + j);
+#pragma GCC unroll 8
+            for (int q = 0; q < kLanes; ++q)
+                sum[q] += known * load(corner + int64_t(q) * stride + j);
+        }
+        transpose<double>(sum);
+        VecD rest = load(x + p), y{};
+#pragma GCC unroll 8
+        for (int q = 0; q < kLanes; ++q) rest -= sum[q];
+        Square column;
+        load_square(corner, stride, column);
+        transpose<double>(column);
+#pragma GCC unroll 8
+        for (int q = kLanes - 1; q >= 0; --q) {
+            const double value = rest[q] * reciprocal[q];
+            y[q] = value;
+            rest -= value * column[q];
+        }
+        store(x + p, y);
     }
 }
 
@@ -117,14 +224,15 @@ inline void solve(const double* r, int stride, int n, double* x) {
 }
 
 // Copies the rows and columns listed in `index` of a symmetric matrix, upper triangle only.
-inline void gather_upper(const double* a, int stride, const int* index, int count, double* out,
+template <class T>
+inline void gather_upper(const T* a, int stride, const int* index, int count, double* out,
                          int out_stride) {
     for (int i = 0; i < count; ++i) {
-        const double* row = a + int64_t(index[i]) * stride;
+        const T* row = a + int64_t(index[i]) * stride;
         double* target = out + int64_t(i) * out_stride;
         for (int j = 0; j < i; ++j) target[j] = 0;
         for (int j = i; j < count; ++j) target[j] = row[index[j]];
-        for (int j = count; j < out_stride; ++j) target[j] = 0;
+        for (int j = count; j < round_up(count, kLanes); ++j) target[j] = 0;
     }
 }
 

@@ -9,6 +9,10 @@
 #include <thread>
 #include <vector>
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 #include "../api.h"
 
 namespace obert {
@@ -56,7 +60,7 @@ std::atomic<const Kernels*>& current() {
 // vectors, or a panel of gradients.
 size_t workspace_bytes(int block_size) {
     const size_t row = (static_cast<size_t>(block_size) + 64) * sizeof(double);
-    return 3 * row * block_size + 16 * row + (256u << 10);
+    return 3 * row * (block_size + 16) + 16 * row + (256u << 10);
 }
 
 struct Aligned {
@@ -118,6 +122,18 @@ void report(const Status& status, int64_t failed) {
     if (failed >= 0 && status.first_failed_block[0] < 0) status.first_failed_block[0] = failed;
 }
 
+// Faulting in a large fresh output page by page takes as long as computing it.  A hint only.
+void prefer_huge_pages(void* data, int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+    constexpr uintptr_t kPage = 1 << 21;
+    const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kPage - 1) & ~(kPage - 1);
+    const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) & ~(kPage - 1);
+    if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#else
+    (void)data, (void)bytes;
+#endif
+}
+
 // Blocks between two borders that no group of `group_size` weights crosses.
 int64_t group_granularity(const Partition& partition, int64_t group_size) {
     return group_size / std::gcd<int64_t, int64_t>(partition.block_size, group_size);
@@ -165,6 +181,9 @@ void gram_accumulate(const GramAccumulate& args, int threads) {
     run(args, threads, 1, current().load()->gram_accumulate);
 }
 void gram_inverse(const GramInverse& args, int threads) {
+    const Partition& partition = args.fisher.partition;
+    const int64_t entries = partition.num_blocks() * partition.block_size * partition.block_size;
+    prefer_huge_pages(args.inverse, entries * (args.inverse_type == DType::f64 ? 8 : 4));
     run_fisher(args, threads, 1, current().load()->gram_inverse);
 }
 void gram_diagonal(const GramDiagonal& args, int threads) {

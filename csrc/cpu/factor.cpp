@@ -27,7 +27,7 @@ Buffers buffers_for(int block_size, char* workspace) {
     Scratch scratch{workspace};
     Buffers buffers;
     buffers.stride = row_stride<double>(block_size + kLanes);
-    const int64_t matrix = int64_t(block_size) * buffers.stride;
+    const int64_t matrix = int64_t(round_up(block_size, kLanes)) * buffers.stride;
     buffers.fisher = scratch.take<double>(matrix);
     buffers.inverse = scratch.take<double>(matrix);
     buffers.third = scratch.take<double>(matrix);
@@ -41,24 +41,27 @@ Buffers buffers_for(int block_size, char* workspace) {
 }
 
 bool factor(const Fisher& fisher, int64_t b, int n, const Buffers& buffers) {
-    unpack_fisher(fisher, b, n, buffers.fisher, buffers.stride);
+    unpack_fisher<false>(fisher, b, n, buffers.fisher, buffers.stride);
+    // The next block, into the second-level cache.
+    const int64_t bytes = packed_size(fisher.partition.block_size) * element_size(fisher.gram_type);
+    const char* next = static_cast<const char*>(fisher.gram) + (b + 1) * bytes;
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(next + i, 0, 2);
     return cholesky(buffers.fisher, buffers.stride, n, pivot_tolerance(fisher.gram_type, n));
 }
 
-// diagonal[j] = sum_i M[i][j]^2.
-void diagonal_of_inverse(const Buffers& buffers, int n, double* diagonal) {
-    const int stride = buffers.stride;
-    for (int j = 0; j < n; j += kLanes) {
-        VecD even = {}, odd = {};
-        for (int i = j; i < n; i += 2) {
-            const VecD x = load(buffers.inverse + int64_t(i) * stride + j);
-            even += x * x;
-            if (i + 1 == n) break;
-            const VecD y = load(buffers.inverse + int64_t(i + 1) * stride + j);
-            odd += y * y;
-        }
-        store(diagonal + j, even + odd);
-    }
+// M = L^-1 and diagonal[j] = sum_i M[i][j]^2, whole vectors.
+void invert_with_diagonal(const Buffers& buffers, int n, double* diagonal) {
+    for (int j = 0; j < round_up(n, kLanes); ++j) diagonal[j] = 0;
+    invert_lower(buffers.fisher, buffers.stride, n, buffers.inverse,
+                 [=](int column, const Square& x) {
+                     VecD even = load(diagonal + column), odd = {};
+#pragma GCC unroll 8
+                     for (int r = 0; r < kLanes; r += 2) {
+                         even += x[r] * x[r];
+                         odd += x[r + 1] * x[r + 1];
+                     }
+                     store(diagonal + column, even + odd);
+                 });
 }
 
 // third[0..count)[0..count) = [F^-1]_QQ for Q = begin .. begin + count, full and symmetric:
@@ -112,7 +115,7 @@ bool joint_change(const GramUpdate& args, int64_t b, int n, const uint8_t* keep,
                   const Buffers& buffers, int num_pruned) {
     const int stride = buffers.stride;
     const int num_kept = list_kept(keep, n, buffers.kept);
-    unpack_fisher(args.fisher, b, n, buffers.fisher, stride);
+    unpack_fisher<true>(args.fisher, b, n, buffers.fisher, stride);
     gather_upper(buffers.fisher, stride, buffers.kept, num_kept, buffers.third, stride);
     if (!cholesky(buffers.third, stride, num_kept, pivot_tolerance(args.fisher.gram_type, n)))
         return false;
@@ -154,17 +157,17 @@ bool solve_group(const Buffers& buffers, int n, const uint8_t* keep, int begin, 
 bool sum_change(const GramUpdate& args, int64_t b, int n, const uint8_t* keep,
                 const Buffers& buffers) {
     if (!factor(args.fisher, b, n, buffers)) return false;
-    invert_lower(buffers.fisher, buffers.stride, n, buffers.inverse);
     double* u = buffers.change;
     if (args.update.group_size == 1) {
-        diagonal_of_inverse(buffers, n, buffers.local);
-        for (int i = 0; i < n; ++i)
-            if (!keep[i]) u[i] = buffers.weight[i] / buffers.local[i];
-    } else if (!for_each_group(args.fisher.partition, b, args.update.group_size,
-                               [&](int64_t, int begin, int end) {
-                                   return solve_group(buffers, n, keep, begin, end, u);
-                               })) {
-        return false;
+        invert_with_diagonal(buffers, n, buffers.local);
+        for (int i = 0; i < n; ++i) u[i] = keep[i] ? 0.0 : buffers.weight[i] / buffers.local[i];
+    } else {
+        invert_lower(buffers.fisher, buffers.stride, n, buffers.inverse);
+        const bool solved = for_each_group(args.fisher.partition, b, args.update.group_size,
+                                           [&](int64_t, int begin, int end) {
+                                               return solve_group(buffers, n, keep, begin, end, u);
+                                           });
+        if (!solved) return false;
     }
     solve(buffers.fisher, buffers.stride, n, u);
     for (int i = 0; i < n; ++i) u[i] = -u[i];
@@ -188,8 +191,7 @@ int64_t gram_diagonal(const GramDiagonal& args, cpu::BlockRange range, char* wor
     const Buffers buffers = buffers_for(partition.block_size, workspace);
     return over_blocks(partition, range, [&](int64_t b, int n) {
         if (!factor(args.fisher, b, n, buffers)) return false;
-        invert_lower(buffers.fisher, buffers.stride, n, buffers.inverse);
-        diagonal_of_inverse(buffers, n, buffers.output);
+        invert_with_diagonal(buffers, n, buffers.output);
         write_as(args.diagonal_type, buffers.output, n, args.diagonal, b * partition.block_size);
         return true;
     });
@@ -214,17 +216,17 @@ int64_t gram_scores(const GramScores& args, cpu::BlockRange range, char* workspa
     const int stride = buffers.stride;
     return over_blocks(partition, range, [&](int64_t b, int n) {
         if (!factor(args.fisher, b, n, buffers)) return false;
-        invert_lower(buffers.fisher, stride, n, buffers.inverse);
         const int64_t start = b * partition.block_size;
         read_as(args.weight_type, args.weight, start, n, buffers.weight);
         if (args.group_size == 1) {
-            diagonal_of_inverse(buffers, n, buffers.output);
+            invert_with_diagonal(buffers, n, buffers.output);
             for (int i = 0; i < n; ++i) {
                 const double w = buffers.weight[i];
                 args.scores[start + i] = static_cast<float>(0.5 * w * w / buffers.output[i]);
             }
             return true;
         }
+        invert_lower(buffers.fisher, stride, n, buffers.inverse);
         return for_each_group(partition, b, args.group_size,
                               [&](int64_t group, int begin, int end) {
                                   const int count = end - begin;
@@ -261,7 +263,7 @@ int64_t gram_update(const GramUpdate& args, cpu::BlockRange range, char* workspa
             for (int i = 0; i < n; ++i)
                 if (!keep[i]) buffers.change[i] = -buffers.weight[i];
             if (update.rule == UpdateRule::sum)  // the factor took its place
-                unpack_fisher(args.fisher, b, n, buffers.fisher, buffers.stride);
+                unpack_fisher<true>(args.fisher, b, n, buffers.fisher, buffers.stride);
             multiply(buffers.fisher, buffers.stride, n, buffers.change, buffers.output);
             increase = 0.5 * dot(buffers.change, buffers.output, 0, n);
             // The joint rule factors the survivors only: a NaN among the pruned shows here.

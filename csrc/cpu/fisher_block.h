@@ -20,48 +20,51 @@ inline VecD load_widened(const float* p) {
     return widen(p);
 }
 
-// a = damping I + scale gram[b], full and symmetric, [n, stride], padding columns zero.
-// Squares below the diagonal are copied, and transposed to the place above it.
-template <class T>
+// a = damping I + scale gram[b], [n, stride], columns zero from n up to a whole vector: the
+// upper triangle, or all of it if `full`.  Packed rows are columns of the upper triangle, so
+// it is built from transposed squares.
+template <class T, bool full>
 void unpack(const Fisher& fisher, int64_t b, int n, double* a, int stride) {
+    using Mask = Simd<double>::Index;
+    Mask lane{};
+    for (int l = 0; l < kLanes; ++l) lane[l] = l;
     const T* packed =
         static_cast<const T*>(fisher.gram) + b * packed_size(fisher.partition.block_size);
-    const int padded = round_up(n, kLanes);
-    for (int i = 0; i < n; ++i)
-        for (int j = padded - kLanes; j < stride; j += kLanes)
-            store(a + int64_t(i) * stride + j, VecD{});
     for (int i0 = 0; i0 < n; i0 += kLanes) {
         const int rows = min_int(kLanes, n - i0);
         for (int j0 = 0; j0 < i0; j0 += kLanes) {
-            VecD square[kLanes] = {};
+            Square square = {};
+            const T* row = packed + int64_t(i0) * (i0 + 1) / 2 + j0;
 #pragma GCC unroll 8
-            for (int i = 0; i < kLanes; ++i) {
-                if (i >= rows) break;
-                const int row = i0 + i;
-                square[i] = fisher.scale * load_widened(packed + row * (row + 1) / 2 + j0);
-                store(a + int64_t(row) * stride + j0, square[i]);
-            }
+            for (int r = 0; r < kLanes; ++r, row += i0 + r)
+                if (r < rows) square[r] = fisher.scale * load_widened(row);
+            if (full) store_square(square, a + int64_t(i0) * stride + j0, stride);
             transpose<double>(square);
+            store_square(square, a + int64_t(j0) * stride + i0, stride);
+        }
+        Square lower = {}, square;
+        const T* row = packed + int64_t(i0) * (i0 + 1) / 2 + i0;
 #pragma GCC unroll 8
-            for (int j = 0; j < kLanes; ++j) store(a + int64_t(j0 + j) * stride + i0, square[j]);
+        for (int r = 0; r < kLanes; ++r, row += i0 + r) {
+            if (r < rows) lower[r] = fisher.scale * widen_first(row, r + 1);
+            square[r] = lower[r];
         }
-        for (int i = i0; i < i0 + rows; ++i) {
-            for (int j = i0; j <= i; ++j) {
-                const double value =
-                    fisher.scale * static_cast<double>(packed[i * (i + 1) / 2 + j]);
-                a[int64_t(i) * stride + j] = value;
-                a[int64_t(j) * stride + i] = value;
-            }
-            a[int64_t(i) * stride + i] += fisher.damping;
+        transpose<double>(square);
+#pragma GCC unroll 8
+        for (int r = 0; r < kLanes; ++r) {
+            square[r] = lane < (Mask{} + r) ? lower[r] : square[r];
+            square[r] += lane == (Mask{} + r) ? (r < rows ? fisher.damping : 0.0) + VecD{} : VecD{};
         }
+        store_square(square, a + int64_t(i0) * stride + i0, stride);
     }
 }
 
-inline void unpack_fisher(const Fisher& fisher, int64_t b, int n, double* a, int stride) {
+template <bool full>
+void unpack_fisher(const Fisher& fisher, int64_t b, int n, double* a, int stride) {
     if (fisher.gram_type == DType::f64)
-        unpack<double>(fisher, b, n, a, stride);
+        unpack<double, full>(fisher, b, n, a, stride);
     else
-        unpack<float>(fisher, b, n, a, stride);
+        unpack<float, full>(fisher, b, n, a, stride);
 }
 
 // Calls visit(group, begin, end) for the parts of groups of `group_size` consecutive

@@ -3,10 +3,9 @@
 // Per block: bytes B(B+1) * sizeof(gram) + k B * sizeof(gradient) (the packed triangle is
 // read and written once, each gradient read once); flops k B (B+1).
 //
-// Reading k rows in short pieces is slow: the memory wants long runs.  So blocks are taken
-// in stretches, and while the tiles of one stretch are computed every tile asks for one run
-// of a row of the next stretch, into the second-level cache.
-#include "rank_k.h"
+// Blocks are taken in stretches: while the tiles of one are computed every tile asks for one
+// run of a row of the next.
+#include "stretch.h"
 
 namespace obert {
 namespace OBERT_ISA {
@@ -15,9 +14,6 @@ namespace {
 // A panel (the gradients of one block, or of a few small ones, converted to the Gram's type)
 // is read by every tile and should stay in the first-level cache.
 constexpr int kPanelBytes = 32 * 1024;
-// Two stretches of at most this many gradients should stay in the second-level cache.
-constexpr int kMaxGradients = 128;
-constexpr int kStretchBytes = 4096;
 
 // Adds a tile to the packed lower triangle of one block.
 template <class T>
@@ -32,55 +28,12 @@ struct AddToGram {
     }
 };
 
-// The gradients of consecutive blocks that are read together.
-struct Stretch {
-    int64_t first_block, last_block;
-    int64_t first_gradient;
-    int gradients;
-};
-
-Stretch stretch_at(const GramAccumulate& args, cpu::BlockRange range, int64_t block, int64_t blocks,
+Stretch stretch_at(const Gradients& gradients, cpu::BlockRange range, int64_t block,
                    int64_t gradient) {
-    const int64_t last = block + blocks < range.end ? block + blocks : range.end;
-    const int64_t left = args.num_gradients - gradient;
-    return {block, last, gradient, left < kMaxGradients ? int(left) : kMaxGradients};
-}
-
-const char* address(const GramAccumulate& args, int64_t block, int64_t gradient) {
-    return static_cast<const char*>(args.gradients) +
-           (gradient * args.gradient_stride + block * args.partition.block_size) *
-               element_size(args.gradient_type);
-}
-
-// Deals out the rows of a stretch to `tiles` tiles: one run each, every row cut into the
-// same number of runs.
-struct Runs {
-    const char* row;
-    int64_t row_bytes, run_bytes;
-    int runs_per_row, rows_left;
-    int run = 0;
-
-    Ahead next(int steps) {
-        if (rows_left == 0) return nothing_ahead(row);
-        const Ahead now{row + run * run_bytes, run_bytes / steps};
-        if (++run == runs_per_row) {
-            run = 0;
-            row += row_bytes;
-            --rows_left;
-        }
-        return now;
-    }
-};
-
-Runs runs_of(const GramAccumulate& args, cpu::BlockRange range, const Stretch& stretch,
-             int64_t tiles) {
-    const int64_t size = element_size(args.gradient_type);
-    const int rows = stretch.first_block < range.end ? stretch.gradients : 0;
-    const int runs_per_row = max_int(1, int(tiles / stretch.gradients));
-    const int64_t blocks = stretch.last_block - stretch.first_block;
-    const int64_t bytes = blocks * args.partition.block_size * size;
-    return {address(args, stretch.first_block, stretch.first_gradient), args.gradient_stride * size,
-            bytes / runs_per_row, runs_per_row, rows};
+    const int64_t end = block + blocks_in_stretch(gradients);
+    const int64_t left = gradients.count - gradient;
+    return {block, end < range.end ? end : range.end, gradient,
+            left < kMaxGradients ? int(left) : kMaxGradients};
 }
 
 template <class T>
@@ -88,6 +41,8 @@ void accumulate(const GramAccumulate& args, cpu::BlockRange range, char* workspa
     if (args.num_gradients == 0) return;
     constexpr int lanes = Simd<T>::lanes;
     const int block_size = args.partition.block_size;
+    const Gradients gradients{args.gradients, args.gradient_type, args.num_gradients,
+                              args.gradient_stride, block_size};
     const int block_bytes = round_up(block_size, lanes) * int(sizeof(T));
     const int wanted = int(args.num_gradients < kMaxGradients ? args.num_gradients : kMaxGradients);
     const int depth = min_int(wanted, max_int(16, kPanelBytes / block_bytes));
@@ -97,17 +52,14 @@ void accumulate(const GramAccumulate& args, cpu::BlockRange range, char* workspa
     const int stride = round_up(blocks * block_size + (blocks > 1 ? lanes : 0), lanes);
     T* panel = Scratch{workspace}.take<T>(int64_t(depth) * stride);
     for (int64_t i = 0; i < int64_t(depth) * stride; ++i) panel[i] = 0;
-    const int64_t stretch_blocks =
-        max_int(1, kStretchBytes / element_size(args.gradient_type) / block_size);
 
-    Stretch now = stretch_at(args, range, range.begin, stretch_blocks, 0);
+    Stretch now = stretch_at(gradients, range, range.begin, 0);
     while (now.first_block < range.end) {
         const int64_t following = now.first_gradient + kMaxGradients;
-        const Stretch next =
-            following < args.num_gradients
-                ? stretch_at(args, range, now.first_block, stretch_blocks, following)
-                : stretch_at(args, range, now.last_block, stretch_blocks, 0);
-        Runs runs = runs_of(args, range, next,
+        const bool more = following < gradients.count;
+        const Stretch next = stretch_at(gradients, range, more ? now.first_block : now.last_block,
+                                        more ? following : 0);
+        Runs runs = runs_of(gradients, next,
                             (now.last_block - now.first_block) * tiles_in_triangle<T>(block_size) *
                                 divide_up(now.gradients, depth));
         for (int64_t b0 = now.first_block; b0 < now.last_block; b0 += blocks) {
@@ -117,7 +69,7 @@ void accumulate(const GramAccumulate& args, cpu::BlockRange range, char* workspa
             for (int t0 = 0; t0 < now.gradients; t0 += depth) {
                 const int rows = min_int(depth, now.gradients - t0);
                 for (int t = 0; t < rows; ++t)
-                    read_as(args.gradient_type, address(args, b0, now.first_gradient + t0 + t), 0,
+                    read_as(args.gradient_type, gradients.at(b0, now.first_gradient + t0 + t), 0,
                             columns, panel + int64_t(t) * stride);
                 for (int64_t b = b0; b < b1; ++b)
                     lower_product<T, false>(

@@ -11,7 +11,7 @@
 
 #include "../api.h"
 
-#if defined(__AVX512F__)
+#if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -66,6 +66,24 @@ inline int min_int(int a, int b) {
     return a < b ? a : b;
 }
 
+// The first `count` lanes from memory, the rest zero; nothing past them is read.
+template <class T>
+inline typename Simd<T>::Vec load_first(const T* p, int count) {
+    typename Simd<T>::Vec values = {};
+    for (int l = 0; l < count; ++l) values[l] = p[l];
+    return values;
+}
+#if defined(__AVX512F__)
+template <>
+inline VecF load_first(const float* p, int count) {
+    return VecF(_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1), p));
+}
+template <>
+inline VecD load_first(const double* p, int count) {
+    return VecD(_mm512_maskz_loadu_pd(static_cast<__mmask8>((1u << count) - 1), p));
+}
+#endif
+
 // target[0..count) += values[0..count), at most one vector; count >= 1.
 #if defined(__AVX512F__)
 inline void add_first(float* target, VecF values, int count) {
@@ -87,11 +105,42 @@ inline void add_first(T* target, typename Simd<T>::Vec values, int count) {
 #endif
 
 // One vector of doubles from as many floats, and back.
+#if defined(__AVX512F__)
+inline VecD widen(const float* p) {
+    return VecD(_mm512_maskz_cvtps_pd(0xff, _mm256_loadu_ps(p)));
+}
+inline void narrow(VecD v, float* p) {
+    _mm256_storeu_ps(p, _mm512_maskz_cvtpd_ps(0xff, __m512d(v)));
+}
+#elif defined(__AVX2__)
+inline VecD widen(const float* p) {
+    return VecD(_mm256_cvtps_pd(_mm_loadu_ps(p)));
+}
+inline void narrow(VecD v, float* p) {
+    _mm_storeu_ps(p, _mm256_cvtpd_ps(__m256d(v)));
+}
+#else
 inline VecD widen(const float* p) {
     return __builtin_convertvector(*reinterpret_cast<const HalfVecF*>(p), VecD);
 }
 inline void narrow(VecD v, float* p) {
     *reinterpret_cast<HalfVecF*>(p) = __builtin_convertvector(v, HalfVecF);
+}
+#endif
+
+// Like load_first, one vector of doubles.
+inline VecD widen_first(const double* p, int count) {
+    return load_first(p, count);
+}
+inline VecD widen_first(const float* p, int count) {
+#if defined(__AVX512F__)
+    const auto mask = static_cast<__mmask8>((1u << count) - 1);
+    return VecD(_mm512_maskz_cvtps_pd(0xff, _mm256_maskz_loadu_ps(mask, p)));
+#else
+    VecD values = {};
+    for (int l = 0; l < count; ++l) values[l] = p[l];
+    return values;
+#endif
 }
 
 // One step of transpose(): swaps the off-diagonal quarters of squares of 2 * half elements.
@@ -210,6 +259,8 @@ template <class Source, class T>
 inline void convert(const void* source, int64_t offset, int n, T* destination) {
     // Source data may sit at any address, so elements are fetched with memcpy.
     const char* bytes = static_cast<const char*>(source) + offset * int64_t(sizeof(Source));
+    if constexpr (__is_same(Source, T))
+        return copy(reinterpret_cast<const T*>(bytes), n, destination);
     for (int i = 0; i < n; ++i) {
         Source element;
         __builtin_memcpy(&element, bytes + i * sizeof(Source), sizeof(Source));
@@ -232,15 +283,23 @@ inline void read_as(DType type, const void* source, int64_t offset, int n, T* de
     }
 }
 
+// Like copy(), to float.
+inline void narrow_copy(const double* source, int n, float* destination) {
+    constexpr int lanes = Simd<double>::lanes;
+    if (n < lanes) {
+        for (int j = 0; j < n; ++j) destination[j] = static_cast<float>(source[j]);
+        return;
+    }
+    for (int j = 0; j + lanes < n; j += lanes) narrow(load(source + j), destination + j);
+    narrow(load(source + n - lanes), destination + n - lanes);
+}
+
 // destination[offset .. offset + n) = source[0..n), converted to `type` (f32 or f64).
 inline void write_as(DType type, const double* source, int n, void* destination, int64_t offset) {
-    if (type == DType::f64) {
-        double* out = static_cast<double*>(destination) + offset;
-        for (int i = 0; i < n; ++i) out[i] = source[i];
-    } else {
-        float* out = static_cast<float*>(destination) + offset;
-        for (int i = 0; i < n; ++i) out[i] = static_cast<float>(source[i]);
-    }
+    if (type == DType::f64)
+        copy(source, n, static_cast<double*>(destination) + offset);
+    else
+        narrow_copy(source, n, static_cast<float*>(destination) + offset);
 }
 
 // Weights in block b; less than the block size only in the last one.

@@ -7,177 +7,285 @@
 // for every gradient keep the processor's multipliers busy; A is small and float64.
 //
 // A block is read once, takes k gradients while it sits in the first-level cache, and is
-// written once.  Per block: bytes 8 B^2 + k B sizeof(gradient); flops 4 k B^2.
-#include "rank_k.h"
+// written once.  Only the squares on and below its diagonal are kept up to date there.
+// Per block: bytes 8 B^2 + k B sizeof(gradient); flops 3 k B^2.
+#include "woodbury_lanes.h"
 
 namespace obert {
 namespace OBERT_ISA {
 namespace {
 
-constexpr int kFloatLanes = Simd<float>::lanes;
-constexpr int kDoubleLanes = Simd<double>::lanes;
-constexpr int kRank = 8;  // gradients at a time
-constexpr int kRankVectors = kRank / kDoubleLanes;
+constexpr int kLanesF = Simd<float>::lanes;
+constexpr int kLanesD = Simd<double>::lanes;
+constexpr int kRank = kLanesF;  // gradients at a time: one vector, or two of doubles
+
+// Rows of F^-1 lie a constant distance apart, so that addresses need no registers, and an
+// odd number of cache lines, so that a column does not fall into one cache set.
+constexpr int kStride = kMaxBlockSize + 16;
 
 struct Buffers {
-    int stride;             // of the float32 matrices
-    float* inverse;         // [B, stride] F^-1
-    float* gradients;       // [kRank, stride] G
-    float* product;         // [kRank, stride] P
-    float* vectors;         // [kRank, stride] W
-    float* negated;         // [kRank, stride] -W
-    double* exact_product;  // [kRank, stride] P again
-    double* columns;        // [B, kRank] G^T
-    double* system;         // [kRank, kRank] A = m I + P G^T
-    float* scaled;          // [kRank, kRank] D^-1/2 L^-1
+    float* inverse;         // [B, kStride] F^-1
+    float* columns;         // [B, kRank] G^T
+    double* exact_columns;  // [B, kRank] G^T
+    float* product;         // [B, kRank] P^T
+    float* vectors;         // [kRank, kStride] W
+    double* system;         // [kRank, kRank] A, upper triangle
+    double* factors;        // [kRank] a row of L^T
+    float* elimination;     // [kRank, kRank] L^T, above the diagonal
+    float* inverse_roots;   // [kRank] D^-1/2
 };
 
 Buffers buffers_for(int block_size, char* workspace) {
     Scratch scratch{workspace};
+    const int64_t rows = round_up(block_size, kRank);
     Buffers buffers;
-    buffers.stride = row_stride<float>(block_size);
-    const int64_t columns = round_up(block_size, kDoubleLanes) * int64_t(kRank);
-    const int64_t rows = int64_t(kRank) * buffers.stride;
-    buffers.inverse = scratch.take<float>(int64_t(block_size) * buffers.stride);
-    buffers.gradients = scratch.take<float>(rows);
-    buffers.product = scratch.take<float>(rows);
-    buffers.vectors = scratch.take<float>(rows);
-    buffers.negated = scratch.take<float>(rows);
-    buffers.exact_product = scratch.take<double>(rows);
-    buffers.columns = scratch.take<double>(columns);
+    buffers.inverse = scratch.take<float>(rows * kStride);
+    buffers.columns = scratch.take<float>(rows * kRank);
+    buffers.exact_columns = scratch.take<double>(rows * kRank);
+    buffers.product = scratch.take<float>(rows * kRank);
+    buffers.vectors = scratch.take<float>(int64_t(kRank) * kStride);
     buffers.system = scratch.take<double>(kRank * kRank);
-    buffers.scaled = scratch.take<float>(kRank * kRank);
+    buffers.factors = scratch.take<double>(kRank);
+    buffers.elimination = scratch.take<float>(kRank * kRank);
+    buffers.inverse_roots = scratch.take<float>(kRank);
     // Vectors are read whole: what lies past a row must be finite.
-    for (int64_t i = 0; i < int64_t(block_size) * buffers.stride; ++i) buffers.inverse[i] = 0;
-    for (int64_t i = 0; i < rows; ++i) buffers.gradients[i] = 0;
+    for (int64_t i = 0; i < rows * kStride; ++i) buffers.inverse[i] = 0;
+    for (int64_t i = 0; i < rows * kRank; ++i) buffers.product[i] = 0;
     return buffers;
 }
 
-// Reduces A = L D L^T (upper triangle given) to D, and the identity to L^-1 by the same row
-// operations; `scaled` becomes D^-1/2 L^-1.  Small enough to stay in registers.  False if a
-// denominator is not clearly positive.
-bool reduce(const double* system, double m, float* scaled) {
-    VecD a[kRank][kRankVectors], inverse[kRank][kRankVectors] = {};
-    double denominators[kRank];
-#pragma GCC unroll 8
-    for (int t = 0; t < kRank; ++t) {
-#pragma GCC unroll 4
-        for (int v = 0; v < kRankVectors; ++v)
-            a[t][v] = load(system + t * kRank + v * kDoubleLanes);
-        inverse[t][t / kDoubleLanes][t % kDoubleLanes] = 1;
+// Rows row0 .. row0 + R - 1 of P^T = F^-1 G^T.  A row of F^-1 is stored up to the square on
+// the diagonal; what is past it stands in the column below.
+template <int R>
+void multiply_rows(const Buffers& buffers, int row0, int n) {
+    const int turn = min_int(round_up(row0 + 1, kRank), n);
+    VecF sum[R] = {};
+    const float* entry = buffers.inverse + int64_t(row0) * kStride;
+    const float* column = buffers.columns;
+    for (int j = 0; j < turn; ++j, ++entry, column += kRank) {
+        VecF g = load(column);
+        OBERT_IN_REGISTER(g);
+#pragma GCC unroll 16
+        for (int r = 0; r < R; ++r) sum[r] += entry[r * kStride] * g;
     }
-    bool good = true;
+    entry = buffers.inverse + int64_t(turn) * kStride + row0;
+    for (int j = turn; j < n; ++j, entry += kStride, column += kRank) {
+        VecF g = load(column);
+        OBERT_IN_REGISTER(g);
+#pragma GCC unroll 16
+        for (int r = 0; r < R; ++r) sum[r] += entry[r] * g;
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) store(buffers.product + int64_t(row0 + r) * kRank, sum[r]);
+}
+
+void multiply(const Buffers& buffers, int n) {
+#define OBERT_ROWS(R) multiply_rows<(R < kRank ? R : kRank)>
+    static constexpr void (*table[])(const Buffers&, int, int) = {
+        OBERT_ROWS(1),  OBERT_ROWS(2),  OBERT_ROWS(3),  OBERT_ROWS(4),
+        OBERT_ROWS(5),  OBERT_ROWS(6),  OBERT_ROWS(7),  OBERT_ROWS(8),
+        OBERT_ROWS(9),  OBERT_ROWS(10), OBERT_ROWS(11), OBERT_ROWS(12),
+        OBERT_ROWS(13), OBERT_ROWS(14), OBERT_ROWS(15), OBERT_ROWS(16)};
+#undef OBERT_ROWS
+    for (int row = 0, rows; row < n; row += rows) {
+        rows = next_piece(n - row, kRank);
+        table[rows - 1](buffers, row, n);
+    }
+}
+
+// A = m I + P G^T, its upper triangle in whole vectors.
+void find_system(const Buffers& buffers, int n, double m) {
+    VecD left[kLanesD] = {};       // rows of the upper half, first vector
+    VecD right[2 * kLanesD] = {};  // all rows, second vector
+    const float* p = buffers.product;
+    const double* g = buffers.exact_columns;
+    for (int j = 0; j < n; ++j, p += kRank, g += kRank) {
+        VecD first = widen(p), second = widen(p + kLanesD);
+        OBERT_IN_REGISTER(first);
+        OBERT_IN_REGISTER(second);
 #pragma GCC unroll 8
+        for (int t = 0; t < kLanesD; ++t) {
+            left[t] += g[t] * first;
+            right[t] += g[t] * second;
+        }
+#pragma GCC unroll 8
+        for (int t = kLanesD; t < 2 * kLanesD; ++t) right[t] += g[t] * second;
+    }
+#pragma GCC unroll 16
+    for (int t = 0; t < kRank; ++t) {
+        double* row = buffers.system + t * kRank;
+        if (t < kLanesD) store(row, left[t < kLanesD ? t : 0]);
+        store(row + kLanesD, right[t]);
+        row[t] += m;
+    }
+}
+
+// A = L D L^T.  False if a denominator is not clearly positive.
+bool reduce(const Buffers& buffers, double m) {
+    bool good = true;
+    double denominators[kRank];
     for (int p = 0; p < kRank; ++p) {
-        const double denominator = a[p][p / kDoubleLanes][p % kDoubleLanes];
+        const double* row = buffers.system + p * kRank;
+        const double denominator = row[p];
         // In exact arithmetic it is m + g^T F^-1 g >= m.  Rounding may leave a little less;
         // half the way to zero is breakdown, as is NaN.
         good = good && denominator > 0.5 * m && denominator < __builtin_inf();
         denominators[p] = denominator;
         const double reciprocal = 1.0 / denominator;
-#pragma GCC unroll 8
+        const VecD first = load(row), second = load(row + kLanesD);
+        store(buffers.factors, first * reciprocal);
+        store(buffers.factors + kLanesD, second * reciprocal);
+        narrow(first * reciprocal, buffers.elimination + p * kRank);
+        narrow(second * reciprocal, buffers.elimination + p * kRank + kLanesD);
+        for (int i = p + 1; i < kLanesD; ++i) {
+            double* target = buffers.system + i * kRank;
+            store(target, load(target) - buffers.factors[i] * first);
+        }
         for (int i = p + 1; i < kRank; ++i) {
-            const double factor = a[p][i / kDoubleLanes][i % kDoubleLanes] * reciprocal;
-#pragma GCC unroll 4
-            for (int v = 0; v < kRankVectors; ++v) {
-                a[i][v] -= factor * a[p][v];
-                inverse[i][v] -= factor * inverse[p][v];
-            }
+            double* target = buffers.system + i * kRank + kLanesD;
+            store(target, load(target) - buffers.factors[i] * second);
         }
     }
-    for (int t = 0; t < kRank; ++t) denominators[t] = 1.0 / __builtin_sqrt(denominators[t]);
-#pragma GCC unroll 8
     for (int t = 0; t < kRank; ++t)
-#pragma GCC unroll 4
-        for (int v = 0; v < kRankVectors; ++v)
-            narrow(inverse[t][v] * denominators[t], scaled + t * kRank + v * kDoubleLanes);
+        buffers.inverse_roots[t] = static_cast<float>(1.0 / __builtin_sqrt(denominators[t]));
     return good;
 }
 
-// Tiles of -W^T W that start from the block and go back to it.
-struct Downdate {
-    float* target;
-    int stride;
-    void operator()(int row, int column, bool, VecF sum) const {
-        store(target + int64_t(row) * stride + column, sum);
+// W = D^-1/2 L^-1 P, kRank columns at a time.
+void find_vectors(const Buffers& buffers, int n) {
+    for (int j = 0; j < n; j += kRank) {
+        VecF row[kRank];
+#pragma GCC unroll 16
+        for (int i = 0; i < kRank; ++i) row[i] = load(buffers.product + int64_t(j + i) * kRank);
+        transpose<float>(row);
+#pragma GCC unroll 16
+        for (int p = 0; p < kRank; ++p) {
+#pragma GCC unroll 16
+            for (int i = p + 1; i < kRank; ++i)
+                row[i] -= buffers.elimination[p * kRank + i] * row[p];
+            store(buffers.vectors + int64_t(p) * kStride + j, row[p] * buffers.inverse_roots[p]);
+        }
     }
-};
-template <class Vec>
-inline Vec start_of(const Downdate& to, int row, int column) {
-    return load(to.target + int64_t(row) * to.stride + column);
 }
 
-// Applies `count` <= kRank gradients.  False if a denominator is not clearly positive: the
-// block has then lost positive definiteness to rounding.
-bool apply(const Buffers& buffers, int n, int count, double m) {
-    const int stride = buffers.stride;
-    product<float, true>({buffers.gradients, stride, buffers.inverse, stride, n}, count, n,
-                         [&](int row, int column, bool, VecF sum) {
-                             const int64_t at = int64_t(row) * stride + column;
-                             store(buffers.product + at, sum);
-                             store(buffers.exact_product + at, widen(buffers.product + at));
-                             store(buffers.exact_product + at + kDoubleLanes,
-                                   widen(buffers.product + at + kDoubleLanes));
-                         });
-    for (int t = 0; t < kRank; ++t)  // the rows past the last gradient: m I
-        for (int u = 0; u < kRank; ++u) buffers.system[t * kRank + u] = t == u ? m : 0;
-    product<double, true>({buffers.exact_product, stride, buffers.columns, kRank, n}, count, kRank,
-                          [&](int row, int column, bool, VecD sum) {
-                              double* target = buffers.system + row * kRank + column;
-                              store(target, load(target) + sum);
-                          });
-    if (!reduce(buffers.system, m, buffers.scaled)) return false;
-    product<float, true>({buffers.scaled, kRank, buffers.product, stride, count}, count, n,
-                         [&](int row, int column, bool, VecF sum) {
-                             const int64_t at = int64_t(row) * stride + column;
-                             store(buffers.vectors + at, sum);
-                             store(buffers.negated + at, -sum);
-                         });
-    // The sums for (i, j) and (j, i) multiply the same numbers in the same order, so the
-    // block stays exactly symmetric.
-    product<float, false>({buffers.negated, stride, buffers.vectors, stride, count}, n, n,
-                          Downdate{buffers.inverse, stride});
+// Tiles of F^-1 -= W^T W.  The sums for (i, j) and (j, i) multiply the same numbers in the
+// same order, so the squares on the diagonal stay exactly symmetric.
+struct Downdate {
+    float* target;
+    void operator()(int row, int column, bool, VecF sum) const {
+        float* entry = target + int64_t(row) * kStride + column;
+        store(entry, load(entry) - sum);
+    }
+};
+
+// Applies kRank gradients, the last of which may be zero.  False if a denominator is not
+// clearly positive: the block has then lost positive definiteness to rounding.
+bool apply(const Buffers& buffers, int n, double m, Runs& runs) {
+    multiply(buffers, n);
+    find_system(buffers, n, m);
+    if (!reduce(buffers, m)) return false;
+    find_vectors(buffers, n);
+    lower_product<float, false>(
+        buffers.vectors, kStride, kRank, n, [&] { return runs.next(kRank); },
+        Downdate{buffers.inverse});
     return true;
 }
 
-void read_gradients(const WoodburyUpdate& args, int64_t offset, int n, int64_t first, int count,
+// Weights j .. j + width - 1 of one gradient in a block, the rest zero.
+VecF read_piece(const Gradients& gradients, int64_t block, int64_t t, int j, int width) {
+    if (gradients.type == DType::f32) {
+        const float* piece = reinterpret_cast<const float*>(gradients.at(block, t)) + j;
+        return width == kRank ? load(piece) : load_first(piece, width);
+    }
+    float piece[kRank];
+    read_as(gradients.type, gradients.at(block, t) + j * int64_t(element_size(gradients.type)), 0,
+            width, piece);
+    return load_first(piece, width);
+}
+
+// G^T of `count` gradients from `first` on, filled up with zeros.
+void read_gradients(const Gradients& gradients, int64_t block, int n, int64_t first, int count,
                     const Buffers& buffers) {
-    for (int t = 0; t < count; ++t)
-        read_as(args.gradient_type, args.gradients, (first + t) * args.gradient_stride + offset, n,
-                buffers.gradients + int64_t(t) * buffers.stride);
-    for (int t = count; t < kRank; ++t)
-        for (int j = 0; j < n; ++j) buffers.gradients[int64_t(t) * buffers.stride + j] = 0;
-    for (int j = 0; j < n; j += kDoubleLanes)
-        for (int t = 0; t < kRank; t += kDoubleLanes) {
-            VecD square[kDoubleLanes];
-#pragma GCC unroll 8
-            for (int i = 0; i < kDoubleLanes; ++i)
-                square[i] = widen(buffers.gradients + int64_t(t + i) * buffers.stride + j);
-            transpose<double>(square);
-#pragma GCC unroll 8
-            for (int i = 0; i < kDoubleLanes; ++i)
-                store(buffers.columns + int64_t(j + i) * kRank + t, square[i]);
+    for (int j = 0; j < n; j += kRank) {
+        const int width = min_int(kRank, n - j);
+        VecF square[kRank] = {};
+#pragma GCC unroll 16
+        for (int t = 0; t < kRank; ++t)
+            if (t < count) square[t] = read_piece(gradients, block, first + t, j, width);
+        transpose<float>(square);
+#pragma GCC unroll 16
+        for (int i = 0; i < kRank; ++i) {
+            const int64_t at = int64_t(j + i) * kRank;
+            store(buffers.columns + at, square[i]);
+            store(buffers.exact_columns + at, widen(buffers.columns + at));
+            store(buffers.exact_columns + at + kLanesD, widen(buffers.columns + at + kLanesD));
         }
+    }
 }
 
-// Asks for what block b will need, in equal parts with every group of gradients of the
-// block before it.
-void prefetch_next(const WoodburyUpdate& args, int64_t b, int64_t first, int count) {
-    const int64_t block_size = args.partition.block_size;
-    const int64_t size = element_size(args.gradient_type);
-    for (int64_t t = first; t < first + count; ++t)
-        prefetch(static_cast<const char*>(args.gradients) +
-                     (t * args.gradient_stride + b * block_size) * size,
-                 block_size * size);
-    const int64_t part = block_size * block_size * kRank / args.num_gradients + 16;
-    prefetch(args.inverse + b * block_size * block_size + first / kRank * part, part * 4);
+void read_inverse(const float* inverse, int block_size, int n, const Buffers& buffers) {
+    for (int i = 0; i < n; ++i)
+        copy(inverse + int64_t(i) * block_size, min_int(n, round_up(i + 1, kRank)),
+             buffers.inverse + int64_t(i) * kStride);
 }
 
-bool diagonal_is_positive(const float* f, int stride, int n) {
+// Writes the block with the squares above the diagonal mirrored from below.
+void write_inverse(const Buffers& buffers, int n, float* inverse, int block_size) {
+    for (int i0 = 0; i0 < n; i0 += kRank)
+        for (int j0 = 0; j0 < i0; j0 += kRank) {
+            VecF square[kRank];
+#pragma GCC unroll 16
+            for (int i = 0; i < kRank; ++i)
+                square[i] = load(buffers.inverse + int64_t(i0 + i) * kStride + j0);
+            transpose<float>(square);
+#pragma GCC unroll 16
+            for (int j = 0; j < kRank; ++j)
+                store(buffers.inverse + int64_t(j0 + j) * kStride + i0, square[j]);
+        }
+    for (int i = 0; i < n; ++i)
+        copy(buffers.inverse + int64_t(i) * kStride, n, inverse + int64_t(i) * block_size);
+}
+
+bool diagonal_is_positive(const float* f, int n) {
     for (int i = 0; i < n; ++i) {
-        const float d = f[int64_t(i) * stride + i];
+        const float d = f[int64_t(i) * kStride + i];
         if (!(d > 0) || !(d < __builtin_inff())) return false;
     }
+    return true;
+}
+
+int64_t update_small_blocks(const WoodburyUpdate& args, const Gradients& gradients,
+                            cpu::BlockRange range, char* workspace) {
+    const LaneBuffers buffers = lane_buffers(args.partition.block_size, workspace);
+    int64_t failed = -1;
+    for (int64_t b = range.begin; b < range.end; b += kLanesF) {
+        const int64_t left = range.end - b;
+        const int64_t first =
+            update_in_lanes(args, gradients, b, left < kLanesF ? int(left) : kLanesF, buffers);
+        if (failed < 0) failed = first;
+    }
+    return failed;
+}
+
+// All gradients of one block.  False on breakdown: a failed block keeps the state it had.
+bool update_block(const WoodburyUpdate& args, const Gradients& gradients, int64_t b, bool last,
+                  const Buffers& buffers, Runs& runs) {
+    const int block_size = args.partition.block_size;
+    const int n = block_length(args.partition, b);
+    const int64_t entries = int64_t(block_size) * block_size;
+    float* inverse = args.inverse + b * entries;
+    read_inverse(inverse, block_size, n, buffers);
+    // The next block, in equal parts with every group of gradients.
+    const int64_t part = entries * 4 / divide_up(int(gradients.count), kRank) + 64;
+    const char* ahead = reinterpret_cast<const char*>(inverse + entries);
+    for (int64_t t = 0; t < gradients.count; t += kRank, ahead += part) {
+        const int64_t left = gradients.count - t;
+        read_gradients(gradients, b, n, t, left < kRank ? int(left) : kRank, buffers);
+        if (!last) prefetch(ahead, part);
+        if (!apply(buffers, n, args.total_gradients, runs)) return false;
+    }
+    if (!diagonal_is_positive(buffers.inverse, n)) return false;
+    write_inverse(buffers, n, inverse, block_size);
     return true;
 }
 
@@ -185,27 +293,24 @@ bool diagonal_is_positive(const float* f, int stride, int n) {
 
 int64_t woodbury_update(const WoodburyUpdate& args, cpu::BlockRange range, char* workspace) {
     const int block_size = args.partition.block_size;
+    const Gradients gradients{args.gradients, args.gradient_type, args.num_gradients,
+                              args.gradient_stride, block_size};
+    if (block_size <= kLargestInLanes)
+        return update_small_blocks(args, gradients, range, workspace);
     const Buffers buffers = buffers_for(block_size, workspace);
-    return over_blocks(args.partition, range, [&](int64_t b, int n) {
-        float* inverse = args.inverse + b * int64_t(block_size) * block_size;
-        for (int i = 0; i < n; ++i)
-            copy(inverse + int64_t(i) * block_size, n,
-                 buffers.inverse + int64_t(i) * buffers.stride);
-        bool good = true;
-        for (int64_t t0 = 0; good && t0 < args.num_gradients; t0 += kRank) {
-            const int count =
-                int(args.num_gradients - t0 < kRank ? args.num_gradients - t0 : kRank);
-            read_gradients(args, b * block_size, n, t0, count, buffers);
-            if (b + 1 < range.end) prefetch_next(args, b + 1, t0, count);
-            good = apply(buffers, n, count, args.total_gradients);
-        }
-        // A failed block keeps the state it had.
-        if (!good || !diagonal_is_positive(buffers.inverse, buffers.stride, n)) return false;
-        for (int i = 0; i < n; ++i)
-            copy(buffers.inverse + int64_t(i) * buffers.stride, n,
-                 inverse + int64_t(i) * block_size);
-        return true;
-    });
+    const int in_flight = int(gradients.count < kMaxGradients ? gradients.count : kMaxGradients);
+    const int64_t tiles = tiles_in_triangle<float>(block_size) * gradients.count / kRank;
+    const int64_t most = blocks_in_stretch(gradients);
+    int64_t failed = -1;
+    for (int64_t b0 = range.begin; b0 < range.end; b0 += most) {
+        const int64_t b1 = b0 + most < range.end ? b0 + most : range.end;
+        const int64_t b2 = b1 + most < range.end ? b1 + most : range.end;
+        Runs runs = runs_of(gradients, {b1, b2, 0, in_flight}, (b1 - b0) * tiles);
+        for (int64_t b = b0; b < b1; ++b)
+            if (!update_block(args, gradients, b, b + 1 == range.end, buffers, runs) && failed < 0)
+                failed = b;
+    }
+    return failed;
 }
 
 }  // namespace OBERT_ISA

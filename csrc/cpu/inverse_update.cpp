@@ -1,0 +1,242 @@
+// OBS updates from a dense inverse.  The lower triangle of each block is read once, in order:
+// bytes 2 B (B + 1) + 9 B; flops 2 B^2 plus |P|^3/3 (joint) or the groups' solves (sum),
+// plus B^3/3 for the predicted increase of the sum rule.
+#include "inverse_chunk.h"
+
+namespace obert {
+namespace OBERT_ISA {
+namespace {
+
+// The sum rule for single weights: u_i = w_i / [F^-1]_ii.
+void single_multipliers(const InverseUpdate& args, const Chunk& chunk, const Buffers& buffers) {
+    read_diagonal(args.partition, args.inverse, chunk, buffers.diagonal);
+    Mask bad{};
+    for (int i = 0; i < chunk.weights; i += kLanes) {
+        const VecD w = load(buffers.weight + i), d = load(buffers.diagonal + i);
+        const Mask goes = is_pruned(buffers.keep + i) & (w != 0.0);
+        bad |= goes & ~((d > 0.0) & (d < __builtin_inf()));
+        store(buffers.multiplier + i, goes ? w / d : VecD{});
+    }
+    if (any(bad))
+        mark_failed(args.partition.block_size, chunk, buffers, [&](int i) {
+            return !buffers.keep[i] && buffers.weight[i] != 0 && !is_positive(buffers.diagonal[i]);
+        });
+}
+
+// u_Q for the listed positions of one block; false if it is not positive definite.
+bool solve_listed(const float* inverse, int block_size, const Buffers& buffers, const int* index,
+                  int count, const double* weight, double* multiplier) {
+    for (int i = 0; i < count; ++i) buffers.local[i] = weight[index[i]];
+    gather_upper(inverse, block_size, index, count, buffers.block, buffers.stride);
+    if (!cholesky(buffers.block, buffers.stride, count, 0.0)) return false;
+    solve(buffers.block, buffers.stride, count, buffers.local);
+    for (int i = 0; i < count; ++i) multiplier[index[i]] = buffers.local[i];
+    return true;
+}
+
+// The sum rule for groups.  Weights of a group that survive leave its system.
+void group_multipliers(const InverseUpdate& args, const Chunk& chunk, const Buffers& buffers,
+                       GroupSystems systems) {
+    const int size = args.partition.block_size;
+    const int group_size = args.update.group_size;
+    auto flush = [&] {
+        systems.solve(true);
+        for (int lane = 0; lane < systems.count; ++lane) {
+            const int64_t at = systems.tag[lane];
+            if (!systems.good[lane]) buffers.failed[at / size] = true;
+            for (int i = 0; i < group_size; ++i) {
+                const double u = systems.vector[i * kLanes + lane];
+                if (u != 0) buffers.multiplier[at + i] = u;
+            }
+        }
+        systems.count = 0;
+    };
+    for_each_part(args.partition, chunk, group_size, [&](int b, int64_t, int begin, int end) {
+        const int at = b * size;
+        const uint8_t* keep = buffers.keep + at;
+        const float* inverse = args.inverse + (chunk.first + b) * size * size;
+        const int count = list_pruned(keep, begin, end, buffers.pruned);
+        const double* weight = buffers.weight + at;
+        if (!any_nonzero(weight, buffers.pruned, count)) return;
+        if (group_size > kMaxSystem) {
+            if (!solve_listed(inverse, size, buffers, buffers.pruned, count, weight,
+                              buffers.multiplier + at))
+                buffers.failed[b] = true;
+            return;
+        }
+        const bool whole = count == group_size;
+        auto takes_part = [&](int i) { return begin + i < end && !keep[begin + i]; };
+        systems.add(
+            at + begin,
+            [&](int i, int j) -> double {
+                if (!whole && !(takes_part(i) && takes_part(j))) return i == j;
+                return inverse[int64_t(begin + i) * size + begin + j];
+            },
+            [&](int i) { return takes_part(i) ? weight[begin + i] : 0.0; });
+        if (systems.count == kLanes) flush();
+    });
+    flush();
+}
+
+// The square of the lower triangle on the diagonal at row i0, where its rows may end the
+// block: what lies past the diagonal is not read.
+void read_corner(const float* a, int size, int i0, int rows, float* corner) {
+    for (int r = 0; r < kLanes; ++r)
+        for (int l = 0; l < kLanes; ++l)
+            corner[r * kLanes + l] = r < rows && l <= r ? a[int64_t(i0 + r) * size + i0 + l] : 0.0f;
+}
+
+// change = -A x for the symmetric A whose lower triangle is read, rows of `size` floats, the
+// first n of them; x is zero from n on.  Asks for the same part of `ahead` on the way.
+void multiply_symmetric(const float* a, int size, int n, const double* x, double* change,
+                        const float* ahead) {
+    using Index = Simd<double>::Index;
+    Index lane{};
+    for (int l = 0; l < kLanes; ++l) lane[l] = l;
+    for (int i0 = 0; i0 < n; i0 += kLanes) {
+        const int rows = min_int(kLanes, n - i0);
+        VecD below[kLanes] = {};  // what the rows of this panel get from the columns before them
+        for (int j = 0; j < i0; j += kLanes) {
+            const VecD xj = load(x + j);
+            VecD above = load(change + j);
+#pragma GCC unroll 8
+            for (int r = 0; r < kLanes; ++r) {
+                const int i = i0 + min_int(r, rows - 1);  // x is zero past the last row
+                const VecD entry = widen(a + int64_t(i) * size + j);
+                above -= x[i0 + r] * entry;
+                below[r] -= entry * xj;
+            }
+            store(change + j, above);
+        }
+        float corner[kLanes * kLanes];
+        const bool copied = rows < kLanes;
+        if (copied) read_corner(a, size, i0, rows, corner);
+        const float* square = copied ? corner : a + int64_t(i0) * size + i0;
+        const int64_t step = copied ? kLanes : size;
+        const VecD xj = load(x + i0);
+        VecD own = {};
+#pragma GCC unroll 8
+        for (int r = 0; r < kLanes; ++r) {
+            const VecD entry = widen(square + r * step);
+            below[r] -= lane <= (Index{} + r) ? entry * xj : VecD{};
+            own -= lane < (Index{} + r) ? x[i0 + r] * entry : VecD{};
+            prefetch(ahead + int64_t(i0 + r) * size, (i0 + r + 1) * int64_t(sizeof(float)));
+        }
+        transpose<double>(below);
+#pragma GCC unroll 8
+        for (int r = 0; r < kLanes; ++r) own += below[r];
+        store(change + i0, own);
+    }
+}
+
+// Whether any multiplier of a block is not zero; otherwise nothing in it changes.
+bool moves(const double* multiplier, int n) {
+    for (int i = 0; i < n; ++i)
+        if (multiplier[i] != 0) return true;
+    return false;
+}
+
+// change = -F^-1 u for the survivors of a chunk, -w for the pruned.
+void find_changes(const InverseUpdate& args, const Chunk& chunk, cpu::BlockRange range,
+                  const Buffers& buffers) {
+    const int size = args.partition.block_size;
+    for (int i = 0; i < round_up(chunk.weights, kLanes); ++i) buffers.change[i] = 0;
+    for (int b = 0; b < chunk.blocks; ++b) {
+        const int64_t block = chunk.first + b;
+        const int at = b * size;
+        const int n = block_length(args.partition, block);
+        if (!moves(buffers.multiplier + at, n)) continue;
+        for (int i = 0; i < round_up(n, kLanes); ++i)
+            buffers.local[i] = i < n ? buffers.multiplier[at + i] : 0.0;
+        const int64_t next = block + 1 < range.end ? block + 1 : block;
+        multiply_symmetric(args.inverse + block * size * size, size, n, buffers.local,
+                           buffers.change + at, args.inverse + next * size * size);
+    }
+    VecD total = {};
+    for (int i = 0; i < chunk.weights; i += kLanes) {
+        const VecD change = load(buffers.change + i);
+        total += change * 0.0;  // NaN unless every change is finite
+        store(buffers.change + i, is_pruned(buffers.keep + i) ? -load(buffers.weight + i) : change);
+    }
+    // The pruned are looked at through their multipliers.
+    if (any(total != 0.0))
+        mark_failed(size, chunk, buffers,
+                    [&](int i) { return !__builtin_isfinite(buffers.change[i]); });
+}
+
+// Predicted increases: 1/2 w_P^T u_P for the joint rule, 1/2 d^T F d for the sum.
+void find_increases(const InverseUpdate& args, const Chunk& chunk, const Buffers& buffers) {
+    const int size = args.partition.block_size;
+    for (int b = 0; b < chunk.blocks; ++b) {
+        const int64_t block = chunk.first + b;
+        const int at = b * size;
+        const int n = block_length(args.partition, block);
+        double increase = 0;
+        for (int i = at; i < at + n; ++i)
+            increase += 0.5 * buffers.weight[i] * buffers.multiplier[i];
+        if (args.update.rule == UpdateRule::sum && moves(buffers.multiplier + at, n) &&
+            !increase_of(args.inverse + block * size * size, size, n, buffers.change + at, buffers,
+                         &increase))
+            buffers.failed[b] = true;
+        args.update.predicted_increase[block] = increase;
+    }
+}
+
+void write_chunk(const InverseUpdate& args, const Chunk& chunk, const Buffers& buffers) {
+    const Update& update = args.update;
+    const int size = args.partition.block_size;
+    for (int i = 0; i < chunk.weights; i += kLanes)
+        store(buffers.weight + i, load(buffers.weight + i) + load(buffers.change + i));
+    bool failed = false;
+    for (int b = 0; b < chunk.blocks; ++b) failed |= buffers.failed[b];
+    if (!failed)
+        return write_as(update.weight_type, buffers.weight, chunk.weights, update.new_weight,
+                        chunk.start);
+    for (int b = 0; b < chunk.blocks; ++b)
+        if (!buffers.failed[b])
+            write_as(update.weight_type, buffers.weight + b * size,
+                     block_length(args.partition, chunk.first + b), update.new_weight,
+                     chunk.start + b * size);
+}
+
+void find_multipliers(const InverseUpdate& args, const Chunk& chunk, const Buffers& buffers,
+                      const GroupSystems& systems) {
+    const int size = args.partition.block_size;
+    if (args.update.rule == UpdateRule::sum && args.update.group_size == 1)
+        return single_multipliers(args, chunk, buffers);
+    for (int i = 0; i < chunk.weights; ++i) buffers.multiplier[i] = 0;
+    if (args.update.rule == UpdateRule::sum)
+        return group_multipliers(args, chunk, buffers, systems);
+    for (int b = 0; b < chunk.blocks; ++b) {
+        const int at = b * size;
+        const int count = list_pruned(
+            buffers.keep + at, 0, block_length(args.partition, chunk.first + b), buffers.pruned);
+        const double* weight = buffers.weight + at;
+        if (any_nonzero(weight, buffers.pruned, count) &&
+            !solve_listed(args.inverse + (chunk.first + b) * size * size, size, buffers,
+                          buffers.pruned, count, weight, buffers.multiplier + at))
+            buffers.failed[b] = true;
+    }
+}
+
+}  // namespace
+
+int64_t inverse_update(const InverseUpdate& args, cpu::BlockRange range, char* workspace) {
+    const int size = args.partition.block_size;
+    Scratch scratch{workspace};
+    const Buffers buffers = buffers_for(size, scratch);
+    const GroupSystems systems(min_int(args.update.group_size, kMaxSystem), scratch);
+    const Update& update = args.update;
+    return over_chunks(args.partition, range, buffers, [&](const Chunk& chunk) {
+        read_weights(update.weight_type, update.weight, chunk, buffers.weight);
+        for (int i = 0; i < round_up(chunk.weights, kLanes); ++i)
+            buffers.keep[i] = i >= chunk.weights || update.keep[chunk.start + i];
+        find_multipliers(args, chunk, buffers, systems);
+        find_changes(args, chunk, range, buffers);
+        if (update.predicted_increase != nullptr) find_increases(args, chunk, buffers);
+        write_chunk(args, chunk, buffers);
+    });
+}
+
+}  // namespace OBERT_ISA
+}  // namespace obert
