@@ -182,6 +182,19 @@ namespace cuda {
 int device_count(const char** message);
 int runtime_version();
 
+// On the current device, in the given stream.  They allocate nothing and wait for nothing, so
+// they can be captured in a graph; a failed launch throws std::runtime_error, a block size that
+// the device cannot hold std::invalid_argument.
+void gram_accumulate(const GramAccumulate&, void* stream);
+void gram_inverse(const GramInverse&, void* stream);
+void gram_diagonal(const GramDiagonal&, void* stream);
+void gram_solve(const GramSolve&, void* stream);
+void gram_scores(const GramScores&, void* stream);
+void gram_update(const GramUpdate&, void* stream);
+void woodbury_update(const WoodburyUpdate&, void* stream);
+void inverse_scores(const InverseScores&, void* stream);
+void inverse_update(const InverseUpdate&, void* stream);
+
 }  // namespace cuda
 
 }  // namespace obert

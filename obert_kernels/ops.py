@@ -1,7 +1,8 @@
 """The operators: schemas, checks, and which code runs on which device.
 
 ``torch.ops.obert_kernels.<name>`` and the functions of the same name here are one thing.
-On the CPU they run the native core, on other devices :mod:`obert_kernels.reference`.
+On the CPU and, in builds with CUDA kernels, on CUDA devices they run the native core; elsewhere
+:mod:`obert_kernels.reference`.
 
 Shapes: ``n`` weights of one matrix, flattened row-major, in ``blocks = ceil(n / B)`` blocks.
 ``gram`` is ``[blocks, B(B+1)/2]`` (packed lower triangles, float64 or float32), ``inverse``
@@ -85,6 +86,17 @@ def _rows(gradients: Tensor) -> Tensor:
     return gradients if gradients.stride(1) == 1 else gradients.contiguous()
 
 
+def _run_on(state: Tensor) -> tuple[Any, int]:
+    """The operators for the device of a tensor, and the threads or the stream they run in."""
+    if state.device.type == "cuda":
+        return _lib.core().cuda, torch.cuda.current_stream(state.device).cuda_stream
+    return _lib.core(), torch.get_num_threads()
+
+
+def _has_cuda_kernels() -> bool:
+    return _lib.failure() is None and hasattr(_lib.core(), "cuda")
+
+
 def _operator(schema: str, check: Callable[..., None], fake: Callable[..., Any]) -> Callable:
     """Register the decorated native implementation, its oracle, checks and shapes."""
 
@@ -96,6 +108,11 @@ def _operator(schema: str, check: Callable[..., None], fake: Callable[..., Any])
             check(*args)
             return native(*args)
 
+        def run_on_device(*args: Any) -> Any:
+            check(*args)
+            with torch.cuda.device(args[0].device):
+                return native(*args)
+
         def run_oracle(*args: Any) -> Any:
             check(*args)
             return oracle(*args)
@@ -103,6 +120,8 @@ def _operator(schema: str, check: Callable[..., None], fake: Callable[..., Any])
         _library.define(f"{name}{schema}")
         _library.impl(name, run_oracle, "CompositeExplicitAutograd")
         _library.impl(name, run_native, "CPU")
+        if _has_cuda_kernels():
+            _library.impl(name, run_on_device, "CUDA")
         torch.library.register_fake(f"{_NAMESPACE}::{name}", fake, lib=_library)
         operator = getattr(getattr(torch.ops, _NAMESPACE), name).default
         operator.__doc__ = oracle.__doc__
@@ -126,10 +145,11 @@ def _check_accumulate(gram: Tensor, gradients: Tensor, block_size: int) -> None:
 )
 def gram_accumulate(gram: Tensor, gradients: Tensor, block_size: int) -> None:
     gradients = _rows(gradients)
-    _lib.core().gram_accumulate(
+    core, where = _run_on(gram)
+    core.gram_accumulate(
         gram.data_ptr(), _CODES[gram.dtype], gradients.data_ptr(), _CODES[gradients.dtype],
         gradients.shape[0], gradients.stride(0), gradients.shape[1], block_size,
-        torch.get_num_threads(),
+        where,
     )  # fmt: skip
 
 
@@ -163,7 +183,8 @@ def gram_inverse(
 ) -> Tensor:
     out = gram.new_empty((gram.shape[0], block_size, block_size), dtype=dtype)
     fisher = _fisher_args(gram, num_weights, block_size, num_gradients, damping, status)
-    _lib.core().gram_inverse(fisher, out.data_ptr(), _CODES[dtype], torch.get_num_threads())
+    core, where = _run_on(gram)
+    core.gram_inverse(fisher, out.data_ptr(), _CODES[dtype], where)
     return out
 
 
@@ -183,7 +204,8 @@ def gram_diagonal(
 ) -> Tensor:
     out = gram.new_empty(num_weights, dtype=dtype)
     fisher = _fisher_args(gram, num_weights, block_size, num_gradients, damping, status)
-    _lib.core().gram_diagonal(fisher, out.data_ptr(), _CODES[dtype], torch.get_num_threads())
+    core, where = _run_on(gram)
+    core.gram_diagonal(fisher, out.data_ptr(), _CODES[dtype], where)
     return out
 
 
@@ -213,9 +235,8 @@ def gram_solve(
     v = right_hand_side.contiguous()
     out = torch.empty_like(v)
     fisher = _fisher_args(gram, v.numel(), block_size, num_gradients, damping, status)
-    _lib.core().gram_solve(
-        fisher, v.data_ptr(), out.data_ptr(), _CODES[v.dtype], torch.get_num_threads()
-    )
+    core, where = _run_on(gram)
+    core.gram_solve(fisher, v.data_ptr(), out.data_ptr(), _CODES[v.dtype], where)
     return out
 
 
@@ -243,9 +264,10 @@ def gram_scores(
     weight = weight.contiguous()
     scores = weight.new_zeros(weight.numel() // group_size, dtype=torch.float32)
     fisher = _fisher_args(gram, weight.numel(), block_size, num_gradients, damping, status)
-    _lib.core().gram_scores(
+    core, where = _run_on(gram)
+    core.gram_scores(
         fisher, weight.data_ptr(), _CODES[weight.dtype], group_size, scores.data_ptr(),
-        torch.get_num_threads(),
+        where,
     )  # fmt: skip
     return scores
 
@@ -290,7 +312,8 @@ def gram_update(
 ) -> tuple[Tensor, Tensor]:
     update, new, increase, _alive = _update_args(weight, keep, group_size, joint, gram.shape[0])
     fisher = _fisher_args(gram, weight.numel(), block_size, num_gradients, damping, status)
-    _lib.core().gram_update(fisher, update, torch.get_num_threads())
+    core, where = _run_on(gram)
+    core.gram_update(fisher, update, where)
     return new, increase
 
 
@@ -309,10 +332,11 @@ def woodbury_update(
     inverse: Tensor, gradients: Tensor, num_gradients: float, status: Tensor
 ) -> None:
     gradients = _rows(gradients)
-    _lib.core().woodbury_update(
+    core, where = _run_on(inverse)
+    core.woodbury_update(
         inverse.data_ptr(), gradients.data_ptr(), _CODES[gradients.dtype], gradients.shape[0],
         gradients.stride(0), gradients.shape[1], inverse.shape[-1], num_gradients,
-        status.data_ptr(), torch.get_num_threads(),
+        status.data_ptr(), where,
     )  # fmt: skip
 
 
@@ -329,10 +353,11 @@ def _check_inverse_scores(inverse, weight, group_size, status):  # type: ignore[
 def inverse_scores(inverse: Tensor, weight: Tensor, group_size: int, status: Tensor) -> Tensor:
     weight = weight.contiguous()
     scores = weight.new_zeros(weight.numel() // group_size, dtype=torch.float32)
-    _lib.core().inverse_scores(
+    core, where = _run_on(inverse)
+    core.inverse_scores(
         inverse.data_ptr(), weight.numel(), inverse.shape[-1], weight.data_ptr(),
         _CODES[weight.dtype], group_size, scores.data_ptr(), status.data_ptr(),
-        torch.get_num_threads(),
+        where,
     )  # fmt: skip
     return scores
 
@@ -363,8 +388,9 @@ def inverse_update(
     update, new, increase, _alive = _update_args(
         weight, keep, group_size, joint, inverse.shape[0] if with_increase else 0
     )
-    _lib.core().inverse_update(
+    core, where = _run_on(inverse)
+    core.inverse_update(
         inverse.data_ptr(), weight.numel(), inverse.shape[-1], update, status.data_ptr(),
-        torch.get_num_threads(),
+        where,
     )  # fmt: skip
     return new, increase

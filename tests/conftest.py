@@ -1,11 +1,29 @@
 """Fixtures shared by the tests."""
 
+from __future__ import annotations
+
+import functools
+import shutil
+from pathlib import Path
+from types import ModuleType
+
+import host_cuda_build
 import pytest
 import torch
 
-from obert_kernels import _lib
+from obert_kernels import _lib, ops
 
 INSTRUCTION_SETS = _lib.core().instruction_sets()
+CUDA_ON_HOST = "cuda-on-host"  # the CUDA kernel sources, executed thread by thread on the CPU
+
+
+@functools.cache
+def host_cuda() -> ModuleType:
+    """The CUDA kernels compiled for the host; compiled when first asked for."""
+    if shutil.which("g++") is None:
+        pytest.skip("no g++ to compile the CUDA kernels for the host")
+    cache = Path(__file__).parent.parent / "build" / "host_cuda"
+    return host_cuda_build.load(host_cuda_build.build(cache))
 
 
 @pytest.fixture(autouse=True)
@@ -13,9 +31,24 @@ def seeded() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture(params=INSTRUCTION_SETS)
+@pytest.fixture
+def cuda_on_host(monkeypatch):
+    """Operators on CPU tensors run the host-executed CUDA kernels."""
+    module = host_cuda()
+    module.set_seed(1)
+    monkeypatch.setattr(ops, "_run_on", lambda state: (module, 0))
+    return module
+
+
+@pytest.fixture(params=[*INSTRUCTION_SETS, CUDA_ON_HOST])
 def isa(request):
-    """Run the test once per instruction set this processor has, and prove it is in use."""
+    """Run the test once per instruction set this processor has, and prove it is in use; and
+    once with the CUDA kernels executed on the host."""
+    if request.param == CUDA_ON_HOST:
+        module = request.getfixturevalue("cuda_on_host")
+        assert ops._run_on(torch.zeros(1))[0] is module
+        yield request.param
+        return
     core = _lib.core()
     before = core.current_instruction_set()
     assert core.select_instruction_set(request.param)

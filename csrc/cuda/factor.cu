@@ -1,0 +1,169 @@
+// Diagonal of F^-1, OBS scores, F^-1 itself and F^-1 v from the Gram, one pass over it.
+//
+// Bytes per block: B(B+1)/2 sizeof(gram) read, plus what was asked for.
+#include "factor.cuh"
+
+namespace obert {
+namespace cuda {
+namespace {
+
+// Either scores or the diagonal.
+struct Wanted {
+    const void* weight;
+    DType type;  // of weight, or of diagonal
+    int group_size;
+    float* scores;
+    void* diagonal;
+};
+
+template <int SIZE, int threads>
+__global__ void __launch_bounds__(Team<threads>::kLaunch)
+    scores_kernel(const __grid_constant__ Fisher fisher, const __grid_constant__ Wanted wanted) {
+    using T = Team<threads>;
+    const int size = SIZE > 0 ? SIZE : fisher.partition.block_size;
+    const int64_t block = int64_t(blockIdx.x) * T::kTeams + T::index();
+    if (block >= num_blocks(fisher.partition)) return;
+    const int n = block_length(fisher.partition, block);
+    const int64_t start = block * size;
+    const int group_size = wanted.group_size;
+    const Workspace w = workspace_of(T::index(), size, group_size);
+    bool bad = !factor<T, threads>(fisher, size, block, n, w);
+    if (!bad) {
+        invert_lower<T, threads>(w.matrix, n, w.other);
+        const double* m = w.matrix;
+        for (int i = T::rank(); i < n && wanted.diagonal == nullptr; i += threads)
+            w.weight[i] = load_wide(wanted.type, wanted.weight, start + i);
+        T::sync();
+        if (group_size == 1) {
+            for (int i = T::rank(); i < n; i += threads) {
+                const double diagonal = inverse_entry(m, n, i, i);
+                bad = bad || !is_positive(diagonal);
+                if (wanted.diagonal != nullptr)
+                    store_wide(wanted.type, wanted.diagonal, start + i, diagonal);
+                else
+                    __stcs(wanted.scores + start + i,
+                           float(0.5 * w.weight[i] * w.weight[i] / diagonal));
+            }
+        } else {
+            bad = solve_groups<T, threads>(
+                w, size, start, n, group_size, false,
+                [=](int i, int j) { return inverse_entry(m, n, i, j); }, [](int) { return false; });
+            write_group_scores<T, threads>(w, start, n, group_size, wanted.scores);
+        }
+    }
+    if (bad) record_failure(fisher.status, block);
+}
+
+template <int SIZE, int threads>
+__global__ void __launch_bounds__(Team<threads>::kLaunch)
+    inverse_kernel(const __grid_constant__ GramInverse args) {
+    using T = Team<threads>;
+    const Fisher& fisher = args.fisher;
+    const int size = SIZE > 0 ? SIZE : fisher.partition.block_size;
+    const int64_t block = int64_t(blockIdx.x) * T::kTeams + T::index();
+    if (block >= num_blocks(fisher.partition)) return;
+    const int n = block_length(fisher.partition, block);
+    const Workspace w = workspace_of(T::index(), size, 1);
+    if (!factor<T, threads>(fisher, size, block, n, w)) {
+        if (T::rank() == 0) record_failure(fisher.status, block);
+        return;
+    }
+    invert_lower<T, threads>(w.matrix, n, w.other);
+    const double* m = w.matrix;
+    const double past_the_end = 1.0 / fisher.damping;
+    auto entry = [=](int e) {
+        const int i = e / size, j = e % size;
+        if (i >= n || j >= n) return i == j ? past_the_end : 0.0;
+        return inverse_entry(m, n, max(i, j), min(i, j));
+    };
+    const int64_t offset = block * (int64_t(size) * size);
+    const int entries = size * size;
+    if (args.inverse_type == DType::f64) {
+        double* out = static_cast<double*>(args.inverse) + offset;
+        const Split split = split_run(out, entries, 8);
+        for (int v = T::rank(); v < split.vectors; v += threads) {
+            const int e = split.head + 2 * v;
+            __stcs(reinterpret_cast<double2*>(out + e), make_double2(entry(e), entry(e + 1)));
+        }
+        for (int u = T::rank(); u < split.head + split.tail; u += threads) {
+            const int e = u < split.head ? u : u + 2 * split.vectors;
+            __stcs(out + e, entry(e));
+        }
+    } else {
+        float* out = static_cast<float*>(args.inverse) + offset;
+        const Split split = split_run(out, entries, 4);
+        for (int v = T::rank(); v < split.vectors; v += threads) {
+            const int e = split.head + 4 * v;
+            __stcs(reinterpret_cast<float4*>(out + e),
+                   make_float4(float(entry(e)), float(entry(e + 1)), float(entry(e + 2)),
+                               float(entry(e + 3))));
+        }
+        for (int u = T::rank(); u < split.head + split.tail; u += threads) {
+            const int e = u < split.head ? u : u + 4 * split.vectors;
+            __stcs(out + e, float(entry(e)));
+        }
+    }
+}
+
+template <int SIZE, int threads>
+__global__ void __launch_bounds__(Team<threads>::kLaunch)
+    solve_kernel(const __grid_constant__ GramSolve args) {
+    using T = Team<threads>;
+    const Fisher& fisher = args.fisher;
+    const int size = SIZE > 0 ? SIZE : fisher.partition.block_size;
+    const int64_t block = int64_t(blockIdx.x) * T::kTeams + T::index();
+    if (block >= num_blocks(fisher.partition)) return;
+    const int n = block_length(fisher.partition, block);
+    const int64_t start = block * size;
+    const Workspace w = workspace_of(T::index(), size, 1);
+    for (int i = T::rank(); i < n; i += threads)
+        w.vector[i] = load_wide(args.vector_type, args.right_hand_side, start + i);
+    if (!factor<T, threads>(fisher, size, block, n, w)) {
+        if (T::rank() == 0) record_failure(fisher.status, block);
+        return;
+    }
+    solve_lower<T, threads>(w.matrix, n, w.vector);
+    solve_upper<T, threads>(w.matrix, n, w.vector);
+    for (int i = T::rank(); i < n; i += threads)
+        store_wide(args.vector_type, args.solution, start + i, w.vector[i]);
+}
+
+void start_scores(const Fisher& fisher, const Wanted& wanted, const char* what, void* stream) {
+    with_team(fisher.partition.block_size, [&](auto size, auto threads) {
+        launch_teams<Team<threads()>>(
+            scores_kernel<size(), threads()>, what, fisher.partition,
+            [&](int s) { return workspace_bytes(s, wanted.group_size); }, stream, fisher, wanted);
+    });
+}
+
+}  // namespace
+
+void gram_diagonal(const GramDiagonal& args, void* stream) {
+    start_scores(args.fisher, {nullptr, args.diagonal_type, 1, nullptr, args.diagonal},
+                 "gram_diagonal", stream);
+}
+
+void gram_scores(const GramScores& args, void* stream) {
+    start_scores(args.fisher,
+                 {args.weight, args.weight_type, args.group_size, args.scores, nullptr},
+                 "gram_scores", stream);
+}
+
+void gram_inverse(const GramInverse& args, void* stream) {
+    with_team(args.fisher.partition.block_size, [&](auto size, auto threads) {
+        launch_teams<Team<threads()>>(
+            inverse_kernel<size(), threads()>, "gram_inverse", args.fisher.partition,
+            [](int s) { return workspace_bytes(s, 1); }, stream, args);
+    });
+}
+
+void gram_solve(const GramSolve& args, void* stream) {
+    with_team(args.fisher.partition.block_size, [&](auto size, auto threads) {
+        launch_teams<Team<threads()>>(
+            solve_kernel<size(), threads()>, "gram_solve", args.fisher.partition,
+            [](int s) { return workspace_bytes(s, 1); }, stream, args);
+    });
+}
+
+}  // namespace cuda
+}  // namespace obert

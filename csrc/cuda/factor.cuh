@@ -1,0 +1,167 @@
+// One Fisher block of a team: F = damping I + scale gram[b], unpacked to float64 in shared
+// memory, factored and used there.  Nothing of it is written unless asked for.
+#pragma once
+
+#include "launch.h"
+#include "triangle.cuh"
+
+namespace obert {
+namespace cuda {
+
+// Threads that work on a block of that size.
+constexpr int team_threads(int size) {
+    return size <= 4     ? 4
+           : size <= 8   ? 8
+           : size <= 16  ? 16
+           : size <= 32  ? 32
+           : size <= 64  ? 64
+           : size <= 128 ? 128
+                         : 256;
+}
+
+// Doubles that the systems of the groups of a block take, at offset_of_system(part.begin).
+__host__ __device__ inline int offset_of_system(int begin, int size, int group_size) {
+    const int most = group_size < size ? group_size : size;
+    return (begin * (most + 1) + 1) / 2;
+}
+
+// What a team keeps in shared memory.
+struct Workspace {
+    double* matrix;       // packed F, then L, then M = L^-1
+    double* bar;          // [B] what the pivots must exceed
+    double* weight;       // [B]
+    double* vector;       // [B]
+    double* other;        // [B]
+    double* systems;      // of the groups
+    unsigned char* keep;  // [B]
+};
+
+__host__ __device__ inline int64_t workspace_bytes(int size, int group_size) {
+    const int64_t systems = group_size > 1 ? offset_of_system(size, size, group_size) : 0;
+    return (packed(int64_t(size)) + 4 * int64_t(size) + systems) * 8 + (size + 7) / 8 * 8;
+}
+
+__device__ inline Workspace workspace_of(int team, int size, int group_size) {
+    Workspace w;
+    w.matrix = reinterpret_cast<double*>(obert_shared + team * workspace_bytes(size, group_size));
+    w.bar = w.matrix + packed(size, 0);
+    w.weight = w.bar + size;
+    w.vector = w.weight + size;
+    w.other = w.vector + size;
+    w.systems = w.other + size;
+    w.keep = reinterpret_cast<unsigned char*>(
+        w.systems + (group_size > 1 ? offset_of_system(size, size, group_size) : 0));
+    return w;
+}
+
+template <class T, int threads>
+__device__ inline void load_fisher(const Fisher& fisher, int size, int64_t block, int n,
+                                   const Workspace& w) {
+    double* a = w.matrix;
+    const double scale = fisher.scale;
+    read_run<double>(fisher.gram_type, fisher.gram, block * packed(int64_t(size)), packed(n, 0),
+                     T::rank(), threads, [=](int i, double x) { a[i] = scale * x; });
+    T::sync();
+    // Rounding in the sums of a Gram of that type, relative to the diagonal (n terms a pivot).
+    const double tolerance = (fisher.gram_type == DType::f64 ? 0x1p-52 : 0x1p-23) * n;
+    for (int i = T::rank(); i < n; i += threads) {
+        const double diagonal = a[packed(i, i)] + fisher.damping;
+        a[packed(i, i)] = diagonal;
+        w.bar[i] = tolerance * diagonal;
+    }
+    T::sync();
+}
+
+template <class T, int threads>
+__device__ inline bool factor(const Fisher& fisher, int size, int64_t block, int n,
+                              const Workspace& w) {
+    load_fisher<T, threads>(fisher, size, block, n, w);
+    return cholesky<T, threads>(w.matrix, n, w.bar);
+}
+
+// [F^-1]_ij = sum_t M[t][i] M[t][j] for j <= i.
+__device__ inline double inverse_entry(const double* m, int n, int i, int j) {
+    double sum = 0;
+    for (int t = i; t < n; ++t) sum += m[packed(t, i)] * m[packed(t, j)];
+    return sum;
+}
+
+// The systems [F^-1]_QQ u = w_Q of all groups, given entry(i, j) for j <= i: positions where
+// drop(i) leave their system.  Right hand sides and solutions: `vector`.  Returns whether
+// this thread met a system that is not positive definite.
+template <class T, int threads, class Entry, class Drop>
+__device__ inline bool solve_groups(const Workspace& w, int size, int64_t start, int n,
+                                    int group_size, bool whole_way, Entry entry, Drop drop) {
+    const int parts = parts_in_block(start, n, group_size);
+    for (int i = T::rank(); i < n; i += threads) {
+        const int p = int((start + i) / group_size - start / group_size);
+        const Part part = part_of_block(start, n, group_size, p);
+        double* row =
+            w.systems + offset_of_system(part.begin, size, group_size) + packed(i - part.begin, 0);
+        const bool out = drop(i);
+        for (int j = part.begin; j <= i; ++j)
+            row[j - part.begin] = out || drop(j) ? double(i == j) : entry(i, j);
+        w.vector[i] = out ? 0.0 : w.weight[i];
+    }
+    T::sync();
+    bool bad = false;
+    for (int p = T::rank(); p < parts; p += threads) {
+        const Part part = part_of_block(start, n, group_size, p);
+        bad = !solve_alone(w.systems + offset_of_system(part.begin, size, group_size),
+                           w.vector + part.begin, part.end - part.begin, whole_way) ||
+              bad;
+    }
+    T::sync();
+    return bad;
+}
+
+// Scores of the groups from their L^-1 w in `vector`.  The parts of a group that borders cut
+// are added as they come: from three parts on (groups longer than a block) the last bit may
+// differ from run to run.
+template <class T, int threads>
+__device__ inline void write_group_scores(const Workspace& w, int64_t start, int n, int group_size,
+                                          float* scores) {
+    const int parts = parts_in_block(start, n, group_size);
+    for (int p = T::rank(); p < parts; p += threads) {
+        const Part part = part_of_block(start, n, group_size, p);
+        const double* y = w.vector + part.begin;
+        const float score = float(0.5 * dot(y, y, part.end - part.begin));
+        if (part.whole)
+            __stcs(scores + part.group, score);
+        else  // the rest lies in other blocks
+            atomicAdd(scores + part.group, score);
+    }
+}
+
+// Runs start(size, threads) with compile-time values for the block size.
+template <class Start>
+void with_team(int block_size, Start start) {
+    with_size(block_size, [&](auto size) {
+        if constexpr (size() > 0) {
+            start(size, std::integral_constant<int, team_threads(size())>{});
+        } else {
+            if (block_size <= 32)
+                start(size, std::integral_constant<int, 32>{});
+            else if (block_size <= 64)
+                start(size, std::integral_constant<int, 64>{});
+            else if (block_size <= 128)
+                start(size, std::integral_constant<int, 128>{});
+            else
+                start(size, std::integral_constant<int, 256>{});
+        }
+    });
+}
+
+// Thread blocks and shared memory for one team per Fisher block.
+template <class T, class BytesFor, class Kernel, class... Args>
+void launch_teams(Kernel kernel, const char* what, const Partition& partition, BytesFor bytes_for,
+                  void* stream, const Args&... args) {
+    const int teams = T::kTeams;
+    require_fits(what, partition.block_size, [&](int size) { return teams * bytes_for(size); });
+    const int64_t blocks = partition.num_blocks();
+    launch(kernel, (blocks + teams - 1) / teams, 1, T::kLaunch,
+           teams * bytes_for(partition.block_size), stream, args...);
+}
+
+}  // namespace cuda
+}  // namespace obert

@@ -1,0 +1,236 @@
+// OBS scores and updates from a dense inverse that already exists (Woodbury state).
+//
+// Scores read only the diagonal blocks of the groups.  An update reads the lower triangle of
+// each block once: bytes 2 B (B + 1) + 9 B; the whole block stays in shared memory.
+#include "factor.cuh"
+
+namespace obert {
+namespace cuda {
+namespace {
+
+constexpr int kScoreThreads = 128;
+
+__global__ void __launch_bounds__(kScoreThreads)
+    single_scores_kernel(const __grid_constant__ InverseScores args) {
+    const int size = args.partition.block_size;
+    const int64_t i = int64_t(blockIdx.x) * kScoreThreads + threadIdx.x;
+    if (i >= args.partition.num_weights) return;
+    const int64_t block = i / size;
+    const int position = int(i - block * size);
+    const double diagonal =
+        __ldcs(args.inverse + block * (int64_t(size) * size) + int64_t(position) * (size + 1));
+    const double weight = load_wide(args.weight_type, args.weight, i);
+    if (!is_positive(diagonal)) record_failure(args.status, block);
+    __stcs(args.scores + i, float(0.5 * weight * weight / diagonal));
+}
+
+// Where a team keeps one inverse block: its packed lower triangle in float32, and in float64
+// what has to be factored.
+struct InverseSpace {
+    Workspace work;
+    float* triangle;
+};
+
+__host__ __device__ inline int64_t inverse_bytes(int size, int group_size, bool factored) {
+    const int64_t matrix = factored ? 0 : packed(int64_t(size)) * 8;
+    return workspace_bytes(size, group_size) - matrix + (packed(int64_t(size)) + 1) / 2 * 8;
+}
+
+__device__ inline InverseSpace space_of(int team, int size, int group_size, bool factored) {
+    unsigned char* base = obert_shared + team * inverse_bytes(size, group_size, factored);
+    InverseSpace space;
+    Workspace& w = space.work;
+    w.matrix = reinterpret_cast<double*>(base);
+    w.bar = w.matrix + (factored ? packed(size, 0) : 0);
+    w.weight = w.bar + size;
+    w.vector = w.weight + size;
+    w.other = w.vector + size;
+    w.systems = w.other + size;
+    space.triangle = reinterpret_cast<float*>(
+        w.systems + (group_size > 1 ? offset_of_system(size, size, group_size) : 0));
+    w.keep = reinterpret_cast<unsigned char*>(space.triangle + (packed(size, 0) + 1) / 2 * 2);
+    return space;
+}
+
+// Row by row: the part up to the diagonal.
+template <class T, int threads>
+__device__ inline void load_triangle(const float* inverse, int size, int n, float* triangle) {
+    for (int i = 0; i < n; ++i) {
+        float* row = triangle + packed(i, 0);
+        read_run<float>(DType::f32, inverse, int64_t(i) * size, i + 1, T::rank(), threads,
+                        [=](int j, float x) { row[j] = x; });
+    }
+}
+
+__host__ __device__ inline int64_t scores_bytes(int size, int group_size) {
+    return (2 * int64_t(size) + offset_of_system(size, size, group_size)) * 8;
+}
+
+template <int threads>
+__global__ void __launch_bounds__(Team<threads>::kLaunch)
+    group_scores_kernel(const __grid_constant__ InverseScores args) {
+    using T = Team<threads>;
+    const int size = args.partition.block_size;
+    const int64_t block = int64_t(blockIdx.x) * T::kTeams + T::index();
+    if (block >= num_blocks(args.partition)) return;
+    const int n = block_length(args.partition, block);
+    const int64_t start = block * size;
+    const int group_size = args.group_size;
+    // No triangle here: the groups' systems are filled straight from memory.
+    unsigned char* base = obert_shared + T::index() * scores_bytes(size, group_size);
+    Workspace w{};
+    w.weight = reinterpret_cast<double*>(base);
+    w.vector = w.weight + size;
+    w.systems = w.vector + size;
+    for (int i = T::rank(); i < n; i += threads)
+        w.weight[i] = load_wide(args.weight_type, args.weight, start + i);
+    T::sync();
+    const float* inverse = args.inverse + block * (int64_t(size) * size);
+    const bool bad = solve_groups<T, threads>(
+        w, size, start, n, group_size, false,
+        [=](int i, int j) { return double(__ldcs(inverse + int64_t(i) * size + j)); },
+        [](int) { return false; });
+    write_group_scores<T, threads>(w, start, n, group_size, args.scores);
+    if (bad) record_failure(args.status, block);
+}
+
+// Multipliers u_Q = ([F^-1]_QQ)^-1 w_Q of the pruned, left in `vector`: all together (joint),
+// one by one, or by groups.  Returns whether this thread met a bad pivot.
+template <class T, int threads>
+__device__ inline bool find_multipliers(const Update& update, const InverseSpace& space, int size,
+                                        int64_t start, int n) {
+    const Workspace& w = space.work;
+    const unsigned char* keep = w.keep;
+    const float* f = space.triangle;
+    if (update.rule == UpdateRule::joint) {
+        for (int e = T::rank(); e < packed(n, 0); e += threads) w.matrix[e] = f[e];
+        for (int i = T::rank(); i < n; i += threads) {
+            w.vector[i] = keep[i] ? 0.0 : w.weight[i];
+            w.bar[i] = 0;
+        }
+        T::sync();
+        leave_out<T, threads>(w.matrix, n, [=](int i) { return keep[i] != 0; });
+        if (!cholesky<T, threads>(w.matrix, n, w.bar)) return true;
+        solve_lower<T, threads>(w.matrix, n, w.vector);
+        solve_upper<T, threads>(w.matrix, n, w.vector);
+        return false;
+    }
+    if (update.group_size > 1)
+        return solve_groups<T, threads>(
+            w, size, start, n, update.group_size, true,
+            [=](int i, int j) { return double(f[packed(i, j)]); },
+            [=](int i) { return keep[i] != 0; });
+    bool bad = false;
+    for (int i = T::rank(); i < n; i += threads) {
+        const double diagonal = f[packed(i, i)];
+        const bool goes = !keep[i] && w.weight[i] != 0;
+        bad = bad || (goes && !is_positive(diagonal));
+        w.vector[i] = goes ? w.weight[i] / diagonal : 0.0;
+    }
+    T::sync();
+    return bad;
+}
+
+// 1/2 d^T F d = 1/2 |L^-1 d|^2 with L the Cholesky factor of the inverse; d in `other`.
+template <class T, int threads>
+__device__ inline bool increase_of(const InverseSpace& space, int n, double* increase) {
+    const Workspace& w = space.work;
+    for (int e = T::rank(); e < packed(n, 0); e += threads) w.matrix[e] = space.triangle[e];
+    for (int i = T::rank(); i < n; i += threads) w.bar[i] = 0;
+    T::sync();
+    if (!cholesky<T, threads>(w.matrix, n, w.bar)) return false;
+    solve_lower<T, threads>(w.matrix, n, w.other);
+    *increase = 0.5 * dot(w.other, w.other, n);
+    return true;
+}
+
+template <int SIZE, int threads>
+__global__ void __launch_bounds__(Team<threads>::kLaunch)
+    update_kernel(const __grid_constant__ InverseUpdate args) {
+    using T = Team<threads>;
+    const Update& update = args.update;
+    const int size = SIZE > 0 ? SIZE : args.partition.block_size;
+    const int64_t block = int64_t(blockIdx.x) * T::kTeams + T::index();
+    if (block >= num_blocks(args.partition)) return;
+    const int n = block_length(args.partition, block);
+    const int64_t start = block * size;
+    const bool joint = update.rule == UpdateRule::joint;
+    const bool factored = joint || update.predicted_increase != nullptr;
+    const InverseSpace space = space_of(T::index(), size, joint ? 1 : update.group_size, factored);
+    const Workspace& w = space.work;
+    const unsigned char* keep = w.keep;
+    bool moves = false;
+    for (int i = T::rank(); i < n; i += threads) {
+        w.weight[i] = load_wide(update.weight_type, update.weight, start + i);
+        w.keep[i] = __ldcs(update.keep + start + i);
+        w.vector[i] = w.other[i] = 0;
+        moves = moves || (!w.keep[i] && w.weight[i] != 0);
+    }
+    moves = T::any(moves);
+    T::sync();
+    double increase = 0;
+    bool bad = false;
+    if (moves) {
+        load_triangle<T, threads>(args.inverse + block * (int64_t(size) * size), size, n,
+                                  space.triangle);
+        T::sync();
+        bad = T::any(find_multipliers<T, threads>(update, space, size, start, n));
+        if (!bad) {
+            increase = 0.5 * dot(w.weight, w.vector, n);
+            for (int i = T::rank(); i < n; i += threads) {
+                const double change = -symmetric_row(space.triangle, n, i, w.vector);
+                bad = bad || !isfinite(change);
+                w.other[i] = keep[i] ? change : -w.weight[i];
+            }
+            T::sync();
+            for (int i = T::rank(); i < n; i += threads) w.vector[i] = w.other[i];
+            if (!joint && factored) {
+                T::sync();
+                bad = !increase_of<T, threads>(space, n, &increase) || bad;
+            }
+        }
+    }
+    bad = T::any(bad || !isfinite(increase));
+    if (bad) {  // the block's weights stay as they were
+        if (T::rank() == 0) record_failure(args.status, block);
+        return;
+    }
+    for (int i = T::rank(); i < n; i += threads)
+        store_wide(update.weight_type, update.new_weight, start + i,
+                   keep[i] ? w.weight[i] + w.vector[i] : 0.0);
+    if (T::rank() == 0 && update.predicted_increase != nullptr)
+        __stcs(update.predicted_increase + block, increase);
+}
+
+}  // namespace
+
+void inverse_scores(const InverseScores& args, void* stream) {
+    const Partition& partition = args.partition;
+    if (args.group_size == 1) {
+        launch(single_scores_kernel, (partition.num_weights + kScoreThreads - 1) / kScoreThreads, 1,
+               kScoreThreads, 0, stream, args);
+        return;
+    }
+    with_team(partition.block_size, [&](auto, auto threads) {
+        launch_teams<Team<threads()>>(
+            group_scores_kernel<threads()>, "inverse_scores", partition,
+            [&](int s) { return scores_bytes(s, args.group_size); }, stream, args);
+    });
+}
+
+void inverse_update(const InverseUpdate& args, void* stream) {
+    const Update& update = args.update;
+    const bool joint = update.rule == UpdateRule::joint;
+    with_team(args.partition.block_size, [&](auto size, auto threads) {
+        launch_teams<Team<threads()>>(
+            update_kernel<size(), threads()>, "inverse_update", args.partition,
+            [&](int s) {
+                return inverse_bytes(s, joint ? 1 : update.group_size,
+                                     joint || update.predicted_increase != nullptr);
+            },
+            stream, args);
+    });
+}
+
+}  // namespace cuda
+}  // namespace obert

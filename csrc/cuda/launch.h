@@ -1,0 +1,81 @@
+// Launching a kernel on the caller's stream: nothing is allocated, nothing waits.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+
+namespace obert {
+namespace cuda {
+
+inline void check(cudaError_t error, const char* what) {
+    if (error == cudaSuccess) return;
+    cudaGetLastError();  // must not surface in somebody else's call
+    throw std::runtime_error(std::string("obert_kernels: ") + what + ": " +
+                             cudaGetErrorString(error));
+}
+
+// Largest dynamic shared memory of a thread block on the current device, bytes.
+inline int shared_memory_limit() {
+    int device = 0, bytes = 0;
+    check(cudaGetDevice(&device), "cudaGetDevice");
+    check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+          "cudaDeviceGetAttribute");
+    return bytes;
+}
+
+// Refuses a block size whose working set a thread block of this device cannot hold;
+// bytes_for(size) must grow with size.
+template <class BytesFor>
+void require_fits(const char* what, int block_size, BytesFor bytes_for) {
+    const int limit = shared_memory_limit();
+    if (bytes_for(block_size) <= limit) return;
+    int largest = block_size;
+    while (largest > 0 && bytes_for(largest) > limit) --largest;
+    throw std::invalid_argument(std::string(what) + ": block size " + std::to_string(block_size) +
+                                " needs " + std::to_string(bytes_for(block_size)) +
+                                " bytes of shared memory, this device has " +
+                                std::to_string(limit) +
+                                " for a thread block; the largest that "
+                                "fits is " +
+                                std::to_string(largest));
+}
+
+// Calls visit(size) with a compile-time size: the block size if kernels are compiled for it,
+// else 0 for the general kernel.
+template <class Visit>
+void with_size(int block_size, Visit visit) {
+    switch (block_size) {
+        case 4: return visit(std::integral_constant<int, 4>{});
+        case 8: return visit(std::integral_constant<int, 8>{});
+        case 16: return visit(std::integral_constant<int, 16>{});
+        case 32: return visit(std::integral_constant<int, 32>{});
+        case 48: return visit(std::integral_constant<int, 48>{});
+        case 50: return visit(std::integral_constant<int, 50>{});
+        case 64: return visit(std::integral_constant<int, 64>{});
+        case 96: return visit(std::integral_constant<int, 96>{});
+        case 128: return visit(std::integral_constant<int, 128>{});
+        default: return visit(std::integral_constant<int, 0>{});
+    }
+}
+
+template <class... Params, class... Args>
+void launch(void (*kernel)(Params...), int64_t thread_blocks, int rows, int threads,
+            int64_t shared_bytes, void* stream, const Args&... args) {
+    if (thread_blocks == 0) return;
+    if (shared_bytes > 48 * 1024)
+        check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                   int(shared_bytes)),
+              "cudaFuncSetAttribute");
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(unsigned(thread_blocks), unsigned(rows));
+    config.blockDim = dim3(unsigned(threads));
+    config.dynamicSmemBytes = size_t(shared_bytes);
+    config.stream = static_cast<cudaStream_t>(stream);
+    check(cudaLaunchKernelEx(&config, kernel, args...), "kernel launch");
+}
+
+}  // namespace cuda
+}  // namespace obert

@@ -1,0 +1,230 @@
+// The launch: checks, thread blocks one after the other, shared memory; and the runtime's state.
+#include "executor.h"
+
+#include <algorithm>
+#include <cstring>
+#include <map>
+#include <mutex>
+#include <numeric>
+#include <stdexcept>
+#include <string>
+#include <utility>
+
+#include "cuda_runtime.h"
+#include "thread_block.h"
+
+namespace {
+constexpr size_t kSharedBytes = 232448;
+constexpr size_t kGuardBytes = 1024;  // never granted, so there is always something to check
+constexpr size_t kSharedWithoutOptIn = 48 * 1024;
+}  // namespace
+
+alignas(16) thread_local unsigned char obert_shared[kSharedBytes];
+
+uint3 threadIdx;
+uint3 blockIdx;
+dim3 blockDim;
+dim3 gridDim;
+const int warpSize = host_cuda::detail::kWarpSize;
+
+namespace host_cuda {
+namespace detail {
+
+namespace {
+
+// One launch at a time; a mutex because Python calls without its lock.
+std::mutex launch_mutex;
+size_t opt_in_limit = kSharedBytes - kGuardBytes;
+std::map<const void*, size_t> opted_in;
+cudaError_t last_error = cudaSuccess;
+
+// Beyond what the kernel asked for: poisoned for the sanitizer, else a pattern that is checked.
+class SharedMemoryGuard {
+  public:
+    explicit SharedMemoryGuard(size_t shared_bytes)
+        : begin_(obert_shared + shared_bytes), bytes_(kSharedBytes - shared_bytes) {
+#ifdef __SANITIZE_ADDRESS__
+        __asan_poison_memory_region(begin_, bytes_);
+#else
+        std::memset(begin_, kPattern, bytes_);
+#endif
+    }
+    ~SharedMemoryGuard() {
+#ifdef __SANITIZE_ADDRESS__
+        __asan_unpoison_memory_region(begin_, bytes_);
+#endif
+    }
+    SharedMemoryGuard(const SharedMemoryGuard&) = delete;
+
+    bool intact([[maybe_unused]] size_t bytes) const {
+#ifdef __SANITIZE_ADDRESS__
+        return true;
+#else
+        bytes = std::min(bytes, bytes_);
+        return begin_[0] == kPattern && std::memcmp(begin_, begin_ + 1, bytes - 1) == 0;
+#endif
+    }
+
+  private:
+    static constexpr unsigned char kPattern = 0xa5;
+    unsigned char* begin_;
+    size_t bytes_;
+};
+
+void run_grid(size_t shared_bytes) {
+    thread_count = static_cast<int>(blockDim.x * blockDim.y * blockDim.z);
+    for (int i = 0; i < thread_count; ++i) {
+        const unsigned x = i % blockDim.x;
+        const unsigned row = i / blockDim.x;
+        threads[i].index = {x, row % blockDim.y, row / blockDim.y};
+    }
+    const auto throw_error = [&](const std::string& message) {
+        throw std::runtime_error("kernel launch of grid " + describe(gridDim) + ", thread blocks " +
+                                 describe(blockDim) + ", " + std::to_string(shared_bytes) +
+                                 " bytes of dynamic shared memory: " + message);
+    };
+    const SharedMemoryGuard guard(shared_bytes);
+    // All thread blocks in steps of a number without common divisor, from anywhere.
+    const uint64_t count = uint64_t{gridDim.x} * gridDim.y * gridDim.z;
+    uint64_t step = random_bits() % count;
+    while (std::gcd(step, count) != 1) {
+        ++step;
+    }
+    uint64_t linear = random_bits() % count;
+    for (uint64_t done = 0; done < count; ++done, linear = (linear + step) % count) {
+        blockIdx = {static_cast<unsigned>(linear % gridDim.x),
+                    static_cast<unsigned>(linear / gridDim.x % gridDim.y),
+                    static_cast<unsigned>(linear / gridDim.x / gridDim.y)};
+        std::memset(obert_shared, 0xff, shared_bytes);
+        std::string message = run_block();
+        if (!message.empty()) {
+            stacks.give_back_all();
+        } else if (!guard.intact(kGuardBytes)) {
+            message = "write behind the end of the dynamic shared memory";
+        }
+        if (!message.empty()) {
+            throw_error("thread block " + describe(blockIdx) + ": " + message);
+        }
+    }
+    if (!guard.intact(kSharedBytes)) {
+        throw_error("write far behind the end of the dynamic shared memory");
+    }
+}
+
+cudaError_t check_launch(const cudaLaunchConfig_t& config, const void* kernel) {
+    const dim3 grid = config.gridDim;
+    const dim3 block = config.blockDim;
+    if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.x > 0x7fffffff || grid.y > 65535 ||
+        grid.z > 65535 || block.x == 0 || block.y == 0 || block.z == 0 || block.x > kMaxThreads ||
+        block.y > kMaxThreads || block.z > 64 || block.x * block.y * block.z > kMaxThreads) {
+        return cudaErrorInvalidConfiguration;
+    }
+    if (config.numAttrs != 0) {
+        return cudaErrorNotSupported;
+    }
+    const auto opted = opted_in.find(kernel);
+    const size_t granted = opted == opted_in.end() ? kSharedWithoutOptIn
+                                                   : std::max(opted->second, kSharedWithoutOptIn);
+    return config.dynamicSmemBytes > std::min(granted, opt_in_limit) ? cudaErrorInvalidValue
+                                                                     : cudaSuccess;
+}
+
+}  // namespace
+
+cudaError_t set_kernel_attribute(const void* kernel, cudaFuncAttribute attribute, int value) {
+    const std::lock_guard<std::mutex> lock(launch_mutex);
+    if (attribute == cudaFuncAttributePreferredSharedMemoryCarveout) {
+        return cudaSuccess;  // a hint
+    }
+    if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize || kernel == nullptr ||
+        value < 0 || static_cast<size_t>(value) > opt_in_limit) {
+        return record(cudaErrorInvalidValue);
+    }
+    opted_in[kernel] = static_cast<size_t>(value);
+    return cudaSuccess;
+}
+
+cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel,
+                   void (*run_one_thread)(const void*), const void* arguments) {
+    const std::lock_guard<std::mutex> lock(launch_mutex);
+    const cudaError_t result = check_launch(config, kernel);
+    if (result != cudaSuccess) {
+        return record(result);
+    }
+    run_thread = run_one_thread;
+    call = arguments;
+    gridDim = config.gridDim;
+    blockDim = config.blockDim;
+    run_grid(config.dynamicSmemBytes);
+    return cudaSuccess;
+}
+
+cudaError_t record(cudaError_t result) {
+    return last_error = result;
+}
+
+int shared_memory_limit() {
+    return static_cast<int>(opt_in_limit);
+}
+
+}  // namespace detail
+
+const Counters& counters() {
+    return detail::counted;
+}
+void reset_counters() {
+    detail::counted = {};
+}
+void set_seed(uint64_t seed) {
+    detail::random_state = seed;
+}
+
+void set_shared_memory_limit(int bytes) {
+    if (bytes < 0 || static_cast<size_t>(bytes) > kSharedBytes - kGuardBytes) {
+        throw std::invalid_argument("shared memory limit of " + std::to_string(bytes) +
+                                    " bytes; 0 to " + std::to_string(kSharedBytes - kGuardBytes));
+    }
+    detail::opt_in_limit = static_cast<size_t>(bytes);
+}
+
+}  // namespace host_cuda
+
+cudaError_t cudaPeekAtLastError() {
+    return host_cuda::detail::last_error;
+}
+cudaError_t cudaGetLastError() {
+    return std::exchange(host_cuda::detail::last_error, cudaSuccess);
+}
+
+// For Python's ctypes.
+#pragma GCC visibility push(default)
+extern "C" {
+
+void host_cuda_set_seed(uint64_t seed) {
+    host_cuda::set_seed(seed);
+}
+void host_cuda_reset_counters() {
+    host_cuda::reset_counters();
+}
+
+// load bytes, store bytes, load count, store count
+void host_cuda_counters(uint64_t* values) {
+    const host_cuda::Counters& counted = host_cuda::counters();
+    values[0] = counted.load_bytes;
+    values[1] = counted.store_bytes;
+    values[2] = counted.load_count;
+    values[3] = counted.store_count;
+}
+
+// Returns whether the limit is possible; if not, the former one stays.
+int host_cuda_set_shared_memory_limit(int bytes) {
+    try {
+        host_cuda::set_shared_memory_limit(bytes);
+        return 1;
+    } catch (const std::invalid_argument&) {
+        return 0;
+    }
+}
+
+}  // extern "C"
+#pragma GCC visibility pop
