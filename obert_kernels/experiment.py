@@ -188,8 +188,8 @@ def _load_model(settings: Settings, data: TextData) -> tuple[Any, Any, TextData]
     )
     with classification.seeded(settings.seed):  # a new head is random
         model = transformers.AutoModelForSequenceClassification.from_pretrained(
-            name, dtype=torch.float32, ignore_mismatched_sizes=not labels_fit, **names
-        )
+            name, ignore_mismatched_sizes=not labels_fit, **names
+        ).float()  # the argument for the type has two names, by the version of transformers
     return tokenizer, model, data
 
 
