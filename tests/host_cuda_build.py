@@ -71,7 +71,9 @@ def build(folder: Path, kernels: Path | None = None, extra: list[str] | None = N
 
 
 def load(library: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("host_cuda", library)
+    # Under one name pybind11 would hand out the module loaded first.
+    name = f"build_{library.parent.name}.host_cuda"
+    spec = importlib.util.spec_from_file_location(name, library)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
