@@ -57,8 +57,8 @@ class NumericalError(ArithmeticError):
         self.block = block
 
 
-def new_status(device: torch.device | str = "cpu") -> Tensor:
-    """Return a status tensor that says all is well."""
+def new_status(device: torch.device | str | None = None) -> Tensor:
+    """Return a status tensor that says all is well; by default on torch's default device."""
     return torch.full((1,), -1, dtype=torch.int64, device=device)
 
 

@@ -14,6 +14,7 @@ import torch
 from obert_kernels import _lib, ops
 
 INSTRUCTION_SETS = _lib.core().instruction_sets()
+CUDA = "cuda"
 CUDA_ON_HOST = "cuda-on-host"  # the CUDA kernel sources, executed thread by thread on the CPU
 
 
@@ -40,10 +41,15 @@ def cuda_on_host(monkeypatch):
     return module
 
 
-@pytest.fixture(params=[*INSTRUCTION_SETS, CUDA_ON_HOST])
+@pytest.fixture(params=[*INSTRUCTION_SETS, CUDA_ON_HOST, pytest.param(CUDA, marks=pytest.mark.gpu)])
 def isa(request):
-    """Run the test once per instruction set this processor has, and prove it is in use; and
-    once with the CUDA kernels executed on the host."""
+    """Run the test once per instruction set this processor has, and prove it is in use; once
+    with the CUDA kernels executed on the host; and once on a device, where there is one."""
+    if request.param == CUDA:
+        assert ops._run_on(torch.zeros(1, device=CUDA))[0] is _lib.core().cuda
+        with torch.device(CUDA):
+            yield request.param
+        return
     if request.param == CUDA_ON_HOST:
         module = request.getfixturevalue("cuda_on_host")
         assert ops._run_on(torch.zeros(1))[0] is module

@@ -5,6 +5,7 @@ That their results are right is tested with all other operators, see the fixture
 
 from __future__ import annotations
 
+import copy
 import os
 import shutil
 import subprocess
@@ -15,8 +16,9 @@ import host_cuda_build
 import pytest
 import torch
 from problems import DAMPING, gradients, gram_of, relative_error
+from tiny import TinyEncoder, batches
 
-from obert_kernels import ops, reference
+from obert_kernels import ops, prune, reference
 
 ROOT = Path(__file__).parent.parent
 SIZES = [4, 8, 16, 32, 48, 50, 64, 96, 100, 128]
@@ -181,6 +183,30 @@ def test_the_first_failed_block_is_reported_and_keeps_its_state(cuda_on_host):
         assert status.item() == 11
         assert torch.equal(inverse[[11, 23]], before[[11, 23]])
         assert torch.isfinite(inverse).all()
+
+
+@pytest.mark.parametrize("update", ["sum", "joint"])
+def test_a_model_is_pruned_as_on_the_cpu(cuda_on_host, monkeypatch, update):
+    torch.manual_seed(5)
+    model = TinyEncoder()
+    pruned = {}
+    for where in ("device", "cpu"):
+        if where == "cpu":
+            monkeypatch.undo()
+        else:
+            cuda_on_host.reset_counters()
+        pruned[where] = prune(
+            copy.deepcopy(model), batches(), 0.6, num_grads=24, block_size=50, update=update
+        )
+        if where == "device":
+            assert cuda_on_host.counters()["load_bytes"] > 0
+    assert pruned["device"].report.sparsity == pruned["cpu"].report.sparsity
+    for name, mask in pruned["cpu"].masks.items():
+        assert torch.equal(mask, pruned["device"].masks[name])
+    for a, b in zip(
+        pruned["device"].model.parameters(), pruned["cpu"].model.parameters(), strict=True
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
 # ---- every barrier is needed ---------------------------------------------------------

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import CUDA_ON_HOST
+from conftest import CUDA, CUDA_ON_HOST
 from problems import DAMPING, gradients, gram_of, relative_error, sizes
 
 from obert_kernels import ops, reference
@@ -15,7 +15,7 @@ F32 = 3e-7
 
 
 def skip_if_refused(isa: str, block_size: int) -> None:
-    if isa == CUDA_ON_HOST and block_size > 190:
+    if isa in (CUDA, CUDA_ON_HOST) and block_size > 190:
         pytest.skip("more shared memory than a device has: refused, see test_cuda_kernels.py")
 
 
@@ -190,7 +190,7 @@ def test_woodbury_agrees_with_gram(isa, block_size):
 
 
 def test_threads_do_not_change_the_result(isa):
-    if isa == CUDA_ON_HOST:
+    if isa in (CUDA, CUDA_ON_HOST):
         pytest.skip("the number of CPU threads has no meaning there")
     n, block_size = 20_000, 10
     g = gradients(20, n)

@@ -16,11 +16,11 @@ struct Wanted {
     void* diagonal;
 };
 
-template <int SIZE, int threads>
+template <int threads>
 __global__ void __launch_bounds__(Team<threads>::kLaunch)
     scores_kernel(const __grid_constant__ Fisher fisher, const __grid_constant__ Wanted wanted) {
     using T = Team<threads>;
-    const int size = SIZE > 0 ? SIZE : fisher.partition.block_size;
+    const int size = fisher.partition.block_size;
     const int64_t block = int64_t(blockIdx.x) * T::kTeams + T::index();
     if (block >= num_blocks(fisher.partition)) return;
     const int n = block_length(fisher.partition, block);
@@ -31,10 +31,12 @@ __global__ void __launch_bounds__(Team<threads>::kLaunch)
     if (!bad) {
         invert_lower<T, threads>(w.matrix, n, w.other);
         const double* m = w.matrix;
+#pragma unroll 1
         for (int i = T::rank(); i < n && wanted.diagonal == nullptr; i += threads)
             w.weight[i] = load_wide(wanted.type, wanted.weight, start + i);
         T::sync();
         if (group_size == 1) {
+#pragma unroll 1
             for (int i = T::rank(); i < n; i += threads) {
                 const double diagonal = inverse_entry(m, n, i, i);
                 bad = bad || !is_positive(diagonal);
@@ -54,12 +56,12 @@ __global__ void __launch_bounds__(Team<threads>::kLaunch)
     if (bad) record_failure(fisher.status, block);
 }
 
-template <int SIZE, int threads>
+template <int threads>
 __global__ void __launch_bounds__(Team<threads>::kLaunch)
     inverse_kernel(const __grid_constant__ GramInverse args) {
     using T = Team<threads>;
     const Fisher& fisher = args.fisher;
-    const int size = SIZE > 0 ? SIZE : fisher.partition.block_size;
+    const int size = fisher.partition.block_size;
     const int64_t block = int64_t(blockIdx.x) * T::kTeams + T::index();
     if (block >= num_blocks(fisher.partition)) return;
     const int n = block_length(fisher.partition, block);
@@ -81,10 +83,12 @@ __global__ void __launch_bounds__(Team<threads>::kLaunch)
     if (args.inverse_type == DType::f64) {
         double* out = static_cast<double*>(args.inverse) + offset;
         const Split split = split_run(out, entries, 8);
+#pragma unroll 1
         for (int v = T::rank(); v < split.vectors; v += threads) {
             const int e = split.head + 2 * v;
             __stcs(reinterpret_cast<double2*>(out + e), make_double2(entry(e), entry(e + 1)));
         }
+#pragma unroll 1
         for (int u = T::rank(); u < split.head + split.tail; u += threads) {
             const int e = u < split.head ? u : u + 2 * split.vectors;
             __stcs(out + e, entry(e));
@@ -92,12 +96,14 @@ __global__ void __launch_bounds__(Team<threads>::kLaunch)
     } else {
         float* out = static_cast<float*>(args.inverse) + offset;
         const Split split = split_run(out, entries, 4);
+#pragma unroll 1
         for (int v = T::rank(); v < split.vectors; v += threads) {
             const int e = split.head + 4 * v;
             __stcs(reinterpret_cast<float4*>(out + e),
                    make_float4(float(entry(e)), float(entry(e + 1)), float(entry(e + 2)),
                                float(entry(e + 3))));
         }
+#pragma unroll 1
         for (int u = T::rank(); u < split.head + split.tail; u += threads) {
             const int e = u < split.head ? u : u + 4 * split.vectors;
             __stcs(out + e, float(entry(e)));
@@ -105,17 +111,18 @@ __global__ void __launch_bounds__(Team<threads>::kLaunch)
     }
 }
 
-template <int SIZE, int threads>
+template <int threads>
 __global__ void __launch_bounds__(Team<threads>::kLaunch)
     solve_kernel(const __grid_constant__ GramSolve args) {
     using T = Team<threads>;
     const Fisher& fisher = args.fisher;
-    const int size = SIZE > 0 ? SIZE : fisher.partition.block_size;
+    const int size = fisher.partition.block_size;
     const int64_t block = int64_t(blockIdx.x) * T::kTeams + T::index();
     if (block >= num_blocks(fisher.partition)) return;
     const int n = block_length(fisher.partition, block);
     const int64_t start = block * size;
     const Workspace w = workspace_of(T::index(), size, 1);
+#pragma unroll 1
     for (int i = T::rank(); i < n; i += threads)
         w.vector[i] = load_wide(args.vector_type, args.right_hand_side, start + i);
     if (!factor<T, threads>(fisher, size, block, n, w)) {
@@ -124,14 +131,15 @@ __global__ void __launch_bounds__(Team<threads>::kLaunch)
     }
     solve_lower<T, threads>(w.matrix, n, w.vector);
     solve_upper<T, threads>(w.matrix, n, w.vector);
+#pragma unroll 1
     for (int i = T::rank(); i < n; i += threads)
         store_wide(args.vector_type, args.solution, start + i, w.vector[i]);
 }
 
 void start_scores(const Fisher& fisher, const Wanted& wanted, const char* what, void* stream) {
-    with_team(fisher.partition.block_size, [&](auto size, auto threads) {
+    with_team(fisher.partition.block_size, [&](auto threads) {
         launch_teams<Team<threads()>>(
-            scores_kernel<size(), threads()>, what, fisher.partition,
+            scores_kernel<threads()>, what, fisher.partition,
             [&](int s) { return workspace_bytes(s, wanted.group_size); }, stream, fisher, wanted);
     });
 }
@@ -150,17 +158,17 @@ void gram_scores(const GramScores& args, void* stream) {
 }
 
 void gram_inverse(const GramInverse& args, void* stream) {
-    with_team(args.fisher.partition.block_size, [&](auto size, auto threads) {
+    with_team(args.fisher.partition.block_size, [&](auto threads) {
         launch_teams<Team<threads()>>(
-            inverse_kernel<size(), threads()>, "gram_inverse", args.fisher.partition,
+            inverse_kernel<threads()>, "gram_inverse", args.fisher.partition,
             [](int s) { return workspace_bytes(s, 1); }, stream, args);
     });
 }
 
 void gram_solve(const GramSolve& args, void* stream) {
-    with_team(args.fisher.partition.block_size, [&](auto size, auto threads) {
+    with_team(args.fisher.partition.block_size, [&](auto threads) {
         launch_teams<Team<threads()>>(
-            solve_kernel<size(), threads()>, "gram_solve", args.fisher.partition,
+            solve_kernel<threads()>, "gram_solve", args.fisher.partition,
             [](int s) { return workspace_bytes(s, 1); }, stream, args);
     });
 }

@@ -8,17 +8,6 @@
 namespace obert {
 namespace cuda {
 
-// Threads that work on a block of that size.
-constexpr int team_threads(int size) {
-    return size <= 4     ? 4
-           : size <= 8   ? 8
-           : size <= 16  ? 16
-           : size <= 32  ? 32
-           : size <= 64  ? 64
-           : size <= 128 ? 128
-                         : 256;
-}
-
 // Doubles that the systems of the groups of a block take, at offset_of_system(part.begin).
 __host__ __device__ inline int offset_of_system(int begin, int size, int group_size) {
     const int most = group_size < size ? group_size : size;
@@ -64,6 +53,7 @@ __device__ inline void load_fisher(const Fisher& fisher, int size, int64_t block
     T::sync();
     // Rounding in the sums of a Gram of that type, relative to the diagonal (n terms a pivot).
     const double tolerance = (fisher.gram_type == DType::f64 ? 0x1p-52 : 0x1p-23) * n;
+#pragma unroll 1
     for (int i = T::rank(); i < n; i += threads) {
         const double diagonal = a[packed(i, i)] + fisher.damping;
         a[packed(i, i)] = diagonal;
@@ -93,6 +83,7 @@ template <class T, int threads, class Entry, class Drop>
 __device__ inline bool solve_groups(const Workspace& w, int size, int64_t start, int n,
                                     int group_size, bool whole_way, Entry entry, Drop drop) {
     const int parts = parts_in_block(start, n, group_size);
+#pragma unroll 1
     for (int i = T::rank(); i < n; i += threads) {
         const int p = int((start + i) / group_size - start / group_size);
         const Part part = part_of_block(start, n, group_size, p);
@@ -105,6 +96,7 @@ __device__ inline bool solve_groups(const Workspace& w, int size, int64_t start,
     }
     T::sync();
     bool bad = false;
+#pragma unroll 1
     for (int p = T::rank(); p < parts; p += threads) {
         const Part part = part_of_block(start, n, group_size, p);
         bad = !solve_alone(w.systems + offset_of_system(part.begin, size, group_size),
@@ -122,6 +114,7 @@ template <class T, int threads>
 __device__ inline void write_group_scores(const Workspace& w, int64_t start, int n, int group_size,
                                           float* scores) {
     const int parts = parts_in_block(start, n, group_size);
+#pragma unroll 1
     for (int p = T::rank(); p < parts; p += threads) {
         const Part part = part_of_block(start, n, group_size, p);
         const double* y = w.vector + part.begin;
@@ -133,23 +126,18 @@ __device__ inline void write_group_scores(const Workspace& w, int64_t start, int
     }
 }
 
-// Runs start(size, threads) with compile-time values for the block size.
+// Calls start(threads) with the compile-time number of threads that work on a block of that
+// size.  The kernels are compiled for teams, not for sizes: their loops run to the length of
+// the block, which the last one makes a run-time number anyway.
 template <class Start>
 void with_team(int block_size, Start start) {
-    with_size(block_size, [&](auto size) {
-        if constexpr (size() > 0) {
-            start(size, std::integral_constant<int, team_threads(size())>{});
-        } else {
-            if (block_size <= 32)
-                start(size, std::integral_constant<int, 32>{});
-            else if (block_size <= 64)
-                start(size, std::integral_constant<int, 64>{});
-            else if (block_size <= 128)
-                start(size, std::integral_constant<int, 128>{});
-            else
-                start(size, std::integral_constant<int, 256>{});
-        }
-    });
+    if (block_size <= 4) return start(std::integral_constant<int, 4>{});
+    if (block_size <= 8) return start(std::integral_constant<int, 8>{});
+    if (block_size <= 16) return start(std::integral_constant<int, 16>{});
+    if (block_size <= 32) return start(std::integral_constant<int, 32>{});
+    if (block_size <= 64) return start(std::integral_constant<int, 64>{});
+    if (block_size <= 128) return start(std::integral_constant<int, 128>{});
+    start(std::integral_constant<int, 256>{});
 }
 
 // Thread blocks and shared memory for one team per Fisher block.

@@ -82,6 +82,7 @@ __global__ void __launch_bounds__(Team<threads>::kLaunch)
     w.weight = reinterpret_cast<double*>(base);
     w.vector = w.weight + size;
     w.systems = w.vector + size;
+#pragma unroll 1
     for (int i = T::rank(); i < n; i += threads)
         w.weight[i] = load_wide(args.weight_type, args.weight, start + i);
     T::sync();
@@ -103,7 +104,9 @@ __device__ inline bool find_multipliers(const Update& update, const InverseSpace
     const unsigned char* keep = w.keep;
     const float* f = space.triangle;
     if (update.rule == UpdateRule::joint) {
+#pragma unroll 1
         for (int e = T::rank(); e < packed(n, 0); e += threads) w.matrix[e] = f[e];
+#pragma unroll 1
         for (int i = T::rank(); i < n; i += threads) {
             w.vector[i] = keep[i] ? 0.0 : w.weight[i];
             w.bar[i] = 0;
@@ -121,6 +124,7 @@ __device__ inline bool find_multipliers(const Update& update, const InverseSpace
             [=](int i, int j) { return double(f[packed(i, j)]); },
             [=](int i) { return keep[i] != 0; });
     bool bad = false;
+#pragma unroll 1
     for (int i = T::rank(); i < n; i += threads) {
         const double diagonal = f[packed(i, i)];
         const bool goes = !keep[i] && w.weight[i] != 0;
@@ -135,7 +139,9 @@ __device__ inline bool find_multipliers(const Update& update, const InverseSpace
 template <class T, int threads>
 __device__ inline bool increase_of(const InverseSpace& space, int n, double* increase) {
     const Workspace& w = space.work;
+#pragma unroll 1
     for (int e = T::rank(); e < packed(n, 0); e += threads) w.matrix[e] = space.triangle[e];
+#pragma unroll 1
     for (int i = T::rank(); i < n; i += threads) w.bar[i] = 0;
     T::sync();
     if (!cholesky<T, threads>(w.matrix, n, w.bar)) return false;
@@ -144,12 +150,12 @@ __device__ inline bool increase_of(const InverseSpace& space, int n, double* inc
     return true;
 }
 
-template <int SIZE, int threads>
+template <int threads>
 __global__ void __launch_bounds__(Team<threads>::kLaunch)
     update_kernel(const __grid_constant__ InverseUpdate args) {
     using T = Team<threads>;
     const Update& update = args.update;
-    const int size = SIZE > 0 ? SIZE : args.partition.block_size;
+    const int size = args.partition.block_size;
     const int64_t block = int64_t(blockIdx.x) * T::kTeams + T::index();
     if (block >= num_blocks(args.partition)) return;
     const int n = block_length(args.partition, block);
@@ -160,6 +166,7 @@ __global__ void __launch_bounds__(Team<threads>::kLaunch)
     const Workspace& w = space.work;
     const unsigned char* keep = w.keep;
     bool moves = false;
+#pragma unroll 1
     for (int i = T::rank(); i < n; i += threads) {
         w.weight[i] = load_wide(update.weight_type, update.weight, start + i);
         w.keep[i] = __ldcs(update.keep + start + i);
@@ -177,12 +184,14 @@ __global__ void __launch_bounds__(Team<threads>::kLaunch)
         bad = T::any(find_multipliers<T, threads>(update, space, size, start, n));
         if (!bad) {
             increase = 0.5 * dot(w.weight, w.vector, n);
+#pragma unroll 1
             for (int i = T::rank(); i < n; i += threads) {
                 const double change = -symmetric_row(space.triangle, n, i, w.vector);
                 bad = bad || !isfinite(change);
                 w.other[i] = keep[i] ? change : -w.weight[i];
             }
             T::sync();
+#pragma unroll 1
             for (int i = T::rank(); i < n; i += threads) w.vector[i] = w.other[i];
             if (!joint && factored) {
                 T::sync();
@@ -195,6 +204,7 @@ __global__ void __launch_bounds__(Team<threads>::kLaunch)
         if (T::rank() == 0) record_failure(args.status, block);
         return;
     }
+#pragma unroll 1
     for (int i = T::rank(); i < n; i += threads)
         store_wide(update.weight_type, update.new_weight, start + i,
                    keep[i] ? w.weight[i] + w.vector[i] : 0.0);
@@ -211,7 +221,7 @@ void inverse_scores(const InverseScores& args, void* stream) {
                kScoreThreads, 0, stream, args);
         return;
     }
-    with_team(partition.block_size, [&](auto, auto threads) {
+    with_team(partition.block_size, [&](auto threads) {
         launch_teams<Team<threads()>>(
             group_scores_kernel<threads()>, "inverse_scores", partition,
             [&](int s) { return scores_bytes(s, args.group_size); }, stream, args);
@@ -221,9 +231,9 @@ void inverse_scores(const InverseScores& args, void* stream) {
 void inverse_update(const InverseUpdate& args, void* stream) {
     const Update& update = args.update;
     const bool joint = update.rule == UpdateRule::joint;
-    with_team(args.partition.block_size, [&](auto size, auto threads) {
+    with_team(args.partition.block_size, [&](auto threads) {
         launch_teams<Team<threads()>>(
-            update_kernel<size(), threads()>, "inverse_update", args.partition,
+            update_kernel<threads()>, "inverse_update", args.partition,
             [&](int s) {
                 return inverse_bytes(s, joint ? 1 : update.group_size,
                                      joint || update.predicted_increase != nullptr);

@@ -13,6 +13,7 @@ __device__ inline bool cholesky(double* a, int n, const double* bar) {
     const int rank = T::rank();
     for (int p = 0; p < n; ++p) {
         const double* pivot_row = a + packed(p, 0);
+#pragma unroll 1
         for (int i = p + rank; i < n; i += threads) {
             double* row = a + packed(i, 0);
             double sum = row[p];
@@ -24,6 +25,7 @@ __device__ inline bool cholesky(double* a, int n, const double* bar) {
         if (!(pivot > bar[p] && pivot < INFINITY)) return false;
         const double root = sqrt(pivot);
         T::sync();
+#pragma unroll 1
         for (int i = p + rank; i < n; i += threads) {
             double* row = a + packed(i, 0);
             row[p] = i == p ? root : row[p] / root;
@@ -40,12 +42,14 @@ __device__ inline void invert_lower(double* a, int n, double* row_of_m) {
     for (int i = 0; i < n; ++i) {
         double* row = a + packed(i, 0);
         const double reciprocal = 1.0 / row[i];
+#pragma unroll 1
         for (int j = rank; j < i; j += threads) {
             double sum = 0;
             for (int q = j; q < i; ++q) sum += row[q] * a[packed(q, j)];
             row_of_m[j] = -sum * reciprocal;
         }
         T::sync();
+#pragma unroll 1
         for (int j = rank; j <= i; j += threads) row[j] = j == i ? reciprocal : row_of_m[j];
         T::sync();
     }
@@ -57,6 +61,7 @@ __device__ inline void solve_lower(const double* a, int n, double* x) {
     for (int p = 0; p < n; ++p) {
         const double y = x[p] / a[packed(p, p)];
         T::sync();
+#pragma unroll 1
         for (int i = p + T::rank(); i < n; i += threads)
             x[i] = i == p ? y : x[i] - a[packed(i, p)] * y;
         T::sync();
@@ -69,6 +74,7 @@ __device__ inline void solve_upper(const double* a, int n, double* x) {
     for (int p = n - 1; p >= 0; --p) {
         const double y = x[p] / a[packed(p, p)];
         T::sync();
+#pragma unroll 1
         for (int i = T::rank(); i <= p; i += threads)
             x[i] = i == p ? y : x[i] - a[packed(p, i)] * y;
         T::sync();
@@ -94,6 +100,7 @@ __device__ inline double symmetric_row(const Entry* a, int n, int i, const doubl
 // Replaces the rows and columns of A where drop(i) by those of the identity.
 template <class T, int threads, class Drop>
 __device__ inline void leave_out(double* a, int n, Drop drop) {
+#pragma unroll 1
     for (int i = T::rank(); i < n; i += threads)
         for (int j = 0; j <= i; ++j)
             if (drop(i) || drop(j)) a[packed(i, j)] = i == j;
@@ -120,9 +127,12 @@ __device__ inline Part part_of_block(int64_t start, int n, int group_size, int p
 // overwritten.  x becomes L^-1 x, or the solution if `whole_way`.  False if not positive
 // definite.
 __device__ inline bool solve_alone(double* s, double* x, int count, bool whole_way) {
+#pragma unroll 1
     for (int p = 0; p < count; ++p) {
+#pragma unroll 1
         for (int i = p; i < count; ++i) {
             double sum = s[packed(i, p)];
+#pragma unroll 1
             for (int q = 0; q < p; ++q) sum -= s[packed(i, q)] * s[packed(p, q)];
             if (i == p) {
                 if (!is_positive(sum)) return false;
@@ -132,12 +142,15 @@ __device__ inline bool solve_alone(double* s, double* x, int count, bool whole_w
             }
         }
         double y = x[p];
+#pragma unroll 1
         for (int q = 0; q < p; ++q) y -= s[packed(p, q)] * x[q];
         x[p] = y / s[packed(p, p)];
     }
     if (!whole_way) return true;
+#pragma unroll 1
     for (int p = count - 1; p >= 0; --p) {
         double y = x[p];
+#pragma unroll 1
         for (int i = p + 1; i < count; ++i) y -= s[packed(i, p)] * x[i];
         x[p] = y / s[packed(p, p)];
     }

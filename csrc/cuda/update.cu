@@ -17,6 +17,7 @@ __device__ inline bool sum_change(const Workspace& w, int size, int64_t start, i
     const unsigned char* keep = w.keep;
     bool bad = false;
     if (group_size == 1) {
+#pragma unroll 1
         for (int i = T::rank(); i < n; i += threads) {
             const double diagonal = inverse_entry(m, n, i, i);
             const bool goes = !keep[i] && w.weight[i] != 0;
@@ -30,9 +31,11 @@ __device__ inline bool sum_change(const Workspace& w, int size, int64_t start, i
             [=](int i, int j) { return inverse_entry(m, n, i, j); },
             [=](int i) { return keep[i] != 0; });
     }
+#pragma unroll 1
     for (int i = T::rank(); i < n; i += threads)
         w.other[i] = dot(m + packed(i, 0), w.vector, i + 1);
     T::sync();
+#pragma unroll 1
     for (int j = T::rank(); j < n; j += threads) {
         double sum = 0;
         for (int i = j; i < n; ++i) sum -= m[packed(i, j)] * w.other[i];
@@ -42,13 +45,13 @@ __device__ inline bool sum_change(const Workspace& w, int size, int64_t start, i
     return bad;
 }
 
-template <int SIZE, int threads>
+template <int threads>
 __global__ void __launch_bounds__(Team<threads>::kLaunch)
     update_kernel(const __grid_constant__ GramUpdate args) {
     using T = Team<threads>;
     const Fisher& fisher = args.fisher;
     const Update& update = args.update;
-    const int size = SIZE > 0 ? SIZE : fisher.partition.block_size;
+    const int size = fisher.partition.block_size;
     const int64_t block = int64_t(blockIdx.x) * T::kTeams + T::index();
     if (block >= num_blocks(fisher.partition)) return;
     const int n = block_length(fisher.partition, block);
@@ -58,6 +61,7 @@ __global__ void __launch_bounds__(Team<threads>::kLaunch)
     const Workspace w = workspace_of(T::index(), size, group_size);
     const unsigned char* keep = w.keep;
     bool moves = false;
+#pragma unroll 1
     for (int i = T::rank(); i < n; i += threads) {
         w.weight[i] = load_wide(update.weight_type, update.weight, start + i);
         w.keep[i] = __ldcs(update.keep + start + i);
@@ -72,13 +76,16 @@ __global__ void __launch_bounds__(Team<threads>::kLaunch)
         load_fisher<T, threads>(fisher, size, block, n, w);
         // r = F w_P, at all positions; survivors move by F_SS^-1 r_S, and the increase is
         // 1/2 (w_P^T F_PP w_P - r_S^T d_S).
+#pragma unroll 1
         for (int i = T::rank(); i < n; i += threads) w.vector[i] = keep[i] ? 0.0 : w.weight[i];
         T::sync();
+#pragma unroll 1
         for (int i = T::rank(); i < n; i += threads)
             w.other[i] = symmetric_row(w.matrix, n, i, w.vector);
         T::sync();
         double doubled = dot(w.vector, w.other, n);
         T::sync();
+#pragma unroll 1
         for (int i = T::rank(); i < n; i += threads) {
             w.vector[i] = keep[i] ? w.other[i] : 0.0;
             if (!keep[i]) w.bar[i] = 0;
@@ -98,6 +105,7 @@ __global__ void __launch_bounds__(Team<threads>::kLaunch)
             invert_lower<T, threads>(w.matrix, n, w.other);
             bad = sum_change<T, threads>(w, size, start, n, group_size);
             // d^T F d = |y|^2 with M^T y = d.
+#pragma unroll 1
             for (int i = T::rank(); i < n; i += threads)
                 w.other[i] = keep[i] ? w.vector[i] : -w.weight[i];
             T::sync();
@@ -110,6 +118,7 @@ __global__ void __launch_bounds__(Team<threads>::kLaunch)
         if (T::rank() == 0) record_failure(fisher.status, block);
         return;
     }
+#pragma unroll 1
     for (int i = T::rank(); i < n; i += threads)
         store_wide(update.weight_type, update.new_weight, start + i,
                    keep[i] ? w.weight[i] + w.vector[i] : 0.0);
@@ -121,9 +130,9 @@ __global__ void __launch_bounds__(Team<threads>::kLaunch)
 
 void gram_update(const GramUpdate& args, void* stream) {
     const int group_size = args.update.rule == UpdateRule::joint ? 1 : args.update.group_size;
-    with_team(args.fisher.partition.block_size, [&](auto size, auto threads) {
+    with_team(args.fisher.partition.block_size, [&](auto threads) {
         launch_teams<Team<threads()>>(
-            update_kernel<size(), threads()>, "gram_update", args.fisher.partition,
+            update_kernel<threads()>, "gram_update", args.fisher.partition,
             [&](int s) { return workspace_bytes(s, group_size); }, stream, args);
     });
 }
