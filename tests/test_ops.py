@@ -265,3 +265,26 @@ def test_bad_arguments_are_named():
     for error, message, call in cases:
         with pytest.raises(error, match=message):
             call()
+
+
+def test_offsets_beyond_two_to_the_31(isa):
+    """The last block starts past 2^31 entries; memory nobody touches costs nothing."""
+    block_size, blocks = 256, 2**15 + 2
+    n = block_size * blocks
+    try:
+        inverse = torch.empty(blocks, block_size, block_size)
+    except RuntimeError:
+        pytest.skip("no 8.6 GB of address space")
+    last = (torch.randn(block_size, block_size) * 0.01 + torch.eye(block_size)) * 3
+    inverse[-1] = (last + last.T) / 2
+    weight, keep = torch.ones(n), torch.ones(n, dtype=torch.bool)
+    keep[-100:] = torch.rand(100) < 0.5
+    status = ops.new_status()
+    new, _ = ops.inverse_update(inverse, weight, keep, 1, False, False, status)
+    assert status.item() == -1
+    tail = slice(n - block_size, n)
+    expected, _ = reference.inverse_update(
+        inverse[-1:], weight[tail], keep[tail], 1, False, False, ops.new_status()
+    )
+    assert torch.equal(new[: n - block_size], weight[: n - block_size])
+    assert relative_error(new[tail], expected) < F32
