@@ -15,10 +15,12 @@ EPS = torch.finfo(torch.float32).eps
 class ReferenceInverse:
     """Inverse block Fisher of ``d`` weights; ``f_inv`` is ``[blocks, B, B]`` float32."""
 
-    def __init__(self, m: int, block_size: int, d: int, damping: float) -> None:
+    def __init__(
+        self, m: int, block_size: int, d: int, damping: float, device: torch.device | str = "cpu"
+    ) -> None:
         self.m, self.size, self.d = m, block_size, d
         self.blocks = -(-d // block_size)
-        self.f_inv = (torch.eye(block_size) / damping).repeat(self.blocks, 1, 1)
+        self.f_inv = (torch.eye(block_size, device=device) / damping).repeat(self.blocks, 1, 1)
 
     def _padded(self, v: Tensor) -> Tensor:
         missing = self.blocks * self.size - self.d
