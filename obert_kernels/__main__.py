@@ -26,7 +26,7 @@ def _cuda(core) -> str:  # type: ignore[no-untyped-def]
     seen = f"{count} device(s)" if count else f"no device ({message})"
     return (
         f"runtime {runtime // 1000}.{runtime % 1000 // 10} in this build for compute capability "
-        f"{core.cuda_architectures}; kernels: none yet; {seen}"
+        f"{core.cuda_architectures}; {seen}"
     )
 
 

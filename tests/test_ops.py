@@ -288,3 +288,16 @@ def test_offsets_beyond_two_to_the_31(isa):
     )
     assert torch.equal(new[: n - block_size], weight[: n - block_size])
     assert relative_error(new[tail], expected) < F32
+
+
+@pytest.mark.parametrize("block_size", [4, 50, 64])
+def test_woodbury_state_at_any_address(isa, block_size):
+    k, n = 5, 2 * block_size
+    storage = torch.empty(2 * block_size**2 + 1)
+    inverse = storage[1:].view(2, block_size, block_size)
+    inverse.copy_(torch.eye(block_size) / DAMPING)
+    expected, g, status = inverse.clone(), gradients(k, n), ops.new_status()
+    ops.woodbury_update(inverse, g, float(k), status)
+    reference.woodbury_update(expected, g, float(k), ops.new_status())
+    assert status.item() == -1
+    assert relative_error(inverse, expected) < 1e-5

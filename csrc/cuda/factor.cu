@@ -1,6 +1,9 @@
 // Diagonal of F^-1, OBS scores, F^-1 itself and F^-1 v from the Gram, one pass over it.
 //
-// Bytes per block: B(B+1)/2 sizeof(gram) read, plus what was asked for.
+// Bytes per block: B(B+1)/2 sizeof(gram) read, plus what was asked for; shared memory
+// 4 B(B+1) + 33 B bytes, and the groups' systems; float64 flops about B^3/3 for the factor,
+// B^3/3 for its inverse, 2 B^3/3 for the whole F^-1 (both triangles are summed up, so that they
+// are written in order).
 #include "factor.cuh"
 
 namespace obert {

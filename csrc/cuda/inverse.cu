@@ -1,7 +1,8 @@
 // OBS scores and updates from a dense inverse that already exists (Woodbury state).
 //
 // Scores read only the diagonal blocks of the groups.  An update reads the lower triangle of
-// each block once: bytes 2 B (B + 1) + 9 B; the whole block stays in shared memory.
+// each block once: bytes 2 B (B + 1) + 9 B; it stays in shared memory, 2 B(B+1) + 33 B bytes,
+// and 4 B(B+1) more where it has to be factored.
 #include "factor.cuh"
 
 namespace obert {

@@ -1,6 +1,7 @@
 // OBS updates from the Gram: oBERT's sum, and the exact joint update inside each block.
 //
-// Bytes per block: B(B+1)/2 sizeof(gram) + 9 B read (float32 weights), 4 B + 8 written.
+// Bytes per block: B(B+1)/2 sizeof(gram) + 5 B read (float32 weights), 4 B + 8 written.
+// Shared memory per block: 4 B(B+1) + 33 B bytes, and the groups' systems.
 #include "factor.cuh"
 
 namespace obert {

@@ -301,7 +301,9 @@ __global__ void __launch_bounds__(kGeneralThreads, 1)
 void woodbury_update(const WoodburyUpdate& args, void* stream) {
     const int64_t blocks = args.partition.num_blocks();
     const int block_size = args.partition.block_size;
-    with_size(block_size, [&](auto size) {
+    // The tiles take rows in vectors; a state that starts elsewhere goes the general way.
+    const bool aligned = reinterpret_cast<uintptr_t>(args.inverse) % 16 == 0;
+    with_size(aligned ? block_size : 0, [&](auto size) {
         if constexpr (size() > 0) {
             using L = Layout<size()>;
             launch(tile_kernel<size()>, (blocks + L::teams - 1) / L::teams, 1,
