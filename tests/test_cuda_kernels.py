@@ -42,6 +42,26 @@ def moved(module, call) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("k", [1, 16, 35])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_every_specialisation_type_and_number_of_gradients(cuda_on_host, size, k, dtype):
+    cuda_on_host.set_seed(size * 1000 + k)
+    for n in (max(1, size // 3), 2 * size + 1):
+        g = gradients(k, n + 3, 0.1).to(dtype)[:, 2 : n + 2]  # any alignment, rows apart
+        blocks = reference.num_blocks(n, size)
+        for gram_dtype, allowed in ((torch.float64, 1e-14), (torch.float32, 1e-5)):
+            gram = torch.zeros(blocks, triangle(size), dtype=gram_dtype)
+            ops.gram_accumulate(gram, g, size)
+            assert relative_error(gram, gram_of(g.double(), size)) < allowed
+        inverse = (torch.eye(size) / DAMPING).repeat(blocks, 1, 1)
+        expected, status = inverse.clone(), ops.new_status()
+        ops.woodbury_update(inverse, g, float(k), status)
+        reference.woodbury_update(expected, g.float(), float(k), ops.new_status())
+        assert status.item() == -1
+        assert relative_error(inverse, expected) < 1e-4
+
+
+@pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("k", [1, 40])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gram_and_woodbury_move_every_byte_once(cuda_on_host, size, k, dtype):

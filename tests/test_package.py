@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import INSTRUCTION_SETS
 
 import obert_kernels
@@ -117,3 +118,8 @@ print(float((model.weight == 0).float().mean()))
 """
     result = run(code)
     assert result.stdout.strip() == "0.5", result.stderr
+
+
+def test_operators_have_device_kernels_where_the_build_has_them():
+    has = torch._C._dispatch_has_kernel_for_dispatch_key("obert_kernels::gram_accumulate", "CUDA")
+    assert has == (obert_kernels._lib.core().cuda_architectures is not None)
