@@ -126,6 +126,42 @@ __device__ inline void write_group_scores(const Workspace& w, int64_t start, int
     }
 }
 
+// Reads weights and mask of a block for an update; `vector` and `other` become zero.  Returns
+// whether it has weights to remove: otherwise nothing in it changes, and nothing is lost.
+template <class T, int threads>
+__device__ inline bool begin_update(const Update& update, const Workspace& w, int64_t start,
+                                    int n) {
+    bool moves = false;
+#pragma unroll 1
+    for (int i = T::rank(); i < n; i += threads) {
+        w.weight[i] = load_wide(update.weight_type, update.weight, start + i);
+        w.keep[i] = __ldcs(update.keep + start + i);
+        w.vector[i] = w.other[i] = 0;
+        moves = moves || (!w.keep[i] && w.weight[i] != 0);
+    }
+    moves = T::any(moves);
+    T::sync();
+    return moves;
+}
+
+// Writes weight + `vector` for the survivors and zero for the pruned.  A failed block's
+// weights stay as they were.
+template <class T, int threads>
+__device__ inline void finish_update(const Update& update, const Workspace& w, int64_t start, int n,
+                                     int64_t block, bool bad, double increase,
+                                     const Status& status) {
+    if (T::any(bad || !isfinite(increase))) {
+        if (T::rank() == 0) record_failure(status, block);
+        return;
+    }
+#pragma unroll 1
+    for (int i = T::rank(); i < n; i += threads)
+        store_wide(update.weight_type, update.new_weight, start + i,
+                   w.keep[i] ? w.weight[i] + w.vector[i] : 0.0);
+    if (T::rank() == 0 && update.predicted_increase != nullptr)
+        __stcs(update.predicted_increase + block, increase);
+}
+
 // Calls start(threads) with the compile-time number of threads that work on a block of that
 // size.  The kernels are compiled for teams, not for sizes: their loops run to the length of
 // the block, which the last one makes a run-time number anyway.

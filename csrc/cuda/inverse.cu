@@ -166,16 +166,7 @@ __global__ void __launch_bounds__(Team<threads>::kLaunch)
     const InverseSpace space = space_of(T::index(), size, joint ? 1 : update.group_size, factored);
     const Workspace& w = space.work;
     const unsigned char* keep = w.keep;
-    bool moves = false;
-#pragma unroll 1
-    for (int i = T::rank(); i < n; i += threads) {
-        w.weight[i] = load_wide(update.weight_type, update.weight, start + i);
-        w.keep[i] = __ldcs(update.keep + start + i);
-        w.vector[i] = w.other[i] = 0;
-        moves = moves || (!w.keep[i] && w.weight[i] != 0);
-    }
-    moves = T::any(moves);
-    T::sync();
+    const bool moves = begin_update<T, threads>(update, w, start, n);
     double increase = 0;
     bool bad = false;
     if (moves) {
@@ -200,17 +191,7 @@ __global__ void __launch_bounds__(Team<threads>::kLaunch)
             }
         }
     }
-    bad = T::any(bad || !isfinite(increase));
-    if (bad) {  // the block's weights stay as they were
-        if (T::rank() == 0) record_failure(args.status, block);
-        return;
-    }
-#pragma unroll 1
-    for (int i = T::rank(); i < n; i += threads)
-        store_wide(update.weight_type, update.new_weight, start + i,
-                   keep[i] ? w.weight[i] + w.vector[i] : 0.0);
-    if (T::rank() == 0 && update.predicted_increase != nullptr)
-        __stcs(update.predicted_increase + block, increase);
+    finish_update<T, threads>(update, w, start, n, block, bad, increase, args.status);
 }
 
 }  // namespace

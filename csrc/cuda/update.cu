@@ -61,16 +61,7 @@ __global__ void __launch_bounds__(Team<threads>::kLaunch)
     const int group_size = joint ? 1 : update.group_size;
     const Workspace w = workspace_of(T::index(), size, group_size);
     const unsigned char* keep = w.keep;
-    bool moves = false;
-#pragma unroll 1
-    for (int i = T::rank(); i < n; i += threads) {
-        w.weight[i] = load_wide(update.weight_type, update.weight, start + i);
-        w.keep[i] = __ldcs(update.keep + start + i);
-        w.vector[i] = 0;
-        moves = moves || (!w.keep[i] && w.weight[i] != 0);
-    }
-    moves = T::any(moves);
-    T::sync();
+    const bool moves = begin_update<T, threads>(update, w, start, n);
     double increase = 0;
     bool bad = false;
     if (moves && joint) {
@@ -114,17 +105,7 @@ __global__ void __launch_bounds__(Team<threads>::kLaunch)
             increase = 0.5 * dot(w.other, w.other, n);
         }
     }
-    bad = T::any(bad || !isfinite(increase));
-    if (bad) {  // the block's weights stay as they were
-        if (T::rank() == 0) record_failure(fisher.status, block);
-        return;
-    }
-#pragma unroll 1
-    for (int i = T::rank(); i < n; i += threads)
-        store_wide(update.weight_type, update.new_weight, start + i,
-                   keep[i] ? w.weight[i] + w.vector[i] : 0.0);
-    if (T::rank() == 0 && update.predicted_increase != nullptr)
-        __stcs(update.predicted_increase + block, increase);
+    finish_update<T, threads>(update, w, start, n, block, bad, increase, fisher.status);
 }
 
 }  // namespace
