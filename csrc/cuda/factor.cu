@@ -20,7 +20,7 @@ struct Wanted {
 };
 
 template <int threads>
-__global__ void __launch_bounds__(Team<threads>::kLaunch)
+__global__ void __launch_bounds__(Team<threads>::kLaunch, 1)
     scores_kernel(const __grid_constant__ Fisher fisher, const __grid_constant__ Wanted wanted) {
     using T = Team<threads>;
     const int size = fisher.partition.block_size;
@@ -60,7 +60,7 @@ __global__ void __launch_bounds__(Team<threads>::kLaunch)
 }
 
 template <int threads>
-__global__ void __launch_bounds__(Team<threads>::kLaunch)
+__global__ void __launch_bounds__(Team<threads>::kLaunch, 1)
     inverse_kernel(const __grid_constant__ GramInverse args) {
     using T = Team<threads>;
     const Fisher& fisher = args.fisher;
@@ -115,7 +115,7 @@ __global__ void __launch_bounds__(Team<threads>::kLaunch)
 }
 
 template <int threads>
-__global__ void __launch_bounds__(Team<threads>::kLaunch)
+__global__ void __launch_bounds__(Team<threads>::kLaunch, 1)
     solve_kernel(const __grid_constant__ GramSolve args) {
     using T = Team<threads>;
     const Fisher& fisher = args.fisher;

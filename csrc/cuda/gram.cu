@@ -131,6 +131,7 @@ __global__ void __launch_bounds__(launch_bound<Sum, tile, SIZE>(), 1)
         __syncthreads();
         if (works) {
             const Sum* g = staged + local * stride;
+#pragma unroll 1
             for (int t = 0; t < count; ++t, g += width) {
                 Sum left[tile], right[tile];
                 load_tile(g + row, left);

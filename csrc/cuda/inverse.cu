@@ -68,7 +68,7 @@ __host__ __device__ inline int64_t scores_bytes(int size, int group_size) {
 }
 
 template <int threads>
-__global__ void __launch_bounds__(Team<threads>::kLaunch)
+__global__ void __launch_bounds__(Team<threads>::kLaunch, 1)
     group_scores_kernel(const __grid_constant__ InverseScores args) {
     using T = Team<threads>;
     const int size = args.partition.block_size;
@@ -152,7 +152,7 @@ __device__ inline bool increase_of(const InverseSpace& space, int n, double* inc
 }
 
 template <int threads>
-__global__ void __launch_bounds__(Team<threads>::kLaunch)
+__global__ void __launch_bounds__(Team<threads>::kLaunch, 1)
     update_kernel(const __grid_constant__ InverseUpdate args) {
     using T = Team<threads>;
     const Update& update = args.update;

@@ -47,7 +47,7 @@ __device__ inline bool sum_change(const Workspace& w, int size, int64_t start, i
 }
 
 template <int threads>
-__global__ void __launch_bounds__(Team<threads>::kLaunch)
+__global__ void __launch_bounds__(Team<threads>::kLaunch, 1)
     update_kernel(const __grid_constant__ GramUpdate args) {
     using T = Team<threads>;
     const Fisher& fisher = args.fisher;

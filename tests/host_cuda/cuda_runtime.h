@@ -22,8 +22,10 @@
 // * Neither __CUDACC__ nor __CUDA_ARCH__ is defined.
 #pragma once
 
+#include <string>
 #include <tuple>
 #include <utility>
+#include <vector>
 
 #include "device_functions.h"
 #include "device_launch_parameters.h"
@@ -110,8 +112,9 @@ cudaError_t cudaFuncSetAttribute(Function* kernel, cudaFuncAttribute attribute, 
                                                    value);
 }
 
-// Runs the grid to its end.  The arguments are converted to the kernel's parameters once; every
-// CUDA thread gets its own copy of them, as on a device.
+// Runs the grid to its end, or keeps the launch while launches are recorded.  The arguments are
+// converted to the kernel's parameters once; every CUDA thread gets its own copy of them, as on a
+// device.
 template <class... Params, class... Args>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Params...),
                                Args&&... args) {
@@ -120,6 +123,16 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
         std::tuple<Params...> parameters;
     };
     const Call call{kernel, std::tuple<Params...>(std::forward<Args>(args)...)};
+    if (host_cuda::detail::is_recording()) {
+        std::vector<std::string> bytes;
+        std::apply(
+            [&](const auto&... made) {
+                (bytes.emplace_back(reinterpret_cast<const char*>(&made), sizeof(made)), ...);
+            },
+            call.parameters);
+        return host_cuda::detail::keep_launch(*config, reinterpret_cast<const void*>(kernel),
+                                              std::move(bytes));
+    }
     const auto run_thread = [](const void* opaque) {
         const Call& made = *static_cast<const Call*>(opaque);
         std::apply(made.kernel, made.parameters);

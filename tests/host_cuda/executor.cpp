@@ -37,6 +37,8 @@ std::mutex launch_mutex;
 size_t opt_in_limit = kSharedBytes - kGuardBytes;
 std::map<const void*, size_t> opted_in;
 cudaError_t last_error = cudaSuccess;
+bool recording = false;
+Launch recorded{};
 
 // Beyond what the kernel asked for: poisoned for the sanitizer, else a pattern that is checked.
 class SharedMemoryGuard {
@@ -159,6 +161,22 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel,
     return cudaSuccess;
 }
 
+bool is_recording() {
+    return recording;
+}
+
+cudaError_t keep_launch(const cudaLaunchConfig_t& config, const void* kernel,
+                        std::vector<std::string> parameters) {
+    const std::lock_guard<std::mutex> lock(launch_mutex);
+    const cudaError_t result = check_launch(config, kernel);
+    if (result != cudaSuccess) {
+        return record(result);
+    }
+    recorded = {kernel, config.gridDim, config.blockDim, config.dynamicSmemBytes,
+                std::move(parameters)};
+    return cudaSuccess;
+}
+
 cudaError_t record(cudaError_t result) {
     return last_error = result;
 }
@@ -174,6 +192,13 @@ const Counters& counters() {
 }
 void reset_counters() {
     detail::counted = {};
+}
+void set_recording(bool on) {
+    detail::recording = on;
+    detail::recorded = {};
+}
+const Launch& last_launch() {
+    return detail::recorded;
 }
 void set_seed(uint64_t seed) {
     detail::random_state = seed;

@@ -18,6 +18,8 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <string>
+#include <vector>
 
 #include "driver_types.h"
 
@@ -42,6 +44,20 @@ void set_seed(uint64_t seed);
 // The most dynamic shared memory a kernel may opt in to, in bytes: 0 to 231424, the default.
 // Throws std::invalid_argument.
 void set_shared_memory_limit(int bytes);
+
+// What the code of a launch asked for.
+struct Launch {
+    const void* kernel;
+    dim3 grid;
+    dim3 block;
+    size_t shared_bytes;
+    std::vector<std::string> parameters;  // the bytes of each
+};
+
+// While recording, launches are checked and kept but not run: another machine can replay them on
+// the same arguments.
+void set_recording(bool on);
+const Launch& last_launch();
 
 // What the headers call; not for tests.
 namespace detail {
@@ -72,6 +88,10 @@ cudaError_t set_kernel_attribute(const void* kernel, cudaFuncAttribute attribute
 // run_thread(call) is the kernel's work for the CUDA thread that threadIdx and blockIdx name.
 cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel,
                    void (*run_thread)(const void*), const void* call);
+
+bool is_recording();
+cudaError_t keep_launch(const cudaLaunchConfig_t& config, const void* kernel,
+                        std::vector<std::string> parameters);
 
 // Waits for all threads of the block; returns for how many of them the predicate held.
 int wait_for_block(BlockBarrier barrier, bool predicate);

@@ -1,6 +1,9 @@
 // The CUDA kernels of csrc/cuda, compiled for the host and executed fiber by fiber, behind the
 // functions that the package calls for a device.
+#include <dlfcn.h>
 #include <pybind11/pybind11.h>
+
+#include <stdexcept>
 
 #include "../../csrc/operators.h"
 #include "executor.h"
@@ -14,6 +17,24 @@ PYBIND11_MODULE(host_cuda, m) {
                                 cuda::woodbury_update, cuda::inverse_scores, cuda::inverse_update});
     m.def("set_seed", &host_cuda::set_seed);
     m.def("set_shared_memory_limit", &host_cuda::set_shared_memory_limit);
+    m.def("set_recording", &host_cuda::set_recording);
+    // The kernel: where its code begins in the file of this module.
+    m.def("last_launch", [] {
+        const host_cuda::Launch& launch = host_cuda::last_launch();
+        Dl_info module{};
+        if (launch.kernel == nullptr || dladdr(launch.kernel, &module) == 0)
+            throw std::runtime_error("no launch has been recorded");
+        py::list parameters;
+        for (const std::string& bytes : launch.parameters) parameters.append(py::bytes(bytes));
+        py::dict out;
+        out["kernel"] =
+            static_cast<const char*>(launch.kernel) - static_cast<const char*>(module.dli_fbase);
+        out["grid"] = py::make_tuple(launch.grid.x, launch.grid.y, launch.grid.z);
+        out["block"] = py::make_tuple(launch.block.x, launch.block.y, launch.block.z);
+        out["shared_bytes"] = launch.shared_bytes;
+        out["parameters"] = parameters;
+        return out;
+    });
     m.def("reset_counters", &host_cuda::reset_counters);
     m.def("counters", [] {
         const host_cuda::Counters& counters = host_cuda::counters();
