@@ -10,11 +10,21 @@
 namespace obert {
 namespace cuda {
 
+inline const char* remedy_for(cudaError_t error) {
+    if (error == cudaErrorInsufficientDriver)
+        return "; the CUDA runtime in this build is newer than the driver: update the driver, or "
+               "reinstall from source with the nvcc of an older toolkit or with OBERT_CUDA=0";
+    if (error == cudaErrorNoKernelImageForDevice)
+        return "; this build has no code for this device: reinstall from source with its compute "
+               "capability in OBERT_CUDA_ARCHS";
+    return "";
+}
+
 inline void check(cudaError_t error, const char* what) {
     if (error == cudaSuccess) return;
     cudaGetLastError();  // must not surface in somebody else's call
     throw std::runtime_error(std::string("obert_kernels: ") + what + ": " +
-                             cudaGetErrorString(error));
+                             cudaGetErrorString(error) + remedy_for(error));
 }
 
 // Largest dynamic shared memory of a thread block on the current device, bytes.
