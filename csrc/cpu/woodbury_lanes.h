@@ -14,10 +14,10 @@ constexpr int kLargestInLanes = Simd<float>::lanes;  // a block's row fits one v
 constexpr int kGradientsInPanel = 8;
 
 struct LaneBuffers {
-    float* panel;      // [kGradientsInPanel, kLanesF * B + kLanesF] gradients of the blocks
-    float* entries;    // [B(B+1)/2, kLanesF] lower triangles
-    float* gradient;   // [kLanesF, kLanesF] one gradient, a weight's blocks in a row
-    float* direction;  // [B, kLanesF] v = F^-1 g
+    float* panel;      // [kGradientsInPanel, lanes (B + 1)] gradients of the blocks
+    float* entries;    // [B(B+1)/2, lanes] lower triangles
+    float* gradient;   // [lanes, lanes] one gradient, a weight's blocks in a row
+    float* direction;  // [B, lanes] v = F^-1 g
 };
 
 inline LaneBuffers lane_buffers(int block_size, char* workspace) {
