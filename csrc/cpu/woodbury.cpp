@@ -4,7 +4,8 @@
 //   P = G F^-1,  A = m I + P G^T = L D L^T,  W = D^-1/2 L^-1 P,  F^-1 -= W^T W
 // with the gradients as the rows of G: D holds the denominators of the r single steps and
 // the rows of W their scaled vectors v.  Matrix products instead of passes over the block
-// for every gradient keep the processor's multipliers busy; A is small and float64.
+// for every gradient keep the processor's multipliers busy; A is small and
+// eliminated in float64.
 //
 // A block is read once, takes k gradients while it sits in the first-level cache, and is
 // written once.  Only the squares on and below its diagonal are kept up to date there.
@@ -24,15 +25,13 @@ constexpr int kRank = kLanesF;  // gradients at a time: one vector, or two of do
 constexpr int kStride = kMaxBlockSize + 16;
 
 struct Buffers {
-    float* inverse;         // [B, kStride] F^-1
-    float* columns;         // [B, kRank] G^T
-    double* exact_columns;  // [B, kRank] G^T
-    float* product;         // [B, kRank] P^T
-    float* vectors;         // [kRank, kStride] W
-    double* system;         // [kRank, kRank] A, upper triangle
-    double* factors;        // [kRank] a row of L^T
-    float* elimination;     // [kRank, kRank] L^T, above the diagonal
-    float* inverse_roots;   // [kRank] D^-1/2
+    float* inverse;        // [B, kStride] F^-1
+    float* columns;        // [B, kRank] G^T
+    float* product;        // [B, kRank] P^T
+    float* vectors;        // [kRank, kStride] W
+    double* system;        // [kRank, kRank] A, upper triangle
+    float* elimination;    // [kRank, kRank] L^T, above the diagonal
+    float* inverse_roots;  // [kRank] D^-1/2
 };
 
 Buffers buffers_for(int block_size, char* workspace) {
@@ -41,16 +40,15 @@ Buffers buffers_for(int block_size, char* workspace) {
     Buffers buffers;
     buffers.inverse = scratch.take<float>(rows * kStride);
     buffers.columns = scratch.take<float>(rows * kRank);
-    buffers.exact_columns = scratch.take<double>(rows * kRank);
     buffers.product = scratch.take<float>(rows * kRank);
     buffers.vectors = scratch.take<float>(int64_t(kRank) * kStride);
     buffers.system = scratch.take<double>(kRank * kRank);
-    buffers.factors = scratch.take<double>(kRank);
     buffers.elimination = scratch.take<float>(kRank * kRank);
     buffers.inverse_roots = scratch.take<float>(kRank);
     // Vectors are read whole: what lies past a row must be finite.
     for (int64_t i = 0; i < rows * kStride; ++i) buffers.inverse[i] = 0;
     for (int64_t i = 0; i < rows * kRank; ++i) buffers.product[i] = 0;
+    for (int64_t i = 0; i < int64_t(kRank) * kStride; ++i) buffers.vectors[i] = 0;
     return buffers;
 }
 
@@ -93,61 +91,99 @@ void multiply(const Buffers& buffers, int n) {
     }
 }
 
-// A = m I + P G^T, its upper triangle in whole vectors.
+// A = m I + P G^T, its upper triangle.  Sums over a few weights are float32, what adds them up
+// is float64: with float32 alone breakdown comes at smaller gradients.
 void find_system(const Buffers& buffers, int n, double m) {
-    VecD left[kLanesD] = {};       // rows of the upper half, first vector
-    VecD right[2 * kLanesD] = {};  // all rows, second vector
-    const float* p = buffers.product;
-    const double* g = buffers.exact_columns;
-    for (int j = 0; j < n; ++j, p += kRank, g += kRank) {
-        VecD first = widen(p), second = widen(p + kLanesD);
-        OBERT_IN_REGISTER(first);
-        OBERT_IN_REGISTER(second);
-#pragma GCC unroll 8
-        for (int t = 0; t < kLanesD; ++t) {
-            left[t] += g[t] * first;
-            right[t] += g[t] * second;
-        }
-#pragma GCC unroll 8
-        for (int t = kLanesD; t < 2 * kLanesD; ++t) right[t] += g[t] * second;
-    }
-#pragma GCC unroll 16
+    double* system = buffers.system;
     for (int t = 0; t < kRank; ++t) {
-        double* row = buffers.system + t * kRank;
-        if (t < kLanesD) store(row, left[t < kLanesD ? t : 0]);
-        store(row + kLanesD, right[t]);
-        row[t] += m;
+        for (int u = 0; u < kRank; ++u) system[t * kRank + u] = 0;
+        system[t * kRank + t] = m;
     }
+    const float* p = buffers.product;
+    const float* g = buffers.columns;
+    for (int j0 = 0; j0 < n; j0 += kRank) {
+        VecF row[kRank] = {};
+        for (int j = j0; j < min_int(n, j0 + kRank); ++j, p += kRank, g += kRank) {
+            VecF column = load(p);
+            OBERT_IN_REGISTER(column);
+#pragma GCC unroll 16
+            for (int t = 0; t < kRank; ++t) row[t] += g[t] * column;
+        }
+#pragma GCC unroll 16
+        for (int t = 0; t < kRank; ++t) {
+            float sums[kRank];
+            store(sums, row[t]);
+            double* target = system + t * kRank;
+            if (t < kLanesD) store(target, load(target) + widen(sums));
+            store(target + kLanesD, load(target + kLanesD) + widen(sums + kLanesD));
+        }
+    }
+}
+
+// A vector filled with one of its elements.
+template <int lane>
+inline VecD spread(VecD v) {
+#if defined(__clang__)
+    return VecD{} + v[lane];
+#else
+    return __builtin_shuffle(v, Simd<double>::Index{} + lane);
+#endif
+}
+
+// row[i] -= factor[i] * pivot_row, for row i and those after it.
+template <int i>
+inline void subtract(VecD factor, VecD pivot_row, VecD* row) {
+    if constexpr (i < kLanesD) {
+        row[i] -= spread<i>(factor) * pivot_row;
+        subtract<i + 1>(factor, pivot_row, row);
+    }
+}
+
+// Step p and the steps after it of A = L D L^T.
+template <int p>
+inline void eliminate(VecD (&left)[kLanesD], VecD (&middle)[kLanesD], VecD (&right)[kLanesD],
+                      double* denominators, float* elimination) {
+    constexpr int lane = p % kLanesD;
+    if constexpr (p < kLanesD) {
+        const VecD pivot = spread<lane>(left[lane]);
+        denominators[p] = pivot[0];
+        const VecD reciprocal = VecD{} + 1.0 / pivot[0];
+        const VecD first = left[lane] * reciprocal, second = middle[lane] * reciprocal;
+        narrow(first, elimination + p * kRank);
+        narrow(second, elimination + p * kRank + kLanesD);
+        subtract<p + 1>(first, left[lane], left);
+        subtract<p + 1>(first, middle[lane], middle);
+        subtract<0>(second, middle[lane], right);
+    } else {
+        const VecD pivot = spread<lane>(right[lane]);
+        denominators[p] = pivot[0];
+        const VecD second = right[lane] * (VecD{} + 1.0 / pivot[0]);
+        narrow(second, elimination + p * kRank + kLanesD);
+        subtract<lane + 1>(second, right[lane], right);
+    }
+    if constexpr (p + 1 < kRank) eliminate<p + 1>(left, middle, right, denominators, elimination);
 }
 
 // A = L D L^T.  False if a denominator is not clearly positive.
 bool reduce(const Buffers& buffers, double m) {
-    bool good = true;
+    // The upper triangle of A: two squares on the diagonal and one between.
+    VecD left[kLanesD], middle[kLanesD], right[kLanesD];
+    const double* row = buffers.system;
+#pragma GCC unroll 8
+    for (int t = 0; t < kLanesD; ++t, row += kRank) {
+        left[t] = load(row);
+        middle[t] = load(row + kLanesD);
+        right[t] = load(row + kLanesD * kRank + kLanesD);
+    }
     double denominators[kRank];
-    for (int p = 0; p < kRank; ++p) {
-        const double* row = buffers.system + p * kRank;
-        const double denominator = row[p];
+    eliminate<0>(left, middle, right, denominators, buffers.elimination);
+    bool good = true;
+    for (int t = 0; t < kRank; ++t)
         // In exact arithmetic it is m + g^T F^-1 g >= m.  Rounding may leave a little less;
         // half the way to zero is breakdown, as is NaN.
-        good = good && denominator > 0.5 * m && denominator < __builtin_inf();
-        denominators[p] = denominator;
-        const double reciprocal = 1.0 / denominator;
-        const VecD first = load(row), second = load(row + kLanesD);
-        store(buffers.factors, first * reciprocal);
-        store(buffers.factors + kLanesD, second * reciprocal);
-        narrow(first * reciprocal, buffers.elimination + p * kRank);
-        narrow(second * reciprocal, buffers.elimination + p * kRank + kLanesD);
-        for (int i = p + 1; i < kLanesD; ++i) {
-            double* target = buffers.system + i * kRank;
-            store(target, load(target) - buffers.factors[i] * first);
-        }
-        for (int i = p + 1; i < kRank; ++i) {
-            double* target = buffers.system + i * kRank + kLanesD;
-            store(target, load(target) - buffers.factors[i] * second);
-        }
-    }
+        good &= (denominators[t] > 0.5 * m) & (denominators[t] < __builtin_inf());
     for (int t = 0; t < kRank; ++t)
-        buffers.inverse_roots[t] = static_cast<float>(1.0 / __builtin_sqrt(denominators[t]));
+        buffers.inverse_roots[t] = 1.0f / __builtin_sqrtf(static_cast<float>(denominators[t]));
     return good;
 }
 
@@ -191,35 +227,24 @@ bool apply(const Buffers& buffers, int n, double m, Runs& runs) {
     return true;
 }
 
-// Weights j .. j + width - 1 of one gradient in a block, the rest zero.
-VecF read_piece(const Gradients& gradients, int64_t block, int64_t t, int j, int width) {
-    if (gradients.type == DType::f32) {
-        const float* piece = reinterpret_cast<const float*>(gradients.at(block, t)) + j;
-        return width == kRank ? load(piece) : load_first(piece, width);
-    }
-    float piece[kRank];
-    read_as(gradients.type, gradients.at(block, t) + j * int64_t(element_size(gradients.type)), 0,
-            width, piece);
-    return load_first(piece, width);
-}
-
-// G^T of `count` gradients from `first` on, filled up with zeros.
-void read_gradients(const Gradients& gradients, int64_t block, int n, int64_t first, int count,
+// G^T of kRank gradients from `first` on, zero where there are no more.
+void read_gradients(const Gradients& gradients, int64_t block, int n, int64_t first,
                     const Buffers& buffers) {
+    for (int t = 0; t < kRank; ++t) {
+        float* row = buffers.vectors + int64_t(t) * kStride;  // W comes later
+        if (first + t < gradients.count)
+            read_as(gradients.type, gradients.at(block, first + t), 0, n, row);
+        else
+            for (int j = 0; j < n; ++j) row[j] = 0;
+    }
     for (int j = 0; j < n; j += kRank) {
-        const int width = min_int(kRank, n - j);
-        VecF square[kRank] = {};
+        VecF square[kRank];
 #pragma GCC unroll 16
         for (int t = 0; t < kRank; ++t)
-            if (t < count) square[t] = read_piece(gradients, block, first + t, j, width);
+            square[t] = load(buffers.vectors + int64_t(t) * kStride + j);
         transpose<float>(square);
 #pragma GCC unroll 16
-        for (int i = 0; i < kRank; ++i) {
-            const int64_t at = int64_t(j + i) * kRank;
-            store(buffers.columns + at, square[i]);
-            store(buffers.exact_columns + at, widen(buffers.columns + at));
-            store(buffers.exact_columns + at + kLanesD, widen(buffers.columns + at + kLanesD));
-        }
+        for (int i = 0; i < kRank; ++i) store(buffers.columns + int64_t(j + i) * kRank, square[i]);
     }
 }
 
@@ -279,8 +304,7 @@ bool update_block(const WoodburyUpdate& args, const Gradients& gradients, int64_
     const int64_t part = entries * 4 / divide_up(int(gradients.count), kRank) + 64;
     const char* ahead = reinterpret_cast<const char*>(inverse + entries);
     for (int64_t t = 0; t < gradients.count; t += kRank, ahead += part) {
-        const int64_t left = gradients.count - t;
-        read_gradients(gradients, b, n, t, left < kRank ? int(left) : kRank, buffers);
+        read_gradients(gradients, b, n, t, buffers);
         if (!last) prefetch(ahead, part);
         if (!apply(buffers, n, args.total_gradients, runs)) return false;
     }
