@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ._checks import check_positive
 from .fisher import GramFisher
-from .memory import GRADIENTS_PER_UPDATE
+from .memory import GRADIENTS_PER_UPDATE, gradient_buffer
 
 
 class EmpiricalBlockFisherInverse:
@@ -51,7 +51,7 @@ class EmpiricalBlockFisherInverse:
         if g.numel() != self.d:
             raise ValueError(f"the gradient must have {self.d} values, got {g.numel()}")
         if self._buffer is None:
-            self._buffer = g.new_empty((GRADIENTS_PER_UPDATE, self.d), device=self.dev)
+            self._buffer = gradient_buffer(GRADIENTS_PER_UPDATE, self.d, g.dtype, self.dev)
         self._buffer[self._gathered].copy_(g.detach().reshape(-1))
         self._gathered += 1
         if self._gathered == GRADIENTS_PER_UPDATE:

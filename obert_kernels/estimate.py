@@ -15,7 +15,7 @@ from ._checks import check_block_size
 from .fisher import GramFisher
 from .gradients import LossFn, batch_gradients
 from .layers import find_weights
-from .memory import Plan, plan_passes
+from .memory import Plan, gradient_buffer, plan_passes
 
 Progress = Callable[[str, int, int], None]
 
@@ -85,7 +85,9 @@ def accumulate(
         for name, w in weights.items()
     }
     k = plan.gradients_per_update
-    buffers = {name: w.new_empty((k, w.numel())) for name, w in weights.items()}
+    buffers = {
+        name: gradient_buffer(k, w.numel(), w.dtype, w.device) for name, w in weights.items()
+    }
     # A pruned weight has no gradient: its row and column stay zero.
     dead = {name: w.detach() == 0 for name, w in weights.items() if not w.detach().all()}
     gathered = 0

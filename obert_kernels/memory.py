@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .fisher import gram_bytes
 
@@ -16,6 +16,35 @@ from .fisher import gram_bytes
 # writing the Gram, but all matrices of a pass are gathered at once: 16 float32 gradients are
 # a third of a float64 Gram at B = 50.
 GRADIENTS_PER_UPDATE = 16
+
+
+_PAGE = 4096
+
+
+def _row_bytes(num_weights: int, itemsize: int) -> int:
+    """Distance of two gathered gradients: an odd number of pages and five cache lines."""
+    size = num_weights * itemsize
+    if size < 64 * _PAGE:
+        return size
+    pages = -(-(size - 320) // _PAGE) | 1
+    return pages * _PAGE + 320
+
+
+def gradient_buffer(
+    count: int,
+    num_weights: int,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """Uninitialised ``[count, num_weights]`` to gather gradients in.
+
+    The kernels read a few weights of all gradients at a time.  Rows of, say, 768 x 3072
+    float32 values back to back would begin a large power of two apart and fall into the same
+    sets of the caches and of the table of pages; these lie an odd number of pages apart, which
+    makes the Gram a quarter faster.
+    """
+    distance = _row_bytes(num_weights, dtype.itemsize) // dtype.itemsize
+    return torch.empty((count, distance), dtype=dtype, device=device)[:, :num_weights]
 
 
 @dataclass(frozen=True)
@@ -89,7 +118,10 @@ def plan_passes(
     k = min(GRADIENTS_PER_UPDATE, num_grads)
     gram = {name: gram_bytes(w.numel(), block_size, dtype) for name, w in weights.items()}
     # One gradient of the batch at hand beside the buffer of k.
-    held = {name: (k + 1) * w.numel() * w.element_size() for name, w in weights.items()}
+    held = {
+        name: k * _row_bytes(w.numel(), w.element_size()) + w.numel() * w.element_size()
+        for name, w in weights.items()
+    }
     other = sum(w.numel() * (4 + 1 + w.element_size()) for w in weights.values())
     budget = max_memory
     if budget is None:

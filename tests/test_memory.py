@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from obert_kernels.fisher import gram_bytes
-from obert_kernels.memory import GRADIENTS_PER_UPDATE, plan_passes
+from obert_kernels.memory import GRADIENTS_PER_UPDATE, gradient_buffer, plan_passes
 
 MEASURE = """
 import ctypes, gc, resource, sys
@@ -81,3 +81,24 @@ def test_refusal_gives_the_figures():
     weights = {"a": nn.Parameter(torch.zeros(300, 400))}
     with pytest.raises(MemoryError, match=r"needs \d+\.\d MiB .* max_memory is 1.0 MiB"):
         plan_passes(weights, 50, torch.float64, 1 << 20, 1024)
+
+
+@pytest.mark.parametrize("n", [1, 50, 65_536, 70_001, 768 * 768, 768 * 3072])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gathered_gradients_do_not_begin_a_power_of_two_apart(n, dtype):
+    buffer = gradient_buffer(2, n, dtype)
+    assert buffer.shape == (2, n)
+    assert buffer.dtype == dtype
+    size, distance = n * dtype.itemsize, buffer.stride(0) * dtype.itemsize
+    assert size <= distance <= 1.05 * size
+    if size >= 2**18:  # smaller ones stay in the caches anyway
+        assert distance // 4096 % 2 == 1
+        assert distance % 4096 == 5 * 64
+
+
+def test_the_plan_counts_the_room_between_gathered_gradients():
+    weight = {"w": nn.Parameter(torch.zeros(768, 768))}
+    plan = plan_passes(weight, 50, torch.float64, None, 1024)
+    buffer = gradient_buffer(GRADIENTS_PER_UPDATE, 768 * 768)
+    room = buffer.stride(0) * GRADIENTS_PER_UPDATE * 4
+    assert plan.buffer_bytes == room + 768 * 768 * 4
