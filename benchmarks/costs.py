@@ -57,11 +57,11 @@ def gram_accumulate(blocks: int, size: int, k: int, gram_bytes: int, gradient_by
 
 
 def woodbury_update(blocks: int, size: int, k: int, gradient_bytes: int) -> Cost:
-    """k gradients in one call; csrc/cuda/woodbury.cu: 8 B^2 + k B sizeof(gradient).
+    """k gradients in one call; csrc/cuda/woodbury.cu: 4 B (B+1) + k B sizeof(gradient).
 
     F g and the outer product: 4 k B^2 flops (the kernel works on both triangles).
     """
-    moved = 8 * size**2 + k * size * gradient_bytes
+    moved = 2 * _triangle(size) * 4 + k * size * gradient_bytes
     return Cost(blocks * moved, blocks * k * 4 * size**2, "float32")
 
 
@@ -71,11 +71,11 @@ def _factor_flops(size: int) -> int:
 
 
 def gram_inverse(blocks: int, size: int, gram_bytes: int, inverse_bytes: int) -> Cost:
-    """csrc/cuda/factor.cu: the Gram read, B^2 values written.
+    """csrc/cuda/factor.cu: the Gram read, as many values written.
 
     Cholesky, inverse of the factor and their product, B^3 / 3 flops each.
     """
-    moved = _triangle(size) * gram_bytes + size**2 * inverse_bytes
+    moved = _triangle(size) * (gram_bytes + inverse_bytes)
     return Cost(blocks * moved, blocks * 3 * _factor_flops(size), "float64")
 
 
@@ -124,7 +124,8 @@ def gram_update(blocks: int, size: int, gram_bytes: int, weight_bytes: int, join
 def inverse_scores(blocks: int, size: int, weight_bytes: int, group: int) -> Cost:
     """csrc/cuda/inverse.cu: of the inverse only the triangles of the groups, B (c+1)/2 values.
 
-    Memory delivers 32 bytes where a single score needs 4, so that 100 % cannot be had.
+    Memory delivers 32 bytes where a row of a group needs fewer, so that 100 % cannot be had for
+    groups; the diagonal, all that single scores read, stands together in each block.
     """
     moved = 4 * size * (group + 1) // 2 + size * weight_bytes + 4 * size // group
     flops = 3 * size if group == 1 else size * group**2 // 3
@@ -132,7 +133,7 @@ def inverse_scores(blocks: int, size: int, weight_bytes: int, group: int) -> Cos
 
 
 def inverse_update(blocks: int, size: int, weight_bytes: int, joint: bool) -> Cost:
-    """csrc/cuda/inverse.cu: the lower triangle, weights and mask read, weights written.
+    """csrc/cuda/inverse.cu: the inverse, weights and mask read, weights written.
 
     2 B (B+1) + 9 B bytes for float32 weights, no increase asked for.  F^-1 u is 2 B^2 flops;
     joint adds a Cholesky factorisation and two triangular solves (of all rows, as if none

@@ -22,8 +22,7 @@ TORCH = "torch cholesky_inverse"
 # torch may loop over the blocks on the host; its time is scaled up from so many.
 _TORCH_BLOCKS = 16384
 _TORCH_BYTES = 128 << 20
-# What a single score draws through the cache: a sector of the inverse, weight and score.
-_SECTOR_AND_VECTORS = 40
+_SECTOR = 32  # bytes that memory delivers at once
 
 
 @dataclass(frozen=True)
@@ -99,7 +98,7 @@ def gram_kernel(size: int, k: int, gram_type: torch.dtype, gradient_type: torch.
 def woodbury_kernel(size: int, k: int, gradient_type: torch.dtype) -> Kernel:
     def build(n: int, device: torch.device) -> Copy:
         g = random_gradients(k, n, device, gradient_type)
-        state = ReferenceInverse(M, size, n, DAMPING, device).f_inv
+        state = packed_identity(n, size, device)
         status = ops.new_status(device)
         return Copy(
             lambda: ops.woodbury_update(state, g, float(M), status),
@@ -113,7 +112,7 @@ def woodbury_kernel(size: int, k: int, gradient_type: torch.dtype) -> Kernel:
         f"k = {k}, {name_of(gradient_type)} gradients",
         size,
         lambda blocks: costs.woodbury_update(blocks, size, k, gradient),
-        k * gradient + 8 * size + 16,
+        k * gradient + 6 * size + 32,
         build,
     )
 
@@ -141,6 +140,13 @@ def torch_factorisation(gram: Tensor, size: int) -> dict[str, Contender]:
         return torch.cholesky_inverse(torch.linalg.cholesky_ex(fisher).L)
 
     return {TORCH: Contender(invert, gram.shape[0] / blocks)}
+
+
+def packed_identity(n: int, size: int, device: torch.device) -> Tensor:
+    """``I / damping`` as the operators take it: where the reference starts, too."""
+    inverse = torch.zeros(reference.gram_shape(n, size), device=device)
+    inverse[:, :size] = 1.0 / DAMPING
+    return inverse
 
 
 GramCall = Callable[[Tensor, Tensor, Tensor, Tensor], object]  # of Gram, weight, keep, status
@@ -221,7 +227,7 @@ def gram_kernels(size: int, gram_type: torch.dtype) -> Iterator[Kernel]:
 
 
 def inverse_kernels(size: int) -> Iterator[Kernel]:
-    """Scores and updates from a dense inverse, against the same of the reference."""
+    """Scores and updates from an inverse, against the same of the reference from a dense one."""
     for group in (1, 4):
         yield inverse_scores_kernel(size, group)
         yield inverse_update_kernel(size, group, joint=False)
@@ -230,45 +236,49 @@ def inverse_kernels(size: int) -> Iterator[Kernel]:
 
 def inverse_scores_kernel(size: int, group: int) -> Kernel:
     def build(n: int, device: torch.device) -> Copy:
-        inverse = ReferenceInverse(M, size, n, DAMPING, device)
+        inverse = packed_identity(n, size, device)
+        dense = ReferenceInverse(M, size, n, DAMPING, device)
         weight, _ = random_weights(n, size, group, device)
         status = ops.new_status(device)
 
         def theirs() -> Tensor:
-            return inverse.scores(weight) if group == 1 else inverse.group_scores(weight, group)
+            return dense.scores(weight) if group == 1 else dense.group_scores(weight, group)
 
         return Copy(
-            lambda: ops.inverse_scores(inverse.f_inv, weight, group, status),
+            lambda: ops.inverse_scores(inverse, weight, group, status),
             {REFERENCE: Contender(theirs, 1)} if size % group == 0 else {},
             status,
         )
 
+    # The diagonal, weight and score; a sector for each row of a group below its first.
+    resident = 4 + 4 + 4 / group + _SECTOR * (group - 1) / group
     return Kernel(
         "inverse_scores",
         f"groups of {group}",
         size,
         lambda blocks: costs.inverse_scores(blocks, size, 4, group),
-        4 * size + 16 * (group + 4),
+        6 * size + 16 * (group + 4),
         build,
-        _SECTOR_AND_VECTORS,
+        resident,
     )
 
 
 def inverse_update_kernel(size: int, group: int, joint: bool) -> Kernel:
     def build(n: int, device: torch.device) -> Copy:
-        inverse = ReferenceInverse(M, size, n, DAMPING, device)
+        inverse = packed_identity(n, size, device)
+        dense = ReferenceInverse(M, size, n, DAMPING, device)
         weight, keep = random_weights(n, size, group, device)
         status = ops.new_status(device)
 
         def theirs() -> Tensor:
             if group == 1:
-                return inverse.update(weight, keep)
-            return inverse.group_update(weight, keep, group)
+                return dense.update(weight, keep)
+            return dense.group_update(weight, keep, group)
 
         # The reference has no joint update.
         comparable = not joint and size % group == 0
         return Copy(
-            lambda: ops.inverse_update(inverse.f_inv, weight, keep, group, joint, False, status),
+            lambda: ops.inverse_update(inverse, weight, keep, group, joint, False, status),
             {REFERENCE: Contender(theirs, 1)} if comparable else {},
             status,
         )
@@ -278,7 +288,7 @@ def inverse_update_kernel(size: int, group: int, joint: bool) -> Kernel:
         "joint" if joint else f"sum, groups of {group}",
         size,
         lambda blocks: costs.inverse_update(blocks, size, 4, joint),
-        4 * size + 16 * (group + 4),
+        6 * size + 16 * (group + 4),
         build,
     )
 

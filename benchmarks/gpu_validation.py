@@ -73,8 +73,8 @@ def accumulation_checks(g: Tensor, size: int) -> Iterator[Check]:
         floor = FLOAT64 if dtype == torch.float64 else FLOAT32
         yield Check(f"gram_accumulate {dtype}", gram, exact, 4 * own_error + floor)
     status = ops.new_status(device)
-    blocks = exact.shape[0]
-    state = (torch.eye(size, device=device) / DAMPING).repeat(blocks, 1, 1)
+    state = empty_gram(n, size, torch.float32, device)
+    state[:, :size] = 1.0 / DAMPING  # packed: the diagonal comes first
     ops.woodbury_update(state, g, float(GRADIENTS), status)
     expected = reference.gram_inverse(
         exact, n, size, float(GRADIENTS), DAMPING, torch.float64, status

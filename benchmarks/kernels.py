@@ -1,12 +1,13 @@
 """CPU kernels against the reference algorithm in torch, alternated in one process.
 
-    python benchmarks/kernels.py                 # everything, about 4 minutes on 2 cores
+    python benchmarks/kernels.py                 # everything, about 6 minutes on 2 cores
     python benchmarks/kernels.py --block 50 --rows 768 --columns 768
 
 Every figure is the median over rounds; in each round every contender runs once on the same
-data.  "gradients to inverse" is m times the cost of one gradient (measured over k gradients,
-in one call for ours) plus one inversion.  The reference adds its gradients one by one, and
-its cost per gradient does not depend on how many came before, so it is measured on a few.
+data, after a pause and, if it takes no gradients, a call that is not timed.  "gradients to
+inverse" is m times the cost of one gradient (measured over k gradients, in one call for ours)
+plus one inversion.  The reference adds its gradients one by one, and its cost per gradient does
+not depend on how many came before, so it is measured on a few.
 Bounds are calculated from bytes and flops (stated per row in the JSON) against ceilings
 measured here: reading memory, and matrix products in the same precision.
 """
@@ -26,11 +27,13 @@ import torch
 from contender import ReferenceInverse
 from machine import machine
 
-from obert_kernels import ops
+from obert_kernels import ops, reference
+from obert_kernels.memory import gradient_buffer
 
 M = 1024
 DAMPING = 1e-7
 SCALE = 1e-4
+SETTLE = 0.03  # seconds after which the other contender's threads no longer spin
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -56,7 +59,17 @@ def gradient_pool(k: int, n: int) -> torch.Tensor:
     """k correlated gradients (a shared direction and noise)."""
     torch.manual_seed(0)
     shared = torch.randn(n) * SCALE
-    return torch.randn(k, n).mul_(SCALE).add_(torch.randn(k, 1) * shared)
+    pool = gradient_buffer(k, n)  # rows apart, as the pruner gathers them
+    for row in pool:
+        torch.randn(n, out=row).mul_(SCALE).add_(torch.randn(()) * shared)
+    return pool
+
+
+def fresh_inverse(blocks: int, size: int) -> torch.Tensor:
+    """Packed ``I / damping``, where Woodbury updates start."""
+    state = torch.zeros(blocks, size * (size + 1) // 2)
+    state[:, :size] = 1 / DAMPING
+    return state
 
 
 def validate(n: int, size: int, g: torch.Tensor) -> None:
@@ -72,21 +85,26 @@ def validate(n: int, size: int, g: torch.Tensor) -> None:
         gram = torch.zeros(blocks, triangle, dtype=dtype)
         ops.gram_accumulate(gram, part, size)
         inverse = ops.gram_inverse(gram, d, size, M, DAMPING, torch.float32, status)
-        torch.testing.assert_close(inverse, ref.f_inv, rtol=1e-3, atol=1e-3 / DAMPING * 1e-2)
-    state = (torch.eye(size) / DAMPING).repeat(blocks, 1, 1)
+        dense = reference.unpack_inverse(inverse)
+        torch.testing.assert_close(dense, ref.f_inv, rtol=1e-3, atol=1e-3 / DAMPING * 1e-2)
+    state = fresh_inverse(blocks, size)
     ops.woodbury_update(state, part, M, status)
-    torch.testing.assert_close(state, ref.f_inv, rtol=1e-3, atol=1e-3 / DAMPING * 1e-2)
+    dense = reference.unpack_inverse(state)
+    torch.testing.assert_close(dense, ref.f_inv, rtol=1e-3, atol=1e-3 / DAMPING * 1e-2)
     assert status.item() == -1
 
 
 def bound_seconds(kind: str, n: int, size: int, k: int, top: dict[str, float]) -> dict:
-    """Time per gradient that bytes and flops allow (design: 8B^2 + 4kB bytes a block, …)."""
+    """Time per gradient that bytes and flops allow.
+
+    A block's triangle is read and written once for k gradients of 4 B bytes.  Gram: a
+    multiply-add for each entry of the triangle.  Woodbury: F^-1 g (2 B^2 flops), then such a one.
+    """
     blocks = -(-n // size)
     element = 8 if kind == "gram float64" else 4
+    state_bytes, flops = size * (size + 1) * element, size * (size + 1)
     if kind == "woodbury":
-        state_bytes, flops = 2 * size * size * 4, 4 * size * size
-    else:
-        state_bytes, flops = size * (size + 1) * element, size * (size + 1)
+        flops += 2 * size * size
     rate = "float64" if kind == "gram float64" else "float32"
     by_bytes = blocks * (state_bytes / k + 4 * size) / top["read_bytes_per_s"]
     by_flops = blocks * flops / top[f"{rate}_flops_per_s"]
@@ -104,7 +122,7 @@ def measure(rows: int, columns: int, size: int, k: int, rounds: int, top: dict) 
     blocks, triangle = ref.blocks, size * (size + 1) // 2
     gram32 = torch.zeros(blocks, triangle)
     gram64 = torch.zeros(blocks, triangle, dtype=torch.float64)
-    state = (torch.eye(size) / DAMPING).repeat(blocks, 1, 1)
+    state = fresh_inverse(blocks, size)
     status = ops.new_status()
     fisher = (size, float(M), DAMPING, status)
     few = 4
@@ -113,7 +131,9 @@ def measure(rows: int, columns: int, size: int, k: int, rounds: int, top: dict) 
         "gram float32": (lambda: ops.gram_accumulate(gram32, g, size), k),
         "gram float64": (lambda: ops.gram_accumulate(gram64, g, size), k),
         "woodbury": (lambda: ops.woodbury_update(state, g, float(M), status), k),
-        "inverse": (
+        "inverse of gram float32": (
+            lambda: ops.gram_inverse(gram32, n, size, float(M), DAMPING, torch.float32, status), 1),
+        "inverse of gram float64": (
             lambda: ops.gram_inverse(gram64, n, size, float(M), DAMPING, torch.float32, status), 1),
         "reference scores": (lambda: ref.scores(weight), 1),
         "scores, given inverse": (lambda: ops.inverse_scores(state, weight, 1, status), 1),
@@ -141,6 +161,9 @@ def measure(rows: int, columns: int, size: int, k: int, rounds: int, top: dict) 
     times: dict[str, list[float]] = {name: [] for name in calls}
     for index in range(rounds + 1):
         for name, (call, count) in calls.items():
+            time.sleep(SETTLE)
+            if count == 1:  # short: begin with warm caches, whoever ran before
+                call()
             spent = seconds(call) / count
             if index > 0:  # the first round warms up
                 times[name].append(spent)
@@ -157,7 +180,7 @@ def rows_of(
     reference = M * median["reference gradient"]
     out = []
     for kind in ("gram float32", "gram float64", "woodbury"):
-        inverse = 0.0 if kind == "woodbury" else median["inverse"]
+        inverse = median.get(f"inverse of {kind}", 0.0)
         total = M * median[kind] + inverse
         bound = bound_seconds(kind, rows * columns, size, k, top)
         out.append({
@@ -201,7 +224,7 @@ def rows_of(
             "ratio": median[against] / median[name],
         })  # fmt: skip
     for row in out:
-        row["rounds"] = len(times["inverse"])
+        row["rounds"] = len(times["woodbury"])
     return out
 
 

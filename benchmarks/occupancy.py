@@ -209,9 +209,8 @@ def operators(size: int) -> dict[str, Callable[[], Any]]:
     n, m = 4 * size, 256
     gradients = torch.zeros(m, n)
     weight, keep = torch.zeros(n), torch.zeros(n, dtype=torch.bool)
-    inverse = torch.zeros(4, size, size)
     wide = torch.zeros(4, size * (size + 1) // 2, dtype=torch.float64)
-    narrow = wide.float()
+    narrow, inverse = wide.float(), wide.float()
     status = ops.new_status()
     fisher = (size, float(m), 1e-4, status)
     return {

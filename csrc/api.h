@@ -5,7 +5,8 @@
 //   num_blocks = ceil(num_weights / block_size) blocks of `block_size` consecutive
 //   weights; the last block may be shorter.
 //   gram     [num_blocks, B(B+1)/2]  packed lower triangles, row i at i(i+1)/2
-//   inverse  [num_blocks, B, B]      dense and symmetric
+//   inverse  [num_blocks, B(B+1)/2]  packed: the diagonal (B values), then the rows below it,
+//                                    entry (i, j), j < i, at B + i(i-1)/2 + j
 //   vectors  [num_weights]           weights, scores, diagonals
 // The Fisher block is F = damping * I + gram / m.
 // Callers (obert_kernels/ops.py) have checked shapes, types and contiguity.
@@ -54,7 +55,7 @@ struct Fisher {
 
 struct GramInverse {
     Fisher fisher;
-    void* inverse;  // [num_blocks, B, B]; rows and columns past a short block: I / damping
+    void* inverse;  // [num_blocks, B(B+1)/2]; rows past a short block: I / damping
     DType inverse_type;
 };
 
@@ -89,7 +90,7 @@ struct Update {
     const uint8_t* keep;  // [num_weights] 1: survives, 0: pruned
     int group_size;
     UpdateRule rule;
-    void* new_weight;  // [num_weights], type of weight
+    void* new_weight;  // [num_weights], type of weight; a failed block's weights unchanged
     // [num_blocks] 1/2 d^T F d of the change d made; null where nobody asks: given only the
     // inverse, the sum rule would need a factorisation for it.
     double* predicted_increase;
@@ -103,7 +104,7 @@ struct GramUpdate {
 // k rank-1 Woodbury steps: v = F^-1 g, F^-1 -= v v^T / (m + g^T v).
 struct WoodburyUpdate {
     Partition partition;
-    float* inverse;  // [num_blocks, B, B], updated in place
+    float* inverse;  // [num_blocks, B(B+1)/2], updated in place
     const void* gradients;
     DType gradient_type;
     int64_t num_gradients;
@@ -118,7 +119,7 @@ struct InverseScores {
     const void* weight;
     DType weight_type;
     int group_size;
-    float* scores;  // [num_weights / group_size], zero on entry
+    float* scores;  // [num_weights / group_size], zero on entry unless group_size is 1
     Status status;
 };
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .reference import gram_shape, num_blocks
+from .reference import block_size_of, gram_shape
 
 MAX_BLOCK_SIZE = 256
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -82,13 +82,16 @@ def check_fisher(
 
 
 def check_inverse(inverse: Tensor, num_weights: int, status: Tensor) -> None:
-    """float32 ``[blocks, B, B]``, contiguous."""
+    """float32 ``[blocks, B(B+1)/2]``, contiguous."""
     check_dtype("inverse", inverse, (torch.float32,))
-    require(inverse.dim() == 3, f"inverse must be [blocks, B, B], got {tuple(inverse.shape)}")
-    block_size = inverse.shape[-1]
-    check_block_size(block_size)
-    blocks = num_blocks(num_weights, block_size)
-    check_shape("inverse", inverse, (blocks, block_size, block_size))
+    block_size = block_size_of(inverse) if inverse.dim() == 2 else 0
+    require(
+        1 <= block_size <= MAX_BLOCK_SIZE
+        and inverse.shape[1] == block_size * (block_size + 1) // 2,
+        f"inverse must be [blocks, B(B+1)/2] with B from 1 to {MAX_BLOCK_SIZE}, "
+        f"got {tuple(inverse.shape)}",
+    )
+    check_shape("inverse", inverse, gram_shape(num_weights, block_size))
     require(inverse.is_contiguous(), "inverse must be contiguous")
     check_status(status)
     check_devices(inverse=inverse, status=status)

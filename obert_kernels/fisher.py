@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import ops
 from ._checks import check_block_size, check_positive
-from .reference import gram_shape, num_blocks
+from .reference import gram_shape, unpack_inverse
 
 
 def gram_bytes(num_weights: int, block_size: int, dtype: torch.dtype = torch.float64) -> int:
@@ -116,7 +116,7 @@ class GramFisher:
         return self.block_size, self.num_gradients or 1.0, damping, ops.new_status(self.gram.device)
 
     def inverse(self, damping: float, dtype: torch.dtype = torch.float32) -> Tensor:
-        """``F^-1`` as ``[blocks, B, B]``; ``1/damping`` on the diagonal past a short block.
+        """``F^-1`` as dense ``[blocks, B, B]``; ``1/damping`` on the diagonal past a short block.
 
         Raises:
             NumericalError: a block is not positive definite (also from the methods below).
@@ -124,7 +124,7 @@ class GramFisher:
         size, m, damping, status = self._problem(damping)
         out = ops.gram_inverse(self.gram, self.num_weights, size, m, damping, dtype, status)
         self._checked(status, damping)
-        return out
+        return unpack_inverse(out)
 
     def diagonal(self, damping: float, dtype: torch.dtype = torch.float32) -> Tensor:
         """Diagonal of ``F^-1``, ``[n]``."""
@@ -193,7 +193,8 @@ class WoodburyFisher:
         name: used in error messages.
 
     Attributes:
-        inverse: ``[blocks, B, B]`` float32.
+        packed: ``F^-1`` as float32 ``[blocks, B(B+1)/2]``: of each block the diagonal, then the
+            rows below it.
     """
 
     def __init__(
@@ -213,8 +214,9 @@ class WoodburyFisher:
         self.damping = damping
         self.name = name
         self._status = ops.new_status(device)
-        identity = torch.eye(block_size, device=device) / damping
-        self.inverse = identity.repeat(num_blocks(num_weights, block_size), 1, 1)
+        self.block_size = block_size
+        self.packed = torch.zeros(gram_shape(num_weights, block_size), device=device)
+        self.packed[:, :block_size] = 1.0 / damping
 
     def _checked(self) -> None:
         ops.raise_for_status(
@@ -231,16 +233,20 @@ class WoodburyFisher:
             NumericalError: a denominator was not positive, or the diagonal is not any more.
         """
         rows = _as_rows(gradients, self.num_weights)
-        ops.woodbury_update(self.inverse, rows, float(self.num_gradients), self._status)
+        ops.woodbury_update(self.packed, rows, float(self.num_gradients), self._status)
         self._checked()
 
     def diagonal(self) -> Tensor:
         """Diagonal of ``F^-1``, ``[n]``."""
-        return self.inverse.diagonal(dim1=1, dim2=2).flatten()[: self.num_weights]
+        return self.packed[:, : self.block_size].flatten()[: self.num_weights].clone()
+
+    def inverse(self) -> Tensor:
+        """``F^-1`` as dense ``[blocks, B, B]``."""
+        return unpack_inverse(self.packed)
 
     def scores(self, weight: Tensor, group_size: int = 1) -> Tensor:
         """Like :meth:`GramFisher.scores`."""
-        out = ops.inverse_scores(self.inverse, _wide(weight), group_size, self._status)
+        out = ops.inverse_scores(self.packed, _wide(weight), group_size, self._status)
         self._checked()
         return out
 
@@ -249,7 +255,7 @@ class WoodburyFisher:
     ) -> tuple[Tensor, float]:
         """Like :meth:`GramFisher.update`."""
         new, increase = ops.inverse_update(
-            self.inverse, _wide(weight), keep, group_size, _is_joint(rule), True, self._status
+            self.packed, _wide(weight), keep, group_size, _is_joint(rule), True, self._status
         )
         self._checked()
         return new.to(weight.dtype), float(increase.sum())

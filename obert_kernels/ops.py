@@ -5,10 +5,11 @@ On the CPU and, in builds with CUDA kernels, on CUDA devices they run the native
 :mod:`obert_kernels.reference`.
 
 Shapes: ``n`` weights of one matrix, flattened row-major, in ``blocks = ceil(n / B)`` blocks.
-``gram`` is ``[blocks, B(B+1)/2]`` (packed lower triangles, float64 or float32), ``inverse``
-``[blocks, B, B]`` float32, ``gradients`` ``[k, n]`` in any floating type, ``weight`` ``[n]``
-float32 or float64, ``keep`` ``[n]`` bool.  ``num_gradients`` is the m of
-``F = damping I + gram / m``.
+``gram`` is ``[blocks, B(B+1)/2]`` (packed lower triangles, row after row, float64 or float32),
+``inverse`` ``[blocks, B(B+1)/2]`` float32 (of each block the diagonal, then the rows below it:
+:func:`obert_kernels.reference.unpack_inverse` makes it dense), ``gradients`` ``[k, n]`` in any
+floating type, ``weight`` ``[n]`` float32 or float64, ``keep`` ``[n]`` bool.
+``num_gradients`` is the m of ``F = damping I + gram / m``.
 
 ``status`` is an int64 tensor of one element that holds -1 while all is well; an operator
 stores the first block whose pivot or denominator is not positive and never raises for it, so
@@ -168,9 +169,7 @@ _MATERIALISE = (
 @_operator(
     _MATERIALISE,
     _check_materialise,
-    lambda gram, n, b, m, damping, dtype, status: gram.new_empty(
-        (gram.shape[0], b, b), dtype=dtype
-    ),
+    lambda gram, n, b, m, damping, dtype, status: gram.new_empty(gram.shape, dtype=dtype),
 )
 def gram_inverse(
     gram: Tensor,
@@ -181,7 +180,7 @@ def gram_inverse(
     dtype: torch.dtype,
     status: Tensor,
 ) -> Tensor:
-    out = gram.new_empty((gram.shape[0], block_size, block_size), dtype=dtype)
+    out = gram.new_empty(gram.shape, dtype=dtype)
     fisher = _fisher_args(gram, num_weights, block_size, num_gradients, damping, status)
     core, where = _run_on(gram)
     core.gram_inverse(fisher, out.data_ptr(), _CODES[dtype], where)
@@ -277,7 +276,7 @@ def _update_args(
 ) -> tuple[Any, Tensor, Tensor, tuple[Tensor, ...]]:
     """Return the native argument, both outputs, and what must stay alive during the call."""
     weight, keep = weight.contiguous(), keep.contiguous()
-    new, increase = weight.clone(), weight.new_zeros(blocks, dtype=torch.float64)
+    new, increase = torch.empty_like(weight), weight.new_zeros(blocks, dtype=torch.float64)
     args = _lib.core().Update(
         weight.data_ptr(), _CODES[weight.dtype], keep.data_ptr(), group_size, int(joint),
         new.data_ptr(), increase.data_ptr() if blocks else 0,
@@ -335,7 +334,7 @@ def woodbury_update(
     core, where = _run_on(inverse)
     core.woodbury_update(
         inverse.data_ptr(), gradients.data_ptr(), _CODES[gradients.dtype], gradients.shape[0],
-        gradients.stride(0), gradients.shape[1], inverse.shape[-1], num_gradients,
+        gradients.stride(0), gradients.shape[1], reference.block_size_of(inverse), num_gradients,
         status.data_ptr(), where,
     )  # fmt: skip
 
@@ -352,10 +351,12 @@ def _check_inverse_scores(inverse, weight, group_size, status):  # type: ignore[
 )
 def inverse_scores(inverse: Tensor, weight: Tensor, group_size: int, status: Tensor) -> Tensor:
     weight = weight.contiguous()
-    scores = weight.new_zeros(weight.numel() // group_size, dtype=torch.float32)
+    # Parts of a group in different blocks are added up.
+    new = torch.empty if group_size == 1 else torch.zeros
+    scores = new(weight.numel() // group_size, dtype=torch.float32, device=weight.device)
     core, where = _run_on(inverse)
     core.inverse_scores(
-        inverse.data_ptr(), weight.numel(), inverse.shape[-1], weight.data_ptr(),
+        inverse.data_ptr(), weight.numel(), reference.block_size_of(inverse), weight.data_ptr(),
         _CODES[weight.dtype], group_size, scores.data_ptr(), status.data_ptr(),
         where,
     )  # fmt: skip
@@ -390,7 +391,7 @@ def inverse_update(
     )
     core, where = _run_on(inverse)
     core.inverse_update(
-        inverse.data_ptr(), weight.numel(), inverse.shape[-1], update, status.data_ptr(),
-        where,
+        inverse.data_ptr(), weight.numel(), reference.block_size_of(inverse), update,
+        status.data_ptr(), where,
     )  # fmt: skip
     return new, increase

@@ -7,6 +7,7 @@ except the Woodbury recursion, whose point is its float32 state.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -22,7 +23,7 @@ def num_blocks(num_weights: int, block_size: int) -> int:
 
 
 def gram_shape(num_weights: int, block_size: int) -> tuple[int, int]:
-    """Shape of the Gram: one packed lower triangle a block."""
+    """Shape of the Gram, and of an inverse: one packed lower triangle a block."""
     return num_blocks(num_weights, block_size), block_size * (block_size + 1) // 2
 
 
@@ -39,13 +40,42 @@ def _chunks(blocks: int, block_size: int) -> Iterator[slice]:
         yield slice(start, min(start + step, blocks))
 
 
-def _block_size_of(gram: Tensor) -> int:
-    return round(((8 * gram.shape[1] + 1) ** 0.5 - 1) / 2)
+def block_size_of(triangles: Tensor) -> int:
+    """Return B of ``[blocks, B(B+1)/2]``, for other widths the B of the next smaller triangle."""
+    return (math.isqrt(8 * triangles.shape[1] + 1) - 1) // 2
+
+
+def _inverse_places(block_size: int, device: torch.device) -> Tensor:
+    """Where entry (i, j) of a dense block stands in a packed inverse, ``[B, B]``."""
+    i = torch.arange(block_size, device=device)
+    row, column = torch.maximum(i[:, None], i), torch.minimum(i[:, None], i)
+    below = block_size + row * (row - 1) // 2 + column
+    return torch.where(row == column, row, below)
+
+
+def unpack_inverse(inverse: Tensor) -> Tensor:
+    """Dense blocks ``[blocks, B, B]`` of a packed inverse ``[blocks, B(B+1)/2]``.
+
+    A packed block is its diagonal (B values) and then the rows below it: entry (i, j), j < i,
+    stands at ``B + i(i-1)/2 + j``.
+    """
+    size = block_size_of(inverse)
+    places = _inverse_places(size, inverse.device).flatten()
+    return inverse[:, places].view(inverse.shape[0], size, size)
+
+
+def pack_inverse(dense: Tensor) -> Tensor:
+    """Undo :func:`unpack_inverse`; reads the lower triangles."""
+    size = dense.shape[-1]
+    row, column = torch.tril_indices(size, size, device=dense.device)
+    packed = dense.new_empty((dense.shape[0], row.numel()))
+    packed[:, _inverse_places(size, dense.device)[row, column]] = dense[:, row, column]
+    return packed
 
 
 def unpack_fisher(gram: Tensor, num_gradients: float, damping: float) -> Tensor:
     """Dense ``F = damping I + gram / m`` as float64 ``[blocks, B, B]``."""
-    size = _block_size_of(gram)
+    size = block_size_of(gram)
     row, column = torch.tril_indices(size, size, device=gram.device)
     lower = gram.new_zeros((gram.shape[0], size, size), dtype=torch.float64)
     lower[:, row, column] = gram.double() / num_gradients
@@ -74,7 +104,7 @@ def _inverses(
     gram: Tensor, num_gradients: float, damping: float, status: Tensor
 ) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
     """Yield (blocks, F, F^-1, failed) for a bounded number of blocks at a time."""
-    for blocks in _chunks(gram.shape[0], _block_size_of(gram)):
+    for blocks in _chunks(gram.shape[0], block_size_of(gram)):
         fisher = unpack_fisher(gram[blocks], num_gradients, damping)
         factor, bad = _factor(fisher, gram.dtype)
         _record(status, bad, blocks.start)
@@ -99,10 +129,10 @@ def gram_inverse(
     dtype: torch.dtype,
     status: Tensor,
 ) -> Tensor:
-    """``F^-1`` as ``[blocks, B, B]``; ``I / damping`` past a short last block."""
-    out = gram.new_empty((gram.shape[0], block_size, block_size), dtype=dtype)
+    """``F^-1``, packed (:func:`unpack_inverse`); ``I / damping`` past a short last block."""
+    out = gram.new_empty(gram.shape, dtype=dtype)
     for blocks, _, inverse, _ in _inverses(gram, num_gradients, damping, status):
-        out[blocks] = inverse.to(dtype)
+        out[blocks] = pack_inverse(inverse.to(dtype))
     return out
 
 
@@ -226,7 +256,7 @@ def woodbury_update(
     inverse: Tensor, gradients: Tensor, num_gradients: float, status: Tensor
 ) -> None:
     """One rank-1 Woodbury step per gradient on the float32 ``inverse``, in place."""
-    before = inverse.clone()
+    packed, inverse = inverse, unpack_inverse(inverse)
     bad = torch.zeros(inverse.shape[0], dtype=torch.bool, device=inverse.device)
     for gradient in gradients:
         g = to_blocks(gradient.float(), inverse.shape[-1])
@@ -237,7 +267,7 @@ def woodbury_update(
         inverse.baddbmm_(v.unsqueeze(2), v.unsqueeze(1), alpha=-1)
     diagonal = inverse.diagonal(dim1=1, dim2=2)
     bad |= ~((diagonal > 0) & diagonal.isfinite()).all(dim=1)
-    inverse.copy_(torch.where(bad[:, None, None], before, inverse))
+    packed.copy_(torch.where(bad[:, None], packed, pack_inverse(inverse)))
     _record(status, bad, 0)
 
 
@@ -245,8 +275,8 @@ def _dense_blocks(
     inverse: Tensor, status: Tensor
 ) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
     """Yield (blocks, Cholesky factor of F^-1, F^-1, failed) in float64."""
-    for blocks in _chunks(inverse.shape[0], inverse.shape[-1]):
-        dense = inverse[blocks].double()
+    for blocks in _chunks(inverse.shape[0], block_size_of(inverse)):
+        dense = unpack_inverse(inverse[blocks]).double()
         factor, info = torch.linalg.cholesky_ex(dense)
         bad = (info != 0) | ~dense.isfinite().all(dim=2).all(dim=1)
         identity = torch.eye(dense.shape[-1], dtype=dense.dtype, device=dense.device)
@@ -256,8 +286,8 @@ def _dense_blocks(
 
 
 def inverse_scores(inverse: Tensor, weight: Tensor, group_size: int, status: Tensor) -> Tensor:
-    """:func:`gram_scores` from a dense inverse."""
-    w = to_blocks(weight.double(), inverse.shape[-1])
+    """:func:`gram_scores` from an inverse that exists."""
+    w = to_blocks(weight.double(), block_size_of(inverse))
     scores = weight.new_zeros(weight.numel() // group_size, dtype=torch.float64)
     for blocks, _, dense, _ in _dense_blocks(inverse, status):
         _group_scores(dense, w[blocks], blocks, group_size, scores)
@@ -273,8 +303,8 @@ def inverse_update(
     with_increase: bool,
     status: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """:func:`gram_update` from a dense inverse; no increase unless asked for (``[0]``)."""
-    size = inverse.shape[-1]
+    """:func:`gram_update` from an inverse that exists; no increase unless asked (``[0]``)."""
+    size = block_size_of(inverse)
     w, k = to_blocks(weight.double(), size), to_blocks(keep, size)
     new, increase = w.clone(), w.new_zeros(w.shape[0])
     for blocks, factor, dense, bad in _dense_blocks(inverse, status):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -22,6 +25,22 @@ def gram_of(g: Tensor, block_size: int, dtype: torch.dtype = torch.float64) -> T
     gram = torch.zeros(blocks, block_size * (block_size + 1) // 2, dtype=torch.float64)
     reference.gram_accumulate(gram, g.double(), block_size)
     return gram.to(dtype)
+
+
+def fresh_inverse(blocks: int, block_size: int) -> Tensor:
+    """Packed ``I / damping``: the state that Woodbury updates start from."""
+    return reference.pack_inverse((torch.eye(block_size) / DAMPING).repeat(blocks, 1, 1))
+
+
+def onto_nan(operator: Callable[..., Any], *args: Any) -> Any:
+    """Call an operator; outputs it allocates start as NaN, so that what it leaves out shows."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)  # fills what torch.empty and its kin return
+    try:
+        assert torch.empty(1).isnan()
+        return operator(*args)
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:

@@ -167,7 +167,8 @@ def test_gradients_of_any_type(cuda_on_host, dtype):
 
 def check_woodbury(host: ModuleType, block_size: int, g: Tensor) -> None:
     k, n = g.shape
-    start = (torch.eye(block_size) / DAMPING).repeat(reference.num_blocks(n, block_size), 1, 1)
+    blocks = reference.num_blocks(n, block_size)
+    start = reference.pack_inverse((torch.eye(block_size) / DAMPING).repeat(blocks, 1, 1))
     inverse, naive, status = start.clone(), start.clone(), ops.new_status()
     reference.woodbury_update(naive, g.float(), float(k), ops.new_status())
     exact = reference.gram_inverse(
@@ -179,7 +180,6 @@ def check_woodbury(host: ModuleType, block_size: int, g: Tensor) -> None:
     )
     for _ in run:
         assert relative_error(inverse, exact) < 4 * relative_error(naive, exact) + 1e-6
-        assert torch.equal(inverse, inverse.mT)
         assert status.item() == -1
 
 

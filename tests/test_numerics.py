@@ -97,7 +97,10 @@ def test_nan_gradient_is_reported_with_its_block():
     woodbury = WoodburyFisher(100, 20, 50, damping=1e-4)
     with pytest.raises(NumericalError, match="block 1"):
         woodbury.accumulate(g)
-    assert torch.isfinite(woodbury.inverse).all(), "the failed block keeps its state"
+    assert torch.isfinite(woodbury.packed).all()
+    untouched = torch.eye(50) / 1e-4
+    assert torch.equal(woodbury.inverse()[1], untouched), "the failed block keeps its state"
+    assert not torch.equal(woodbury.inverse()[0], untouched)
 
 
 def test_drop_in_class_raises_where_the_reference_turns_nan():

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from problems import DAMPING, gradients, gram_of
+from problems import DAMPING, fresh_inverse, gradients, gram_of
 
 from obert_kernels import ops
 
@@ -12,7 +12,7 @@ N, B = 107, 25
 def samples():
     gram = gram_of(gradients(30, N), B)
     weight, keep = torch.randn(N), torch.rand(N) < 0.5
-    inverse = (torch.eye(B) / DAMPING).repeat(gram.shape[0], 1, 1)
+    inverse = fresh_inverse(gram.shape[0], B)
     fisher = (B, 30.0, DAMPING)
     return {
         "gram_accumulate": (gram.clone(), gradients(3, N), B),

@@ -182,7 +182,8 @@ void gram_accumulate(const GramAccumulate& args, int threads) {
 }
 void gram_inverse(const GramInverse& args, int threads) {
     const Partition& partition = args.fisher.partition;
-    const int64_t entries = partition.num_blocks() * partition.block_size * partition.block_size;
+    const int64_t entries =
+        partition.num_blocks() * (int64_t(partition.block_size) * (partition.block_size + 1) / 2);
     prefer_huge_pages(args.inverse, entries * (args.inverse_type == DType::f64 ? 8 : 4));
     run_fisher(args, threads, 1, current().load()->gram_inverse);
 }

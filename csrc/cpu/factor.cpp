@@ -77,36 +77,24 @@ void group_block(const Buffers& buffers, int n, int begin, int count, double* bl
         for (int j = count; j < round_up(count, kLanes); ++j) block[int64_t(i) * stride + j] = 0;
 }
 
-// Copies the squares below the diagonal of a symmetric matrix to above it.
-void mirror(double* a, int stride, int n) {
-    for (int i0 = 0; i0 < n; i0 += kLanes)
-        for (int j0 = 0; j0 < i0; j0 += kLanes) {
-            VecD square[kLanes];
-#pragma GCC unroll 8
-            for (int i = 0; i < kLanes; ++i)
-                square[i] = load(a + int64_t(min_int(i0 + i, n - 1)) * stride + j0);
-            transpose<double>(square);
-#pragma GCC unroll 8
-            for (int j = 0; j < kLanes; ++j) store(a + int64_t(j0 + j) * stride + i0, square[j]);
-        }
-}
-
 void write_inverse(const GramInverse& args, int64_t b, int n, const Buffers& buffers) {
-    const int block_size = args.fisher.partition.block_size;
+    const int size = args.fisher.partition.block_size;
     const int stride = buffers.stride;
-    double* full = buffers.third;
+    double* lower = buffers.third;
     lower_product<double, true>(
-        buffers.inverse, stride, n, n, [=] { return nothing_ahead(full); },
+        buffers.inverse, stride, n, n, [=] { return nothing_ahead(lower); },
         [=](int row, int column, bool, VecD sum) {
-            store(full + int64_t(row) * stride + column, sum);
+            store(lower + int64_t(row) * stride + column, sum);
         });
-    mirror(full, stride, n);
-    for (int i = 0; i < block_size; ++i) {
-        double* row = full + int64_t(i) * stride;
-        for (int j = i < n ? n : 0; j < block_size; ++j) row[j] = 0;
-        if (i >= n) row[i] = 1.0 / args.fisher.damping;
-        write_as(args.inverse_type, row, block_size, args.inverse,
-                 (b * block_size + i) * int64_t(block_size));
+    int64_t at = b * packed_size(size);
+    for (int i = 0; i < size; ++i)
+        buffers.output[i] = i < n ? lower[int64_t(i) * stride + i] : 1.0 / args.fisher.damping;
+    write_as(args.inverse_type, buffers.output, size, args.inverse, at);
+    at += size;
+    for (int i = 0; i < size; at += i++) {
+        double* row = lower + int64_t(i) * stride;
+        for (int j = 0; i >= n && j < i; ++j) row[j] = 0;
+        write_as(args.inverse_type, row, i, args.inverse, at);
     }
 }
 
@@ -252,6 +240,10 @@ int64_t gram_update(const GramUpdate& args, cpu::BlockRange range, char* workspa
         const int64_t start = b * partition.block_size;
         const uint8_t* keep = update.keep + start;
         read_as(update.weight_type, update.weight, start, n, buffers.weight);
+        auto leave_as_it_was = [&] {
+            write_as(update.weight_type, buffers.weight, n, update.new_weight, start);
+            return false;
+        };
         for (int i = 0; i < n; ++i) buffers.change[i] = 0;
         const int num_pruned = list_pruned(keep, 0, n, buffers.pruned);
         double increase = 0;
@@ -259,7 +251,7 @@ int64_t gram_update(const GramUpdate& args, cpu::BlockRange range, char* workspa
             const bool done = update.rule == UpdateRule::joint
                                   ? joint_change(args, b, n, keep, buffers, num_pruned)
                                   : sum_change(args, b, n, keep, buffers);
-            if (!done) return false;
+            if (!done) return leave_as_it_was();
             for (int i = 0; i < n; ++i)
                 if (!keep[i]) buffers.change[i] = -buffers.weight[i];
             if (update.rule == UpdateRule::sum)  // the factor took its place
@@ -267,7 +259,7 @@ int64_t gram_update(const GramUpdate& args, cpu::BlockRange range, char* workspa
             multiply(buffers.fisher, buffers.stride, n, buffers.change, buffers.output);
             increase = 0.5 * dot(buffers.change, buffers.output, 0, n);
             // The joint rule factors the survivors only: a NaN among the pruned shows here.
-            if (!__builtin_isfinite(increase)) return false;
+            if (!__builtin_isfinite(increase)) return leave_as_it_was();
         }
         update.predicted_increase[b] = increase;
         write_update(update, start, n, buffers.weight, buffers.change, buffers.output);

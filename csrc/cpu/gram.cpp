@@ -15,6 +15,11 @@ namespace {
 // is read by every tile and should stay in the first-level cache.
 constexpr int kPanelBytes = 32 * 1024;
 
+// A stretch: so many gradients, and bytes of each.  Two of them and the Grams of their blocks
+// should stay in the second-level cache.
+constexpr int kMaxGradients = 64;
+constexpr int kStretchBytes = 2048;
+
 // Adds a tile to the packed lower triangle of one block.
 template <class T>
 struct AddToGram {
@@ -30,7 +35,7 @@ struct AddToGram {
 
 Stretch stretch_at(const Gradients& gradients, cpu::BlockRange range, int64_t block,
                    int64_t gradient) {
-    const int64_t end = block + blocks_in_stretch(gradients);
+    const int64_t end = block + blocks_in_stretch(gradients, kStretchBytes);
     const int64_t left = gradients.count - gradient;
     return {block, end < range.end ? end : range.end, gradient,
             left < kMaxGradients ? int(left) : kMaxGradients};

@@ -1,14 +1,15 @@
-// Blocks of a dense inverse that already exists (Woodbury state), taken a few at a time so
+// Blocks of an inverse that already exists (Woodbury state), taken a few at a time so
 // that small ones fill the vectors.
 #pragma once
 
 #include "group_systems.h"
+#include "packed_inverse.h"
 
 namespace obert {
 namespace OBERT_ISA {
 namespace {
 
-constexpr int kChunkWeights = 128;
+constexpr int kChunkWeights = 256;
 
 struct Buffers {
     int stride;
@@ -75,19 +76,17 @@ inline void read_weights(DType type, const void* source, const Chunk& chunk, dou
     for (int i = chunk.weights; i < round_up(chunk.weights, kLanes); ++i) weight[i] = 0;
 }
 
-// Also asks for what the next chunk will need.
+// Also asks for what a later chunk will need: the diagonals lie too far apart for the
+// processor to see them coming.
 inline void read_diagonal(const Partition& partition, const float* inverse, const Chunk& chunk,
                           double* diagonal) {
     const int size = partition.block_size;
-    const int64_t ahead = int64_t(blocks_in_chunk(size)) * size * size;
+    const int64_t ahead = 4 * int64_t(blocks_in_chunk(size)) * packed_size(size);
     for (int b = 0; b < chunk.blocks; ++b) {
-        const float* block = inverse + (chunk.first + b) * size * size;
+        const float* block = packed_block(inverse, chunk.first + b, size).diagonal;
         const int n = block_length(partition, chunk.first + b);
-        for (int i = 0; i < n; ++i) {
-            const float* entry = block + int64_t(i) * (size + 1);
-            __builtin_prefetch(entry + ahead);
-            diagonal[b * size + i] = *entry;
-        }
+        prefetch(block + ahead, n * int64_t(sizeof(float)) + 63);
+        read_as(DType::f32, block, 0, n, diagonal + b * size);
     }
     for (int i = chunk.weights; i < round_up(chunk.weights, kLanes); ++i) diagonal[i] = 1;
 }
@@ -98,15 +97,21 @@ inline bool is_positive(double x) {
 
 using Mask = Simd<double>::Index;
 
-inline bool any(Mask mask) {
+template <class Lanes>
+inline bool any(Lanes mask) {
     int64_t bits = 0;
-    for (int l = 0; l < kLanes; ++l) bits |= mask[l];
+    for (unsigned l = 0; l < sizeof(mask) / sizeof(mask[0]); ++l) bits |= mask[l];
     return bits != 0;
 }
 
 inline Mask is_pruned(const uint8_t* keep) {
+#if defined(__AVX512F__)
+    const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(keep));
+    return Mask(_mm512_maskz_cvtepu8_epi64(0xff, bytes)) == 0;
+#else
     typedef uint8_t Bytes __attribute__((vector_size(kLanes), aligned(1), may_alias));
     return __builtin_convertvector(*reinterpret_cast<const Bytes*>(keep), Mask) == 0;
+#endif
 }
 
 // Marks the blocks with a bad entry in the chunk.
@@ -128,19 +133,34 @@ inline void for_each_part(const Partition& partition, const Chunk& chunk, int gr
                        });
 }
 
-// 1/2 d^T F d = 1/2 |L^-1 d|^2 with L the Cholesky factor of the inverse.
-inline bool increase_of(const float* inverse, int block_size, int n, const double* change,
-                        const Buffers& buffers, double* increase) {
-    for (int i = 0; i < n; ++i) {
+// Upper triangle of the rows and columns position(0) < position(1) < .. of a block, as
+// cholesky() takes it.
+template <class Position>
+inline void gather_upper(PackedBlock<const float> block, Position position, int count,
+                         const Buffers& buffers) {
+    for (int i = 0; i < count; ++i) {
         double* target = buffers.block + int64_t(i) * buffers.stride;
-        for (int j = 0; j < buffers.stride; ++j)
-            target[j] = j < n ? inverse[int64_t(i) * block_size + j] : 0.0;
-        buffers.local[i] = change[i];
+        for (int j = 0; j < i; ++j) target[j] = 0;
+        for (int j = count; j < round_up(count, kLanes); ++j) target[j] = 0;
     }
-    if (!cholesky(buffers.block, buffers.stride, n, 0.0)) return false;
-    solve_lower(buffers.block, buffers.stride, n, buffers.local);
+    for (int j = 0; j < count; ++j) {
+        const float* row = block.row(position(j));
+        double* column = buffers.block + j;
+        for (int i = 0; i < j; ++i, column += buffers.stride) *column = row[position(i)];
+        *column = block.diagonal[position(j)];
+    }
+}
+
+// 1/2 d^T F d = 1/2 |L^-1 d|^2 with L the Cholesky factor of the rows and columns of F^-1 from
+// `begin` on.
+inline bool increase_of(PackedBlock<const float> block, int begin, int count, const double* change,
+                        const Buffers& buffers, double* increase) {
+    gather_upper(block, [=](int i) { return begin + i; }, count, buffers);
+    for (int i = 0; i < count; ++i) buffers.local[i] = change[i];
+    if (!cholesky(buffers.block, buffers.stride, count, 0.0)) return false;
+    solve_lower(buffers.block, buffers.stride, count, buffers.local);
     double total = 0;
-    for (int i = 0; i < n; ++i) total += buffers.local[i] * buffers.local[i];
+    for (int i = 0; i < count; ++i) total += buffers.local[i] * buffers.local[i];
     *increase = 0.5 * total;
     return true;
 }

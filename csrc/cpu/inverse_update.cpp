@@ -1,6 +1,6 @@
-// OBS updates from a dense inverse.  The lower triangle of each block is read once, in order:
-// bytes 2 B (B + 1) + 9 B; flops 2 B^2 plus |P|^3/3 (joint) or the groups' solves (sum),
-// plus B^3/3 for the predicted increase of the sum rule.
+// OBS updates from an inverse that exists.  Each packed block is read once, in order: bytes 2 B (B
+// + 1) + 9 B; flops 2 B^2 plus |P|^3/3 (joint) or the groups' solves (sum), plus B^3/3 for the
+// predicted increase of the sum rule.
 #include "inverse_chunk.h"
 
 namespace obert {
@@ -24,10 +24,10 @@ void single_multipliers(const InverseUpdate& args, const Chunk& chunk, const Buf
 }
 
 // u_Q for the listed positions of one block; false if it is not positive definite.
-bool solve_listed(const float* inverse, int block_size, const Buffers& buffers, const int* index,
+bool solve_listed(PackedBlock<const float> block, const Buffers& buffers, const int* index,
                   int count, const double* weight, double* multiplier) {
     for (int i = 0; i < count; ++i) buffers.local[i] = weight[index[i]];
-    gather_upper(inverse, block_size, index, count, buffers.block, buffers.stride);
+    gather_upper(block, [=](int i) { return index[i]; }, count, buffers);
     if (!cholesky(buffers.block, buffers.stride, count, 0.0)) return false;
     solve(buffers.block, buffers.stride, count, buffers.local);
     for (int i = 0; i < count; ++i) multiplier[index[i]] = buffers.local[i];
@@ -43,7 +43,10 @@ void group_multipliers(const InverseUpdate& args, const Chunk& chunk, const Buff
         systems.solve(true);
         for (int lane = 0; lane < systems.count; ++lane) {
             const int64_t at = systems.tag[lane];
-            if (!systems.good[lane]) buffers.failed[at / size] = true;
+            if (!systems.good[lane]) {
+                buffers.failed[at / size] = true;
+                continue;
+            }
             for (int i = 0; i < group_size; ++i) {
                 const double u = systems.vector[i * kLanes + lane];
                 if (u != 0) buffers.multiplier[at + i] = u;
@@ -54,12 +57,12 @@ void group_multipliers(const InverseUpdate& args, const Chunk& chunk, const Buff
     for_each_part(args.partition, chunk, group_size, [&](int b, int64_t, int begin, int end) {
         const int at = b * size;
         const uint8_t* keep = buffers.keep + at;
-        const float* inverse = args.inverse + (chunk.first + b) * size * size;
+        const PackedBlock<const float> block = packed_block(args.inverse, chunk.first + b, size);
         const int count = list_pruned(keep, begin, end, buffers.pruned);
         const double* weight = buffers.weight + at;
         if (!any_nonzero(weight, buffers.pruned, count)) return;
         if (group_size > kMaxSystem) {
-            if (!solve_listed(inverse, size, buffers, buffers.pruned, count, weight,
+            if (!solve_listed(block, buffers, buffers.pruned, count, weight,
                               buffers.multiplier + at))
                 buffers.failed[b] = true;
             return;
@@ -70,7 +73,7 @@ void group_multipliers(const InverseUpdate& args, const Chunk& chunk, const Buff
             at + begin,
             [&](int i, int j) -> double {
                 if (!whole && !(takes_part(i) && takes_part(j))) return i == j;
-                return inverse[int64_t(begin + i) * size + begin + j];
+                return block.at(begin + i, begin + j);
             },
             [&](int i) { return takes_part(i) ? weight[begin + i] : 0.0; });
         if (systems.count == kLanes) flush();
@@ -78,55 +81,54 @@ void group_multipliers(const InverseUpdate& args, const Chunk& chunk, const Buff
     flush();
 }
 
-// The square of the lower triangle on the diagonal at row i0, where its rows may end the
-// block: what lies past the diagonal is not read.
-void read_corner(const float* a, int size, int i0, int rows, float* corner) {
-    for (int r = 0; r < kLanes; ++r)
-        for (int l = 0; l < kLanes; ++l)
-            corner[r * kLanes + l] = r < rows && l <= r ? a[int64_t(i0 + r) * size + i0 + l] : 0.0f;
+// What rows i0 .. i0 + rows - 1 of a block A, up to their diagonal, and the same columns have to
+// do with change = -A x.  Asks for the same part of the `next` block on the way.
+template <int rows>
+void multiply_panel(PackedBlock<const float> block, PackedBlock<const float> next, int i0,
+                    const double* x, double* change) {
+    const float* row[rows];
+    const float* at = block.row(i0);
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; at += i0 + r++) row[r] = at;
+    const float* ahead = next.row(i0);
+    VecD below[kLanes] = {};  // what the rows get from the columns before them
+    for (int j = 0; j < i0; j += kLanes) {
+        const VecD xj = load(x + j);
+        VecD above[2] = {load(change + j), {}};
+#pragma GCC unroll 8
+        for (int r = 0; r < rows; ++r) {
+            const VecD entry = widen(row[r] + j);
+            above[r % 2] -= x[i0 + r] * entry;
+            below[r] -= entry * xj;
+        }
+        store(change + j, above[0] + above[1]);
+        prefetch(ahead + j * rows, kLanes * rows * int64_t(sizeof(float)));
+    }
+    prefetch(ahead + i0 * rows, rows * rows / 2 * int64_t(sizeof(float)));
+    const VecD xj = load_first(x + i0, rows);
+    VecD own[2] = {-widen_first(block.diagonal + i0, rows) * xj, {}};
+#pragma GCC unroll 8
+    for (int r = 1; r < rows; ++r) {
+        const VecD entry = widen_first(row[r] + i0, r);
+        below[r] -= entry * xj;
+        own[r % 2] -= x[i0 + r] * entry;
+    }
+    own[0] += own[1] + sums_of<double>(below);
+    store_first<double>(change + i0, own[0], rows);
 }
 
-// change = -A x for the symmetric A whose lower triangle is read, rows of `size` floats, the
-// first n of them; x is zero from n on.  Asks for the same part of `ahead` on the way.
-void multiply_symmetric(const float* a, int size, int n, const double* x, double* change,
-                        const float* ahead) {
-    using Index = Simd<double>::Index;
-    Index lane{};
-    for (int l = 0; l < kLanes; ++l) lane[l] = l;
-    for (int i0 = 0; i0 < n; i0 += kLanes) {
-        const int rows = min_int(kLanes, n - i0);
-        VecD below[kLanes] = {};  // what the rows of this panel get from the columns before them
-        for (int j = 0; j < i0; j += kLanes) {
-            const VecD xj = load(x + j);
-            VecD above = load(change + j);
-#pragma GCC unroll 8
-            for (int r = 0; r < kLanes; ++r) {
-                const int i = i0 + min_int(r, rows - 1);  // x is zero past the last row
-                const VecD entry = widen(a + int64_t(i) * size + j);
-                above -= x[i0 + r] * entry;
-                below[r] -= entry * xj;
-            }
-            store(change + j, above);
-        }
-        float corner[kLanes * kLanes];
-        const bool copied = rows < kLanes;
-        if (copied) read_corner(a, size, i0, rows, corner);
-        const float* square = copied ? corner : a + int64_t(i0) * size + i0;
-        const int64_t step = copied ? kLanes : size;
-        const VecD xj = load(x + i0);
-        VecD own = {};
-#pragma GCC unroll 8
-        for (int r = 0; r < kLanes; ++r) {
-            const VecD entry = widen(square + r * step);
-            below[r] -= lane <= (Index{} + r) ? entry * xj : VecD{};
-            own -= lane < (Index{} + r) ? x[i0 + r] * entry : VecD{};
-            prefetch(ahead + int64_t(i0 + r) * size, (i0 + r + 1) * int64_t(sizeof(float)));
-        }
-        transpose<double>(below);
-#pragma GCC unroll 8
-        for (int r = 0; r < kLanes; ++r) own += below[r];
-        store(change + i0, own);
-    }
+// change = -A x for the first n rows of a block A.
+void multiply_symmetric(PackedBlock<const float> block, PackedBlock<const float> next, int n,
+                        const double* x, double* change) {
+#define OBERT_PANEL(R) multiply_panel<(R < kLanes ? R : kLanes)>
+    static constexpr void (*table[])(PackedBlock<const float>, PackedBlock<const float>, int,
+                                     const double*, double*) = {
+        OBERT_PANEL(1), OBERT_PANEL(2), OBERT_PANEL(3), OBERT_PANEL(4),
+        OBERT_PANEL(5), OBERT_PANEL(6), OBERT_PANEL(7), OBERT_PANEL(8)};
+#undef OBERT_PANEL
+    prefetch(next.diagonal, n * int64_t(sizeof(float)));
+    for (int i0 = 0; i0 < n; i0 += kLanes)
+        table[min_int(n - i0, kLanes) - 1](block, next, i0, x, change);
 }
 
 // Whether any multiplier of a block is not zero; otherwise nothing in it changes.
@@ -146,11 +148,10 @@ void find_changes(const InverseUpdate& args, const Chunk& chunk, cpu::BlockRange
         const int at = b * size;
         const int n = block_length(args.partition, block);
         if (!moves(buffers.multiplier + at, n)) continue;
-        for (int i = 0; i < round_up(n, kLanes); ++i)
-            buffers.local[i] = i < n ? buffers.multiplier[at + i] : 0.0;
         const int64_t next = block + 1 < range.end ? block + 1 : block;
-        multiply_symmetric(args.inverse + block * size * size, size, n, buffers.local,
-                           buffers.change + at, args.inverse + next * size * size);
+        multiply_symmetric(packed_block(args.inverse, block, size),
+                           packed_block(args.inverse, next, size), n, buffers.multiplier + at,
+                           buffers.change + at);
     }
     VecD total = {};
     for (int i = 0; i < chunk.weights; i += kLanes) {
@@ -175,8 +176,8 @@ void find_increases(const InverseUpdate& args, const Chunk& chunk, const Buffers
         for (int i = at; i < at + n; ++i)
             increase += 0.5 * buffers.weight[i] * buffers.multiplier[i];
         if (args.update.rule == UpdateRule::sum && moves(buffers.multiplier + at, n) &&
-            !increase_of(args.inverse + block * size * size, size, n, buffers.change + at, buffers,
-                         &increase))
+            !increase_of(packed_block(args.inverse, block, size), 0, n, buffers.change + at,
+                         buffers, &increase))
             buffers.failed[b] = true;
         args.update.predicted_increase[block] = increase;
     }
@@ -185,18 +186,13 @@ void find_increases(const InverseUpdate& args, const Chunk& chunk, const Buffers
 void write_chunk(const InverseUpdate& args, const Chunk& chunk, const Buffers& buffers) {
     const Update& update = args.update;
     const int size = args.partition.block_size;
+    for (int b = 0; b < chunk.blocks; ++b)
+        if (buffers.failed[b])
+            for (int i = b * size; i < min_int((b + 1) * size, chunk.weights); ++i)
+                buffers.change[i] = 0;
     for (int i = 0; i < chunk.weights; i += kLanes)
         store(buffers.weight + i, load(buffers.weight + i) + load(buffers.change + i));
-    bool failed = false;
-    for (int b = 0; b < chunk.blocks; ++b) failed |= buffers.failed[b];
-    if (!failed)
-        return write_as(update.weight_type, buffers.weight, chunk.weights, update.new_weight,
-                        chunk.start);
-    for (int b = 0; b < chunk.blocks; ++b)
-        if (!buffers.failed[b])
-            write_as(update.weight_type, buffers.weight + b * size,
-                     block_length(args.partition, chunk.first + b), update.new_weight,
-                     chunk.start + b * size);
+    write_as(update.weight_type, buffers.weight, chunk.weights, update.new_weight, chunk.start);
 }
 
 void find_multipliers(const InverseUpdate& args, const Chunk& chunk, const Buffers& buffers,
@@ -213,7 +209,7 @@ void find_multipliers(const InverseUpdate& args, const Chunk& chunk, const Buffe
             buffers.keep + at, 0, block_length(args.partition, chunk.first + b), buffers.pruned);
         const double* weight = buffers.weight + at;
         if (any_nonzero(weight, buffers.pruned, count) &&
-            !solve_listed(args.inverse + (chunk.first + b) * size * size, size, buffers,
+            !solve_listed(packed_block(args.inverse, chunk.first + b, size), buffers,
                           buffers.pruned, count, weight, buffers.multiplier + at))
             buffers.failed[b] = true;
     }
@@ -229,8 +225,8 @@ int64_t inverse_update(const InverseUpdate& args, cpu::BlockRange range, char* w
     const Update& update = args.update;
     return over_chunks(args.partition, range, buffers, [&](const Chunk& chunk) {
         read_weights(update.weight_type, update.weight, chunk, buffers.weight);
-        for (int i = 0; i < round_up(chunk.weights, kLanes); ++i)
-            buffers.keep[i] = i >= chunk.weights || update.keep[chunk.start + i];
+        __builtin_memcpy(buffers.keep, update.keep + chunk.start, chunk.weights);
+        for (int i = chunk.weights; i < round_up(chunk.weights, kLanes); ++i) buffers.keep[i] = 1;
         find_multipliers(args, chunk, buffers, systems);
         find_changes(args, chunk, range, buffers);
         if (update.predicted_increase != nullptr) find_increases(args, chunk, buffers);

@@ -84,6 +84,25 @@ inline VecD load_first(const double* p, int count) {
 }
 #endif
 
+// The first `count` lanes to memory; nothing past them is written.
+template <class T>
+inline void store_first(T* p, typename Simd<T>::Vec values, int count) {
+    for (int l = 0; l < count; ++l) p[l] = values[l];
+}
+#if defined(__AVX512F__)
+constexpr bool kMaskedMoves = true;
+template <>
+inline void store_first(float* p, VecF values, int count) {
+    _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << count) - 1), __m512(values));
+}
+template <>
+inline void store_first(double* p, VecD values, int count) {
+    _mm512_mask_storeu_pd(p, static_cast<__mmask8>((1u << count) - 1), __m512d(values));
+}
+#else
+constexpr bool kMaskedMoves = false;
+#endif
+
 // target[0..count) += values[0..count), at most one vector; count >= 1.
 #if defined(__AVX512F__)
 inline void add_first(float* target, VecF values, int count) {
@@ -143,32 +162,47 @@ inline VecD widen_first(const float* p, int count) {
 #endif
 }
 
+// Swaps the elements of `a` with index & half for those of `b` without.
+template <class T, int half>
+inline void swap_halves(typename Simd<T>::Vec& a, typename Simd<T>::Vec& b) {
+    constexpr int lanes = Simd<T>::lanes;
+    const typename Simd<T>::Vec a0 = a, b0 = b;
+#if defined(__clang__)
+    for (int l = 0; l < lanes; ++l) {
+        a[l] = l & half ? b0[l - half] : a0[l];
+        b[l] = l & half ? b0[l] : a0[l + half];
+    }
+#else
+    typename Simd<T>::Index low{}, high{};  // lanes + l: element l of the second operand
+#pragma GCC unroll 16
+    for (int l = 0; l < lanes; ++l) {
+        low[l] = l & half ? lanes + l - half : l;
+        high[l] = l & half ? lanes + l : l + half;
+    }
+    a = __builtin_shuffle(a0, b0, low);
+    b = __builtin_shuffle(a0, b0, high);
+#endif
+}
+
 // One step of transpose(): swaps the off-diagonal quarters of squares of 2 * half elements.
 template <class T, int half>
 inline void swap_quarters(typename Simd<T>::Vec (&x)[Simd<T>::lanes]) {
-    constexpr int lanes = Simd<T>::lanes;
-    using Vec = typename Simd<T>::Vec;
 #pragma GCC unroll 16
-    for (int i = 0; i < lanes; ++i) {
-        if (i & half) continue;
-        const Vec a = x[i], b = x[i + half];
-#if defined(__clang__)
-        for (int l = 0; l < lanes; ++l) {
-            x[i][l] = l & half ? b[l - half] : a[l];
-            x[i + half][l] = l & half ? b[l] : a[l + half];
-        }
-#else
-        typename Simd<T>::Index low{}, high{};  // lanes + l: element l of the second operand
-#pragma GCC unroll 16
-        for (int l = 0; l < lanes; ++l) {
-            low[l] = l & half ? lanes + l - half : l;
-            high[l] = l & half ? lanes + l : l + half;
-        }
-        x[i] = __builtin_shuffle(a, b, low);
-        x[i + half] = __builtin_shuffle(a, b, high);
-#endif
-    }
+    for (int i = 0; i < Simd<T>::lanes; ++i)
+        if (!(i & half)) swap_halves<T, half>(x[i], x[i + half]);
     if constexpr (half > 1) swap_quarters<T, half / 2>(x);
+}
+
+// Element l of the result is the sum of the elements of x[l]; x is overwritten.
+template <class T, int half = Simd<T>::lanes / 2>
+inline typename Simd<T>::Vec sums_of(typename Simd<T>::Vec (&x)[Simd<T>::lanes]) {
+#pragma GCC unroll 16
+    for (int i = 0; i < half; ++i) {
+        swap_halves<T, half>(x[i], x[i + half]);
+        x[i] += x[i + half];
+    }
+    if constexpr (half > 1) return sums_of<T, half / 2>(x);
+    return x[0];
 }
 
 // Transposes the square of lanes x lanes elements in x.
@@ -182,17 +216,17 @@ inline void prefetch(const void* begin, int64_t bytes) {
     for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(begin) + i);
 }
 
-// destination[0..n) = source[0..n): whole vectors, the last one laid back over the one
-// before it, so that nothing past n is touched.
+// destination[0..n) = source[0..n); nothing past n is touched.
 template <class T>
 inline void copy(const T* source, int n, T* destination) {
     constexpr int lanes = Simd<T>::lanes;
-    if (n < lanes) {
-        for (int j = 0; j < n; ++j) destination[j] = source[j];
-        return;
-    }
-    for (int j = 0; j + lanes < n; j += lanes) store(destination + j, load(source + j));
-    store(destination + n - lanes, load(source + n - lanes));
+    int j = 0;
+    for (; j + lanes <= n; j += lanes) store(destination + j, load(source + j));
+    if (j == n) return;
+    if (n >= lanes && !kMaskedMoves)  // lay the last vector back over the one before it
+        store(destination + n - lanes, load(source + n - lanes));
+    else
+        store_first(destination + j, load_first(source + j, n - j), n - j);
 }
 
 inline int round_up(int n, int multiple) {

@@ -9,10 +9,6 @@ namespace obert {
 namespace OBERT_ISA {
 namespace {
 
-// Two stretches of at most this many gradients should stay in the second-level cache.
-constexpr int kMaxGradients = 128;
-constexpr int kStretchBytes = 4096;
-
 struct Gradients {
     const void* data;
     DType type;
@@ -33,8 +29,8 @@ struct Stretch {
     int gradients;
 };
 
-inline int64_t blocks_in_stretch(const Gradients& gradients) {
-    return max_int(1, kStretchBytes / element_size(gradients.type) / gradients.block_size);
+inline int64_t blocks_in_stretch(const Gradients& gradients, int bytes) {
+    return max_int(1, bytes / element_size(gradients.type) / gradients.block_size);
 }
 
 // Deals out the rows of a stretch to the tiles of the one before: one run each, every row

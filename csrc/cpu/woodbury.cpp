@@ -1,4 +1,4 @@
-// Woodbury updates of dense inverse Fisher blocks in float32, several gradients at a time.
+// Woodbury updates of packed inverse Fisher blocks in float32, several gradients at a time.
 //
 // The rank-1 steps v = F^-1 g, F^-1 -= v v^T / (m + g^T v) for r gradients in a row amount to
 //   P = G F^-1,  A = m I + P G^T = L D L^T,  W = D^-1/2 L^-1 P,  F^-1 -= W^T W
@@ -9,7 +9,7 @@
 //
 // A block is read once, takes k gradients while it sits in the first-level cache, and is
 // written once.  Only the squares on and below its diagonal are kept up to date there.
-// Per block: bytes 8 B^2 + k B sizeof(gradient); flops 3 k B^2.
+// Per block: bytes 4 B(B+1) + k B sizeof(gradient); flops 3 k B^2.
 #include "woodbury_lanes.h"
 
 namespace obert {
@@ -23,6 +23,10 @@ constexpr int kRank = kLanesF;  // gradients at a time: one vector, or two of do
 // Rows of F^-1 lie a constant distance apart, so that addresses need no registers, and an
 // odd number of cache lines, so that a column does not fall into one cache set.
 constexpr int kStride = kMaxBlockSize + 16;
+
+// A stretch of gradients that is asked for: so many of them, and bytes of each.
+constexpr int kMaxGradients = 128;
+constexpr int kStretchBytes = 4096;
 
 struct Buffers {
     float* inverse;        // [B, kStride] F^-1
@@ -248,27 +252,23 @@ void read_gradients(const Gradients& gradients, int64_t block, int n, int64_t fi
     }
 }
 
-void read_inverse(const float* inverse, int block_size, int n, const Buffers& buffers) {
-    for (int i = 0; i < n; ++i)
-        copy(inverse + int64_t(i) * block_size, min_int(n, round_up(i + 1, kRank)),
-             buffers.inverse + int64_t(i) * kStride);
+// The squares on the diagonal are filled up to full ones.
+void read_inverse(PackedBlock<const float> block, int n, const Buffers& buffers) {
+    for (int i = 0; i < n; ++i) {
+        float* row = buffers.inverse + int64_t(i) * kStride;
+        copy(block.row(i), i, row);
+        row[i] = block.diagonal[i];
+        for (int j = i / kRank * kRank; j < i; ++j)
+            buffers.inverse[int64_t(j) * kStride + i] = row[j];
+    }
 }
 
-// Writes the block with the squares above the diagonal mirrored from below.
-void write_inverse(const Buffers& buffers, int n, float* inverse, int block_size) {
-    for (int i0 = 0; i0 < n; i0 += kRank)
-        for (int j0 = 0; j0 < i0; j0 += kRank) {
-            VecF square[kRank];
-#pragma GCC unroll 16
-            for (int i = 0; i < kRank; ++i)
-                square[i] = load(buffers.inverse + int64_t(i0 + i) * kStride + j0);
-            transpose<float>(square);
-#pragma GCC unroll 16
-            for (int j = 0; j < kRank; ++j)
-                store(buffers.inverse + int64_t(j0 + j) * kStride + i0, square[j]);
-        }
-    for (int i = 0; i < n; ++i)
-        copy(buffers.inverse + int64_t(i) * kStride, n, inverse + int64_t(i) * block_size);
+void write_inverse(const Buffers& buffers, int n, PackedBlock<float> block) {
+    for (int i = 0; i < n; ++i) {
+        const float* row = buffers.inverse + int64_t(i) * kStride;
+        copy(row, i, block.row(i));
+        block.diagonal[i] = row[i];
+    }
 }
 
 bool diagonal_is_positive(const float* f, int n) {
@@ -297,19 +297,19 @@ bool update_block(const WoodburyUpdate& args, const Gradients& gradients, int64_
                   const Buffers& buffers, Runs& runs) {
     const int block_size = args.partition.block_size;
     const int n = block_length(args.partition, b);
-    const int64_t entries = int64_t(block_size) * block_size;
-    float* inverse = args.inverse + b * entries;
-    read_inverse(inverse, block_size, n, buffers);
+    const int64_t entries = packed_size(block_size);
+    const PackedBlock<float> block = packed_block(args.inverse, b, block_size);
+    read_inverse({block.diagonal, block_size}, n, buffers);
     // The next block, in equal parts with every group of gradients.
     const int64_t part = entries * 4 / divide_up(int(gradients.count), kRank) + 64;
-    const char* ahead = reinterpret_cast<const char*>(inverse + entries);
+    const char* ahead = reinterpret_cast<const char*>(block.diagonal + entries);
     for (int64_t t = 0; t < gradients.count; t += kRank, ahead += part) {
         read_gradients(gradients, b, n, t, buffers);
         if (!last) prefetch(ahead, part);
         if (!apply(buffers, n, args.total_gradients, runs)) return false;
     }
     if (!diagonal_is_positive(buffers.inverse, n)) return false;
-    write_inverse(buffers, n, inverse, block_size);
+    write_inverse(buffers, n, block);
     return true;
 }
 
@@ -324,7 +324,7 @@ int64_t woodbury_update(const WoodburyUpdate& args, cpu::BlockRange range, char*
     const Buffers buffers = buffers_for(block_size, workspace);
     const int in_flight = int(gradients.count < kMaxGradients ? gradients.count : kMaxGradients);
     const int64_t tiles = tiles_in_triangle<float>(block_size) * gradients.count / kRank;
-    const int64_t most = blocks_in_stretch(gradients);
+    const int64_t most = blocks_in_stretch(gradients, kStretchBytes);
     int64_t failed = -1;
     for (int64_t b0 = range.begin; b0 < range.end; b0 += most) {
         const int64_t b1 = b0 + most < range.end ? b0 + most : range.end;

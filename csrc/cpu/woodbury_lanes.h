@@ -1,9 +1,10 @@
 // Woodbury updates of small blocks: one block in each lane of a vector, one gradient after
 // the other.  The lower triangles of the blocks stay in the first-level cache.
 //
-// Per block: bytes 8 B^2 + k B sizeof(gradient); flops 3 k B^2.
+// Per block: bytes 4 B(B+1) + k B sizeof(gradient); flops 3 k B^2.
 #pragma once
 
+#include "packed_inverse.h"
 #include "stretch.h"
 
 namespace obert {
@@ -76,12 +77,14 @@ inline int64_t update_in_lanes(const WoodburyUpdate& args, const Gradients& grad
     const int size = args.partition.block_size;
     const int weights = (blocks - 1) * size + block_length(args.partition, b0 + blocks - 1);
     const int stride = lanes * (size + 1);
-    float* inverse = args.inverse + b0 * size * size;
-    for (int i = 0; i < size; ++i)
-        for (int j = 0; j <= i; ++j)
-            for (int l = 0; l < lanes; ++l)
+    for (int l = 0; l < lanes; ++l) {
+        const PackedBlock<float> block =
+            packed_block(args.inverse, b0 + min_int(l, blocks - 1), size);
+        for (int i = 0; i < size; ++i)
+            for (int j = 0; j <= i; ++j)
                 buffers.entries[(packed_size(i) + j) * lanes + l] =
-                    l < blocks ? inverse[(l * size + i) * size + j] : 0.0f;
+                    l < blocks ? block.at(i, j) : 0.0f;
+    }
     Simd<float>::Index good = ~Simd<float>::Index{};
     for (int64_t t0 = 0; t0 < gradients.count; t0 += kGradientsInPanel) {
         const int64_t left = gradients.count - t0;
@@ -105,10 +108,13 @@ inline int64_t update_in_lanes(const WoodburyUpdate& args, const Gradients& grad
     for (int l = blocks - 1; l >= 0; --l) {
         if (!good[l]) failed = b0 + l;
         if (!good[l]) continue;
-        for (int i = 0; i < size; ++i)
-            for (int j = 0; j < size; ++j)
-                inverse[(l * size + i) * size + j] =
-                    buffers.entries[(i < j ? packed_size(j) + i : packed_size(i) + j) * lanes + l];
+        const PackedBlock<float> block = packed_block(args.inverse, b0 + l, size);
+        const float* entry = buffers.entries + l;
+        for (int i = 0; i < size; ++i, entry += lanes) {
+            float* row = block.row(i);
+            for (int j = 0; j < i; ++j, entry += lanes) row[j] = *entry;
+            block.diagonal[i] = *entry;
+        }
     }
     return failed;
 }

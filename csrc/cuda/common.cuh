@@ -22,6 +22,15 @@ __host__ __device__ inline int packed(int i, int j) {
     return i * (i + 1) / 2 + j;
 }
 
+// A packed inverse is the diagonal, then the rows below it: where entry (i, j), j < i, stands.
+__host__ __device__ inline int below_diagonal(int size, int i, int j) {
+    return size + i * (i - 1) / 2 + j;
+}
+// The same for j <= i.
+__host__ __device__ inline int place_in_inverse(int size, int i, int j) {
+    return i == j ? i : below_diagonal(size, i, j);
+}
+
 __host__ __device__ inline int element_size(DType type) {
     return type == DType::f64 ? 8 : type == DType::f32 ? 4 : 2;
 }
@@ -142,6 +151,27 @@ __device__ inline void read_run(DType type, const void* data, int64_t offset, in
             const int i = e < split.head ? e : e + 8 * split.vectors;
             put(i, Value(half_to_float(type, __ldcs(from + i))));
         }
+    }
+}
+
+// Writes value(i) to elements 0 .. count of `data`, dealt out in the same way.
+template <class T, class Value>
+__device__ inline void write_run(T* data, int count, int rank, int threads, Value value) {
+    constexpr int per_vector = 16 / sizeof(T);
+    const Split split = split_run(data, count, sizeof(T));
+#pragma unroll 1
+    for (int v = rank; v < split.vectors; v += threads) {
+        const int i = split.head + per_vector * v;
+        if constexpr (per_vector == 2)
+            __stcs(reinterpret_cast<double2*>(data + i), make_double2(value(i), value(i + 1)));
+        else
+            __stcs(reinterpret_cast<float4*>(data + i),
+                   make_float4(value(i), value(i + 1), value(i + 2), value(i + 3)));
+    }
+#pragma unroll 1
+    for (int e = rank; e < split.head + split.tail; e += threads) {
+        const int i = e < split.head ? e : e + per_vector * split.vectors;
+        __stcs(data + i, T(value(i)));
     }
 }
 

@@ -2,8 +2,7 @@
 //
 // Bytes per block: B(B+1)/2 sizeof(gram) read, plus what was asked for; shared memory
 // 4 B(B+1) + 33 B bytes, and the groups' systems; float64 flops about B^3/3 for the factor,
-// B^3/3 for its inverse, 2 B^3/3 for the whole F^-1 (both triangles are summed up, so that they
-// are written in order).
+// B^3/3 for its inverse, B^3/3 for the triangle of F^-1.
 #include "factor.cuh"
 
 namespace obert {
@@ -59,6 +58,12 @@ __global__ void __launch_bounds__(Team<threads>::kLaunch, 1)
     if (bad) record_failure(fisher.status, block);
 }
 
+// Row of the entry number t of the rows below a diagonal, one after the other.  Exact: 8 t + 1 is
+// the square of 2 i - 1 at the start of row i, and its root is rounded correctly.
+__device__ inline int row_below_diagonal(int t) {
+    return int(0.5f + 0.5f * sqrtf(float(8 * t + 1)));
+}
+
 template <int threads>
 __global__ void __launch_bounds__(Team<threads>::kLaunch, 1)
     inverse_kernel(const __grid_constant__ GramInverse args) {
@@ -77,41 +82,18 @@ __global__ void __launch_bounds__(Team<threads>::kLaunch, 1)
     const double* m = w.matrix;
     const double past_the_end = 1.0 / fisher.damping;
     auto entry = [=](int e) {
-        const int i = e / size, j = e % size;
-        if (i >= n || j >= n) return i == j ? past_the_end : 0.0;
-        return inverse_entry(m, n, max(i, j), min(i, j));
+        const int i = e < size ? e : row_below_diagonal(e - size);
+        const int j = e < size ? e : e - below_diagonal(size, i, 0);
+        if (i >= n) return i == j ? past_the_end : 0.0;
+        return inverse_entry(m, n, i, j);
     };
-    const int64_t offset = block * (int64_t(size) * size);
-    const int entries = size * size;
-    if (args.inverse_type == DType::f64) {
-        double* out = static_cast<double*>(args.inverse) + offset;
-        const Split split = split_run(out, entries, 8);
-#pragma unroll 1
-        for (int v = T::rank(); v < split.vectors; v += threads) {
-            const int e = split.head + 2 * v;
-            __stcs(reinterpret_cast<double2*>(out + e), make_double2(entry(e), entry(e + 1)));
-        }
-#pragma unroll 1
-        for (int u = T::rank(); u < split.head + split.tail; u += threads) {
-            const int e = u < split.head ? u : u + 2 * split.vectors;
-            __stcs(out + e, entry(e));
-        }
-    } else {
-        float* out = static_cast<float*>(args.inverse) + offset;
-        const Split split = split_run(out, entries, 4);
-#pragma unroll 1
-        for (int v = T::rank(); v < split.vectors; v += threads) {
-            const int e = split.head + 4 * v;
-            __stcs(reinterpret_cast<float4*>(out + e),
-                   make_float4(float(entry(e)), float(entry(e + 1)), float(entry(e + 2)),
-                               float(entry(e + 3))));
-        }
-#pragma unroll 1
-        for (int u = T::rank(); u < split.head + split.tail; u += threads) {
-            const int e = u < split.head ? u : u + 4 * split.vectors;
-            __stcs(out + e, float(entry(e)));
-        }
-    }
+    const int entries = packed(size, 0);
+    const int64_t offset = block * entries;
+    if (args.inverse_type == DType::f64)
+        write_run(static_cast<double*>(args.inverse) + offset, entries, T::rank(), threads, entry);
+    else
+        write_run(static_cast<float*>(args.inverse) + offset, entries, T::rank(), threads,
+                  [=](int e) { return float(entry(e)); });
 }
 
 template <int threads>

@@ -144,21 +144,22 @@ __device__ inline bool begin_update(const Update& update, const Workspace& w, in
     return moves;
 }
 
-// Writes weight + `vector` for the survivors and zero for the pruned.  A failed block's
-// weights stay as they were.
+// Writes weight + `vector` for the survivors and zero for the pruned; a failed block's weights
+// unchanged.
 template <class T, int threads>
 __device__ inline void finish_update(const Update& update, const Workspace& w, int64_t start, int n,
                                      int64_t block, bool bad, double increase,
                                      const Status& status) {
-    if (T::any(bad || !isfinite(increase))) {
-        if (T::rank() == 0) record_failure(status, block);
-        return;
-    }
+    bad = T::any(bad || !isfinite(increase));
 #pragma unroll 1
-    for (int i = T::rank(); i < n; i += threads)
-        store_wide(update.weight_type, update.new_weight, start + i,
-                   w.keep[i] ? w.weight[i] + w.vector[i] : 0.0);
-    if (T::rank() == 0 && update.predicted_increase != nullptr)
+    for (int i = T::rank(); i < n; i += threads) {
+        const double changed = w.keep[i] ? w.weight[i] + w.vector[i] : 0.0;
+        store_wide(update.weight_type, update.new_weight, start + i, bad ? w.weight[i] : changed);
+    }
+    if (T::rank() != 0) return;
+    if (bad)
+        record_failure(status, block);
+    else if (update.predicted_increase != nullptr)
         __stcs(update.predicted_increase + block, increase);
 }
 

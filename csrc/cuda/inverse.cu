@@ -1,8 +1,9 @@
-// OBS scores and updates from a dense inverse that already exists (Woodbury state).
+// OBS scores and updates from an inverse that already exists (Woodbury state).
 //
-// Scores read only the diagonal blocks of the groups.  An update reads the lower triangle of
-// each block once: bytes 2 B (B + 1) + 9 B; it stays in shared memory, 2 B(B+1) + 33 B bytes,
-// and 4 B(B+1) more where it has to be factored.
+// Scores read only what they need: single ones the diagonal, which comes first in each block,
+// those of groups their triangles.  An update reads each block once: bytes 2 B (B + 1) + 9 B;
+// it stays in shared memory, 2 B(B+1) + 33 B bytes, and 4 B(B+1) more where it has to be
+// factored.
 #include "factor.cuh"
 
 namespace obert {
@@ -18,18 +19,17 @@ __global__ void __launch_bounds__(kScoreThreads)
     if (i >= args.partition.num_weights) return;
     const int64_t block = i / size;
     const int position = int(i - block * size);
-    const double diagonal =
-        __ldcs(args.inverse + block * (int64_t(size) * size) + int64_t(position) * (size + 1));
+    const double diagonal = __ldcs(args.inverse + block * packed(size, 0) + position);
     const double weight = load_wide(args.weight_type, args.weight, i);
     if (!is_positive(diagonal)) record_failure(args.status, block);
     __stcs(args.scores + i, float(0.5 * weight * weight / diagonal));
 }
 
-// Where a team keeps one inverse block: its packed lower triangle in float32, and in float64
-// what has to be factored.
+// Where a team keeps one inverse block: as it is in memory, and in float64 what has to be
+// factored.
 struct InverseSpace {
     Workspace work;
-    float* triangle;
+    float* inverse;
 };
 
 __host__ __device__ inline int64_t inverse_bytes(int size, int group_size, bool factored) {
@@ -47,20 +47,29 @@ __device__ inline InverseSpace space_of(int team, int size, int group_size, bool
     w.vector = w.weight + size;
     w.other = w.vector + size;
     w.systems = w.other + size;
-    space.triangle = reinterpret_cast<float*>(
+    space.inverse = reinterpret_cast<float*>(
         w.systems + (group_size > 1 ? offset_of_system(size, size, group_size) : 0));
-    w.keep = reinterpret_cast<unsigned char*>(space.triangle + (packed(size, 0) + 1) / 2 * 2);
+    w.keep = reinterpret_cast<unsigned char*>(space.inverse + (packed(size, 0) + 1) / 2 * 2);
     return space;
 }
 
-// Row by row: the part up to the diagonal.
+// To float64, row after row up to the diagonal, as it is factored.
 template <class T, int threads>
-__device__ inline void load_triangle(const float* inverse, int size, int n, float* triangle) {
+__device__ inline void widen_inverse(const InverseSpace& space, int size, int n) {
     for (int i = 0; i < n; ++i) {
-        float* row = triangle + packed(i, 0);
-        read_run<float>(DType::f32, inverse, int64_t(i) * size, i + 1, T::rank(), threads,
-                        [=](int j, float x) { row[j] = x; });
+        double* row = space.work.matrix + packed(i, 0);
+#pragma unroll 1
+        for (int j = T::rank(); j <= i; j += threads)
+            row[j] = space.inverse[place_in_inverse(size, i, j)];
     }
+}
+
+// Row i of F^-1 x.
+__device__ inline double inverse_row(const float* f, int size, int n, int i, const double* x) {
+    double sum = f[i] * x[i];
+    for (int j = 0; j < i; ++j) sum += f[below_diagonal(size, i, j)] * x[j];
+    for (int j = i + 1; j < n; ++j) sum += f[below_diagonal(size, j, i)] * x[j];
+    return sum;
 }
 
 __host__ __device__ inline int64_t scores_bytes(int size, int group_size) {
@@ -77,7 +86,7 @@ __global__ void __launch_bounds__(Team<threads>::kLaunch, 1)
     const int n = block_length(args.partition, block);
     const int64_t start = block * size;
     const int group_size = args.group_size;
-    // No triangle here: the groups' systems are filled straight from memory.
+    // The groups' systems are filled straight from memory.
     unsigned char* base = obert_shared + T::index() * scores_bytes(size, group_size);
     Workspace w{};
     w.weight = reinterpret_cast<double*>(base);
@@ -87,10 +96,10 @@ __global__ void __launch_bounds__(Team<threads>::kLaunch, 1)
     for (int i = T::rank(); i < n; i += threads)
         w.weight[i] = load_wide(args.weight_type, args.weight, start + i);
     T::sync();
-    const float* inverse = args.inverse + block * (int64_t(size) * size);
+    const float* inverse = args.inverse + block * packed(size, 0);
     const bool bad = solve_groups<T, threads>(
         w, size, start, n, group_size, false,
-        [=](int i, int j) { return double(__ldcs(inverse + int64_t(i) * size + j)); },
+        [=](int i, int j) { return double(__ldcs(inverse + place_in_inverse(size, i, j))); },
         [](int) { return false; });
     write_group_scores<T, threads>(w, start, n, group_size, args.scores);
     if (bad) record_failure(args.status, block);
@@ -103,10 +112,9 @@ __device__ inline bool find_multipliers(const Update& update, const InverseSpace
                                         int64_t start, int n) {
     const Workspace& w = space.work;
     const unsigned char* keep = w.keep;
-    const float* f = space.triangle;
+    const float* f = space.inverse;
     if (update.rule == UpdateRule::joint) {
-#pragma unroll 1
-        for (int e = T::rank(); e < packed(n, 0); e += threads) w.matrix[e] = f[e];
+        widen_inverse<T, threads>(space, size, n);
 #pragma unroll 1
         for (int i = T::rank(); i < n; i += threads) {
             w.vector[i] = keep[i] ? 0.0 : w.weight[i];
@@ -122,12 +130,12 @@ __device__ inline bool find_multipliers(const Update& update, const InverseSpace
     if (update.group_size > 1)
         return solve_groups<T, threads>(
             w, size, start, n, update.group_size, true,
-            [=](int i, int j) { return double(f[packed(i, j)]); },
+            [=](int i, int j) { return double(f[place_in_inverse(size, i, j)]); },
             [=](int i) { return keep[i] != 0; });
     bool bad = false;
 #pragma unroll 1
     for (int i = T::rank(); i < n; i += threads) {
-        const double diagonal = f[packed(i, i)];
+        const double diagonal = f[i];
         const bool goes = !keep[i] && w.weight[i] != 0;
         bad = bad || (goes && !is_positive(diagonal));
         w.vector[i] = goes ? w.weight[i] / diagonal : 0.0;
@@ -138,10 +146,9 @@ __device__ inline bool find_multipliers(const Update& update, const InverseSpace
 
 // 1/2 d^T F d = 1/2 |L^-1 d|^2 with L the Cholesky factor of the inverse; d in `other`.
 template <class T, int threads>
-__device__ inline bool increase_of(const InverseSpace& space, int n, double* increase) {
+__device__ inline bool increase_of(const InverseSpace& space, int size, int n, double* increase) {
     const Workspace& w = space.work;
-#pragma unroll 1
-    for (int e = T::rank(); e < packed(n, 0); e += threads) w.matrix[e] = space.triangle[e];
+    widen_inverse<T, threads>(space, size, n);
 #pragma unroll 1
     for (int i = T::rank(); i < n; i += threads) w.bar[i] = 0;
     T::sync();
@@ -170,15 +177,17 @@ __global__ void __launch_bounds__(Team<threads>::kLaunch, 1)
     double increase = 0;
     bool bad = false;
     if (moves) {
-        load_triangle<T, threads>(args.inverse + block * (int64_t(size) * size), size, n,
-                                  space.triangle);
+        float* inverse = space.inverse;
+        const int entries = packed(size, 0);
+        read_run<float>(DType::f32, args.inverse, block * entries, entries, T::rank(), threads,
+                        [=](int e, float x) { inverse[e] = x; });
         T::sync();
         bad = T::any(find_multipliers<T, threads>(update, space, size, start, n));
         if (!bad) {
             increase = 0.5 * dot(w.weight, w.vector, n);
 #pragma unroll 1
             for (int i = T::rank(); i < n; i += threads) {
-                const double change = -symmetric_row(space.triangle, n, i, w.vector);
+                const double change = -inverse_row(inverse, size, n, i, w.vector);
                 bad = bad || !isfinite(change);
                 w.other[i] = keep[i] ? change : -w.weight[i];
             }
@@ -187,7 +196,7 @@ __global__ void __launch_bounds__(Team<threads>::kLaunch, 1)
             for (int i = T::rank(); i < n; i += threads) w.vector[i] = w.other[i];
             if (!joint && factored) {
                 T::sync();
-                bad = !increase_of<T, threads>(space, n, &increase) || bad;
+                bad = !increase_of<T, threads>(space, size, n, &increase) || bad;
             }
         }
     }

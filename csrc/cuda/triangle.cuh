@@ -89,11 +89,10 @@ __device__ inline double dot(const double* a, const double* b, int n) {
 }
 
 // A x for the symmetric A whose lower triangle is given; one row.
-template <class Entry>
-__device__ inline double symmetric_row(const Entry* a, int n, int i, const double* x) {
+__device__ inline double symmetric_row(const double* a, int n, int i, const double* x) {
     double sum = 0;
-    for (int j = 0; j <= i; ++j) sum += double(a[packed(i, j)]) * x[j];
-    for (int j = i + 1; j < n; ++j) sum += double(a[packed(j, i)]) * x[j];
+    for (int j = 0; j <= i; ++j) sum += a[packed(i, j)] * x[j];
+    for (int j = i + 1; j < n; ++j) sum += a[packed(j, i)] * x[j];
     return sum;
 }
 

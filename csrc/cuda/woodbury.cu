@@ -1,10 +1,10 @@
-// Rank-1 Woodbury updates of dense inverse Fisher blocks, k gradients in one residency:
+// Rank-1 Woodbury updates of packed inverse Fisher blocks, k gradients in one residency:
 //   v = F^-1 g,  F^-1 -= v v^T / (m + g^T v)
 //
-// A block is read once, lives in registers (one tile per thread of a team) while the gradients
-// pass through shared memory one after the other, and is written once.  Bytes per block:
-// 8 B^2 + k B sizeof(gradient).  Sizes nobody compiled keep the packed lower triangle in
-// shared memory instead.
+// A block is read once, in order, through shared memory; both its triangles live in registers
+// (one tile per thread of a team) while the gradients pass through shared memory one after the
+// other, and one triangle is written back the way it came.  Bytes per block:
+// 4 B (B + 1) + k B sizeof(gradient).  Sizes nobody compiled stay packed in shared memory.
 #include "common.cuh"
 #include "launch.h"
 
@@ -25,33 +25,48 @@ struct Tile {
     static constexpr int rows = (SIZE + down - 1) / down;
     static constexpr int vectors = (SIZE + vector * across - 1) / (vector * across);
     static constexpr int columns = vectors * vector;
+    using Registers = float[rows][columns];
     // Rows and columns that the tiles of a team cover; what is past SIZE stays zero.
     static constexpr int cover = columns * across > rows* down ? columns * across : rows * down;
     using T = Team<threads>;
     // Thread blocks a multiprocessor should hold: bounds the registers of a thread.
-    static constexpr int resident = 65536 / T::kLaunch / (rows * columns > 40 ? 128 : 80);
+    static constexpr int resident = 65536 / T::kLaunch / (rows * columns > 40 ? 128 : 72);
+
+    // Entry [r][c] of the tile of the thread in column x and row y of the team.
+    __device__ static int row(int y, int r) { return y + down * r; }
+    __device__ static int column(int x, int c) {
+        return vector * (x + across * (c / vector)) + c % vector;
+    }
 };
 
-template <int vector>
-__device__ inline void load_columns(const float* from, float* to) {
-    if constexpr (vector == 4) {
-        const float4 x = __ldcs(reinterpret_cast<const float4*>(from));
-        to[0] = x.x, to[1] = x.y, to[2] = x.z, to[3] = x.w;
-    } else if constexpr (vector == 2) {
-        const float2 x = __ldcs(reinterpret_cast<const float2*>(from));
-        to[0] = x.x, to[1] = x.y;
-    } else {
-        to[0] = __ldcs(from);
-    }
+// The tile of a thread from a packed block; zero past its end.
+template <int SIZE>
+__device__ inline void unpack(const float* block, bool works, int x, int y,
+                              typename Tile<SIZE>::Registers& f) {
+    using Shape = Tile<SIZE>;
+#pragma unroll
+    for (int r = 0; r < Shape::rows; ++r)
+#pragma unroll
+        for (int c = 0; c < Shape::columns; ++c) {
+            const int i = Shape::row(y, r), j = Shape::column(x, c);
+            const int place = i < j ? place_in_inverse(SIZE, j, i) : place_in_inverse(SIZE, i, j);
+            f[r][c] = works && i < SIZE && j < SIZE ? block[place] : 0.0f;
+        }
 }
-template <int vector>
-__device__ inline void store_columns(float* to, const float* from) {
-    if constexpr (vector == 4)
-        __stcs(reinterpret_cast<float4*>(to), make_float4(from[0], from[1], from[2], from[3]));
-    else if constexpr (vector == 2)
-        __stcs(reinterpret_cast<float2*>(to), make_float2(from[0], from[1]));
-    else
-        __stcs(to, from[0]);
+
+// Back, one triangle.  The diagonal has stores of its own: with one address for both, so many
+// addresses are made at once that registers spill.
+template <int SIZE>
+__device__ inline void pack(const typename Tile<SIZE>::Registers& f, int x, int y, float* block) {
+    using Shape = Tile<SIZE>;
+#pragma unroll
+    for (int r = 0; r < Shape::rows; ++r)
+#pragma unroll
+        for (int c = 0; c < Shape::columns; ++c) {
+            const int i = Shape::row(y, r), j = Shape::column(x, c);
+            if (i < SIZE && j < i) block[below_diagonal(SIZE, i, j)] = f[r][c];
+            if (i < SIZE && j == i) block[i] = f[r][c];
+        }
 }
 
 // In exact arithmetic a denominator is m + g^T F^-1 g >= m.  Rounding may leave a little
@@ -85,7 +100,8 @@ __device__ inline float sum_across(float x, unsigned mask) {
     return x;
 }
 
-// Shared memory: kStaged gradients, then v twice and the parts of g^T v twice.
+// Shared memory: v twice, the parts of g^T v twice, then kStaged gradients.  The packed blocks
+// stand where the gradients do, on their way to the registers and back.
 template <int SIZE>
 struct Layout {
     using Shape = Tile<SIZE>;
@@ -93,7 +109,12 @@ struct Layout {
     static_assert(teams == 1 || Shape::cover == SIZE, "teams share a run of weights");
     static constexpr int width = teams * Shape::cover;
     static constexpr int warps = (Shape::threads + 31) / 32;
-    static constexpr int floats = (kStaged + 2) * width + 2 * warps;
+    static constexpr int entries = SIZE * (SIZE + 1) / 2;
+    static constexpr int staged = (2 * (width + warps) + 3) / 4 * 4;  // a 16-byte border
+    static constexpr int most =
+        teams * entries > kStaged* width ? teams * entries : kStaged * width;
+    static constexpr int bytes = (staged + most) * sizeof(float);
+    static_assert(bytes <= 48 * 1024, "fits every device");
 };
 
 template <int SIZE>
@@ -102,9 +123,10 @@ __global__ void __launch_bounds__(Tile<SIZE>::T::kLaunch, Tile<SIZE>::resident)
     using Shape = Tile<SIZE>;
     using T = typename Shape::T;
     using L = Layout<SIZE>;
-    float* staged = reinterpret_cast<float*>(obert_shared);
-    float* directions = staged + kStaged * L::width + T::index() * Shape::cover;
-    float* parts = staged + (kStaged + 2) * L::width;
+    float* directions = reinterpret_cast<float*>(obert_shared) + T::index() * Shape::cover;
+    float* parts = reinterpret_cast<float*>(obert_shared) + 2 * L::width;
+    float* staged = reinterpret_cast<float*>(obert_shared) + L::staged;
+    float* packed_block = staged + T::index() * L::entries;
 
     const int64_t first_block = int64_t(blockIdx.x) * L::teams;
     const int here = int(min(int64_t(L::teams), num_blocks - first_block));
@@ -113,23 +135,13 @@ __global__ void __launch_bounds__(Tile<SIZE>::T::kLaunch, Tile<SIZE>::resident)
     const bool works = T::index() < here;
     const int x = T::rank() % Shape::across, y = T::rank() / Shape::across;
     const float m = float(args.total_gradients);
-    float* inverse = args.inverse + (works ? block : first_block) * (int64_t(SIZE) * SIZE);
 
-    float f[Shape::rows][Shape::columns];
-#pragma unroll
-    for (int r = 0; r < Shape::rows; ++r)
-#pragma unroll
-        for (int c = 0; c < Shape::vectors; ++c) {
-            const int row = y + Shape::down * r;
-            const int column = Shape::vector * (x + Shape::across * c);
-            float* to = &f[r][c * Shape::vector];
-            if (works && row < SIZE && column < SIZE) {
-                load_columns<Shape::vector>(inverse + row * SIZE + column, to);
-            } else {
-#pragma unroll
-                for (int q = 0; q < Shape::vector; ++q) to[q] = 0;
-            }
-        }
+    float* state = args.inverse + first_block * L::entries;
+    read_run<float>(DType::f32, state, 0, here * L::entries, threadIdx.x, T::kLaunch,
+                    [=](int e, float value) { staged[e] = value; });
+    __syncthreads();
+    typename Shape::Registers f;
+    unpack<SIZE>(packed_block, works, x, y, f);
     // What the last columns of tiles read of v, past its last row.
     for (int i = Shape::rows * Shape::down + T::rank(); i < Shape::cover; i += Shape::threads)
         directions[i] = directions[L::width + i] = 0;
@@ -138,7 +150,7 @@ __global__ void __launch_bounds__(Tile<SIZE>::T::kLaunch, Tile<SIZE>::resident)
     int buffer = 0;
     for (int64_t first = 0; first < args.num_gradients; first += kStaged) {
         const int count = int(min(int64_t(kStaged), args.num_gradients - first));
-        __syncthreads();  // the last gradients have been used
+        __syncthreads();  // the blocks, or the last gradients, have been used
         stage<SIZE>(args, first, count, first_block, weights, L::width, staged);
         __syncthreads();
         for (int t = 0; t < count; ++t, buffer ^= 1) {
@@ -149,16 +161,14 @@ __global__ void __launch_bounds__(Tile<SIZE>::T::kLaunch, Tile<SIZE>::resident)
             for (int r = 0; r < Shape::rows; ++r) own[r] = 0;
 #pragma unroll
             for (int c = 0; c < Shape::columns; ++c) {
-                const int column =
-                    Shape::vector * (x + Shape::across * (c / Shape::vector)) + c % Shape::vector;
-                const float gc = g[column];
+                const float gc = g[Shape::column(x, c)];
 #pragma unroll
                 for (int r = 0; r < Shape::rows; ++r) own[r] += f[r][c] * gc;
             }
             float part = 0;
 #pragma unroll
             for (int r = 0; r < Shape::rows; ++r) {
-                const int row = y + Shape::down * r;
+                const int row = Shape::row(y, r);
                 own[r] = sum_across<Shape::across>(own[r], T::mask());
                 part += own[r] * g[row];
                 if (x == 0) v[row] = own[r];
@@ -183,9 +193,7 @@ __global__ void __launch_bounds__(Tile<SIZE>::T::kLaunch, Tile<SIZE>::resident)
             for (int r = 0; r < Shape::rows; ++r) own[r] *= scale;
 #pragma unroll
             for (int c = 0; c < Shape::columns; ++c) {
-                const int column =
-                    Shape::vector * (x + Shape::across * (c / Shape::vector)) + c % Shape::vector;
-                const float vc = v[column] * scale;
+                const float vc = v[Shape::column(x, c)] * scale;
                 // v_i v_j and v_j v_i are the same product: the block stays symmetric.
 #pragma unroll
                 for (int r = 0; r < Shape::rows; ++r) f[r][c] -= own[r] * vc;
@@ -193,33 +201,25 @@ __global__ void __launch_bounds__(Tile<SIZE>::T::kLaunch, Tile<SIZE>::resident)
         }
     }
 
-    // A failed block keeps the state it had.
     bool bad = !good;
 #pragma unroll
     for (int r = 0; r < Shape::rows; ++r)
 #pragma unroll
         for (int c = 0; c < Shape::columns; ++c) {
-            const int row = y + Shape::down * r;
-            const int column =
-                Shape::vector * (x + Shape::across * (c / Shape::vector)) + c % Shape::vector;
-            if (row == column && row < SIZE) bad = bad || !is_positive(f[r][c]);
+            const int row = Shape::row(y, r);
+            if (row == Shape::column(x, c) && row < SIZE) bad = bad || !is_positive(f[r][c]);
         }
     bad = T::any(bad && works);
-    if (!works) return;
-    if (bad) {
+    if (L::teams > 1) __syncthreads();  // the other teams have used the gradients
+    if (bad) {                          // the block keeps the state it had
         if (T::rank() == 0) record_failure(args.status, block);
-        return;
+        read_run<float>(DType::f32, args.inverse, block * L::entries, L::entries, T::rank(),
+                        Shape::threads, [=](int e, float value) { packed_block[e] = value; });
+    } else if (works) {
+        pack<SIZE>(f, x, y, packed_block);
     }
-#pragma unroll
-    for (int r = 0; r < Shape::rows; ++r)
-#pragma unroll
-        for (int c = 0; c < Shape::vectors; ++c) {
-            const int row = y + Shape::down * r;
-            const int column = Shape::vector * (x + Shape::across * c);
-            if (row < SIZE && column < SIZE)
-                store_columns<Shape::vector>(inverse + row * SIZE + column,
-                                             &f[r][c * Shape::vector]);
-        }
+    __syncthreads();
+    write_run(state, here * L::entries, threadIdx.x, T::kLaunch, [=](int e) { return staged[e]; });
 }
 
 // ---- any block size ----------------------------------------------------------------
@@ -241,24 +241,23 @@ __global__ void __launch_bounds__(kGeneralThreads, 1)
     const int n = block_length(args.partition, block);
     const int i = threadIdx.x;  // one thread a row
     const float m = float(args.total_gradients);
-    float* inverse = args.inverse + block * (int64_t(size) * size);
-    read_run<float>(DType::f32, inverse, 0, size * size, i, kGeneralThreads,
-                    [=](int e, float value) {
-                        const int row = e / size, column = e % size;
-                        if (column <= row) f[packed(row, column)] = value;
-                    });
+    const int entries = packed(size, 0);
+    float* state = args.inverse + block * entries;
+    read_run<float>(DType::f32, state, 0, entries, i, kGeneralThreads,
+                    [=](int e, float value) { f[e] = value; });
+    __syncthreads();
     bool good = true;
     for (int64_t first = 0; first < args.num_gradients; first += kStaged) {
         const int count = int(min(int64_t(kStaged), args.num_gradients - first));
-        __syncthreads();
         stage<0>(args, first, count, block, n, size, staged);
         __syncthreads();
         for (int t = 0; t < count; ++t) {
             const float* g = staged + t * size;
             float own = 0;
             if (i < size) {
-                for (int j = 0; j <= i; ++j) own += f[packed(i, j)] * g[j];
-                for (int j = i + 1; j < size; ++j) own += f[packed(j, i)] * g[j];
+                for (int j = 0; j < i; ++j) own += f[below_diagonal(size, i, j)] * g[j];
+                own += f[i] * g[i];
+                for (int j = i + 1; j < size; ++j) own += f[below_diagonal(size, j, i)] * g[j];
                 v[i] = own;
             }
             const float part = sum_across<32>(i < size ? own * g[i] : 0.0f, 0xffffffffu);
@@ -270,30 +269,18 @@ __global__ void __launch_bounds__(kGeneralThreads, 1)
             const float scale = good ? 1.0f / denominator : 0.0f;
             for (int row = i / 32; row < size; row += kGeneralThreads / 32) {
                 const float own_scaled = v[row] * scale;
-                for (int j = i % 32; j <= row; j += 32) f[packed(row, j)] -= own_scaled * v[j];
+                for (int j = i % 32; j <= row; j += 32)
+                    f[place_in_inverse(size, row, j)] -= own_scaled * v[j];
             }
             __syncthreads();
         }
     }
-    bool bad = !good || (i < size && !is_positive(f[packed(i, i)]));
+    bool bad = !good || (i < size && !is_positive(f[i]));
     if (__syncthreads_or(bad)) {
         if (i == 0) record_failure(args.status, block);
         return;
     }
-    const Split split = split_run(inverse, size * size, 4);
-    auto entry = [=](int e) {
-        const int row = e / size, column = e % size;
-        return f[packed(max(row, column), min(row, column))];
-    };
-    for (int u = i; u < split.vectors; u += kGeneralThreads) {
-        const int e = split.head + 4 * u;
-        __stcs(reinterpret_cast<float4*>(inverse + e),
-               make_float4(entry(e), entry(e + 1), entry(e + 2), entry(e + 3)));
-    }
-    for (int u = i; u < split.head + split.tail; u += kGeneralThreads) {
-        const int e = u < split.head ? u : u + 4 * split.vectors;
-        __stcs(inverse + e, entry(e));
-    }
+    write_run(state, entries, i, kGeneralThreads, [=](int e) { return f[e]; });
 }
 
 }  // namespace
@@ -301,13 +288,11 @@ __global__ void __launch_bounds__(kGeneralThreads, 1)
 void woodbury_update(const WoodburyUpdate& args, void* stream) {
     const int64_t blocks = args.partition.num_blocks();
     const int block_size = args.partition.block_size;
-    // The tiles take rows in vectors; a state that starts elsewhere goes the general way.
-    const bool aligned = reinterpret_cast<uintptr_t>(args.inverse) % 16 == 0;
-    with_size(aligned ? block_size : 0, [&](auto size) {
+    with_size(block_size, [&](auto size) {
         if constexpr (size() > 0) {
             using L = Layout<size()>;
             launch(tile_kernel<size()>, (blocks + L::teams - 1) / L::teams, 1,
-                   Tile<size()>::T::kLaunch, L::floats * sizeof(float), stream, args, blocks);
+                   Tile<size()>::T::kLaunch, L::bytes, stream, args, blocks);
         } else {
             require_fits("woodbury_update", block_size, general_bytes);
             launch(general_kernel, blocks, 1, kGeneralThreads, general_bytes(block_size), stream,

@@ -1,0 +1,170 @@
+"""The CUDA kernels, executed on the host, with a barrier removed and with sanitizers."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import host_cuda_build
+import pytest
+import torch
+from problems import DAMPING, gradients, gram_of
+from test_cuda_kernels import identity
+
+from obert_kernels import ops, reference
+
+ROOT = Path(__file__).parent.parent
+
+# ---- every barrier is needed ---------------------------------------------------------
+
+SIZE = 20  # the general kernels
+COMPILED = 50
+TOGETHER = 8  # small blocks that share a thread block
+
+
+def results(size: int) -> dict[str, list[torch.Tensor]]:
+    """What every kernel with a barrier makes of one problem."""
+    torch.manual_seed(3)
+    blocks = 32 if size == TOGETHER else 2
+    n = blocks * size
+    g, weight, keep = gradients(20, n), torch.randn(n), torch.rand(n) < 0.5
+    exact = gram_of(g, size)
+    inverse, start = identity(blocks, size), identity(blocks, size)
+    status = ops.new_status()
+    given = reference.gram_inverse(exact, n, size, 20.0, DAMPING, torch.float32, ops.new_status())
+    fisher = (size, 20.0, DAMPING, status)
+    made = (n, size, 20.0, DAMPING, torch.float64, status)
+    gram = torch.zeros_like(exact)
+    calls = {
+        "gram": lambda: [gram, ops.gram_accumulate(gram, g, size)],
+        "woodbury": lambda: [inverse, ops.woodbury_update(inverse, g, 20.0, status)],
+        "woodbury, no gradients": lambda: [start, ops.woodbury_update(start, g[:0], 20.0, status)],
+        "scores": lambda: [ops.gram_scores(exact, weight, 1, *fisher)],
+        "group scores": lambda: [ops.gram_scores(exact, weight, 4, *fisher)],
+        "inverse": lambda: [ops.gram_inverse(exact, *made)],
+        "solve": lambda: [ops.gram_solve(exact, weight, *fisher)],
+        "update": lambda: [*ops.gram_update(exact, weight, keep, 1, False, *fisher)],
+        "given: group scores": lambda: [ops.inverse_scores(given, weight, 4, status)],
+        "given: update": lambda: [*ops.inverse_update(given, weight, keep, 4, True, True, status)],
+    }
+    out: dict[str, list[torch.Tensor]] = {}
+    for name, call in calls.items():
+        try:
+            out[name] = [t.double() for t in call() if t is not None]
+        except RuntimeError as error:  # what the executor says of a deadlock or a stray access
+            out[name] = [torch.full((1,), float("nan")), torch.tensor(len(str(error)))]
+        if status.item() != -1:
+            out[name].append(torch.tensor(float("nan")))
+            status.fill_(-1)
+    return out
+
+
+def broken_kernels(module, size: int, monkeypatch) -> set[str]:
+    """Kernels of a changed module that give anything else than the true one, for some order."""
+    monkeypatch.setattr(ops, "_run_on", lambda state: (module, 0))
+    broken = set()
+    for seed in range(6):
+        module.set_seed(seed)
+        for name, tensors in results(size).items():
+            true = TRUE[size][name]
+            same = len(tensors) == len(true) and all(
+                a.shape == b.shape and torch.allclose(a, b, rtol=1e-3)
+                for a, b in zip(tensors, true, strict=True)
+            )
+            if not same:
+                broken.add(name)
+    return broken
+
+
+TRUE: dict[int, dict[str, list[torch.Tensor]]] = {}
+CHOLESKY = {"scores", "group scores", "inverse", "solve", "update", "given: update"}
+
+
+# Not shown: the same barrier of the tile kernel where a team is part of a warp.  The shuffles
+# around it already bring the lanes together; it orders memory, which is not modelled here.
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("file", "statement", "occurrence", "size", "expected"),
+    [
+        ("gram.cu", "__syncthreads();", 1, COMPILED, {"gram"}),
+        ("gram.cu", "__syncthreads();", 3, SIZE, {"gram"}),
+        ("woodbury.cu", "T::sync();", 0, COMPILED, {"woodbury"}),
+        ("woodbury.cu", "__syncthreads();", 0, COMPILED, {"woodbury"}),
+        ("woodbury.cu", "__syncthreads();", 1, COMPILED, {"woodbury"}),
+        ("woodbury.cu", "__syncthreads();", 2, COMPILED, {"woodbury"}),
+        ("woodbury.cu", "__syncthreads();", 3, TOGETHER, {"woodbury"}),
+        ("woodbury.cu", "__syncthreads();", 4, COMPILED, {"woodbury"}),
+        ("woodbury.cu", "__syncthreads();", 5, SIZE, {"woodbury, no gradients"}),
+        ("woodbury.cu", "__syncthreads();", 6, SIZE, {"woodbury"}),
+        ("woodbury.cu", "__syncthreads();", 7, SIZE, {"woodbury"}),
+        ("woodbury.cu", "__syncthreads();", 8, SIZE, {"woodbury"}),
+        ("triangle.cuh", "T::sync();", 0, COMPILED, CHOLESKY),
+        ("triangle.cuh", "T::sync();", 0, SIZE, CHOLESKY),
+        ("factor.cuh", "T::sync();", 2, COMPILED, {"group scores", "given: group scores"}),
+    ],
+)
+def test_a_removed_barrier_is_found(
+    cuda_on_host, monkeypatch, tmp_path, file, statement, occurrence, size, expected
+):
+    if size not in TRUE:
+        TRUE[size] = results(size)
+        assert broken_kernels(cuda_on_host, size, monkeypatch) == set()
+    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
+    path = tmp_path / "csrc" / "cuda" / file
+    parts = path.read_text().split(statement)
+    assert len(parts) > occurrence + 1, f"{file} has too few {statement}"
+    before, after = (statement.join(p) for p in (parts[: occurrence + 1], parts[occurrence + 1 :]))
+    path.write_text(f"{before}(void)0;{after}")
+    cache = ROOT / "build" / "host_cuda"
+    module = host_cuda_build.load(host_cuda_build.build(cache, kernels=tmp_path / "csrc"))
+    assert broken_kernels(module, size, monkeypatch) >= expected
+
+
+# ---- sanitizers ----------------------------------------------------------------------
+
+SANITIZED = """
+import sys
+sys.path.insert(0, {tests!r})
+from pathlib import Path
+import host_cuda_build
+import test_cuda_barriers
+from obert_kernels import ops
+module = host_cuda_build.load(Path({library!r}))
+ops._run_on = lambda state: (module, 0)
+for size in (4, 8, 20, 50, 64):
+    for name, tensors in test_cuda_barriers.results(size).items():
+        assert all(t.isfinite().all() for t in tensors), (size, name)
+print("clean")
+"""
+
+
+@pytest.mark.slow
+def test_address_and_undefined_behaviour_sanitizers_find_nothing(tmp_path):
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("no g++")
+    preload = []
+    for name in ("libasan.so", "libstdc++.so"):
+        found = subprocess.run([compiler, f"-print-file-name={name}"], capture_output=True,
+                               text=True).stdout.strip()  # fmt: skip
+        if not Path(found).is_absolute():
+            pytest.skip(f"the compiler has no {name}")
+        preload.append(found)
+    library = host_cuda_build.build(
+        ROOT / "build" / "host_cuda",
+        extra=["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g1"],
+    )
+    script = SANITIZED.format(tests=str(ROOT / "tests"), library=str(library))
+    environment = {
+        **os.environ,
+        "LD_PRELOAD": " ".join(preload),
+        "ASAN_OPTIONS": "detect_leaks=0",
+        "PYTHONPATH": str(ROOT),
+    }
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True,
+                          text=True, timeout=300)  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.strip() == "clean"
