@@ -129,6 +129,14 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
         std::tuple<Params...> parameters;
     };
     const Call call{kernel, std::tuple<Params...>(std::forward<Args>(args)...)};
+    const auto run = [call, config = *config] {
+        const auto run_thread = [](const void* opaque) {
+            const Call& made = *static_cast<const Call*>(opaque);
+            std::apply(made.kernel, made.parameters);
+        };
+        return host_cuda::detail::launch(config, reinterpret_cast<const void*>(call.kernel),
+                                         run_thread, &call);
+    };
     if (host_cuda::detail::is_recording()) {
         std::vector<std::string> bytes;
         std::apply(
@@ -137,12 +145,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
             },
             call.parameters);
         return host_cuda::detail::keep_launch(*config, reinterpret_cast<const void*>(kernel),
-                                              std::move(bytes));
+                                              std::move(bytes), run);
     }
-    const auto run_thread = [](const void* opaque) {
-        const Call& made = *static_cast<const Call*>(opaque);
-        std::apply(made.kernel, made.parameters);
-    };
-    return host_cuda::detail::launch(*config, reinterpret_cast<const void*>(kernel), run_thread,
-                                     &call);
+    return run();
 }

@@ -38,7 +38,7 @@ size_t opt_in_limit = kSharedBytes - kGuardBytes;
 std::map<const void*, size_t> opted_in;
 cudaError_t last_error = cudaSuccess;
 bool recording = false;
-Launch recorded{};
+std::vector<Launch> recorded;
 
 // Beyond what the kernel asked for: poisoned for the sanitizer, else a pattern that is checked.
 class SharedMemoryGuard {
@@ -166,14 +166,14 @@ bool is_recording() {
 }
 
 cudaError_t keep_launch(const cudaLaunchConfig_t& config, const void* kernel,
-                        std::vector<std::string> parameters) {
+                        std::vector<std::string> parameters, std::function<cudaError_t()> run) {
     const std::lock_guard<std::mutex> lock(launch_mutex);
     const cudaError_t result = check_launch(config, kernel);
     if (result != cudaSuccess) {
         return record(result);
     }
-    recorded = {kernel, config.gridDim, config.blockDim, config.dynamicSmemBytes,
-                std::move(parameters)};
+    recorded.push_back({kernel, config.gridDim, config.blockDim, config.dynamicSmemBytes,
+                        config.stream, std::move(parameters), std::move(run)});
     return cudaSuccess;
 }
 
@@ -197,8 +197,12 @@ void set_recording(bool on) {
     detail::recording = on;
     detail::recorded = {};
 }
-const Launch& last_launch() {
+const std::vector<Launch>& launches() {
     return detail::recorded;
+}
+void replay() {
+    for (const Launch& launch : detail::recorded)
+        if (launch.run() != cudaSuccess) detail::fail("a recorded launch was refused");
 }
 void set_seed(uint64_t seed) {
     detail::random_state = seed;

@@ -18,6 +18,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <string>
 #include <vector>
 
@@ -51,13 +52,16 @@ struct Launch {
     dim3 grid;
     dim3 block;
     size_t shared_bytes;
+    const void* stream;
     std::vector<std::string> parameters;  // the bytes of each
+    std::function<cudaError_t()> run;     // with the parameters as they were
 };
 
-// While recording, launches are checked and kept but not run: another machine can replay them on
-// the same arguments.
+// While recording, launches are checked and kept but not run: another machine, or replay(), can
+// run them on the same arguments later, as a CUDA graph does.  Starts and ends with none.
 void set_recording(bool on);
-const Launch& last_launch();
+const std::vector<Launch>& launches();
+void replay();
 
 // What the headers call; not for tests.
 namespace detail {
@@ -91,7 +95,7 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel,
 
 bool is_recording();
 cudaError_t keep_launch(const cudaLaunchConfig_t& config, const void* kernel,
-                        std::vector<std::string> parameters);
+                        std::vector<std::string> parameters, std::function<cudaError_t()> run);
 
 // Waits for all threads of the block; returns for how many of them the predicate held.
 int wait_for_block(BlockBarrier barrier, bool predicate);

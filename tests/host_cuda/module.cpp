@@ -20,10 +20,11 @@ PYBIND11_MODULE(host_cuda, m) {
     m.def("set_recording", &host_cuda::set_recording);
     // The kernel: where its code begins in the file of this module.
     m.def("last_launch", [] {
-        const host_cuda::Launch& launch = host_cuda::last_launch();
+        if (host_cuda::launches().empty()) throw std::runtime_error("no launch was recorded");
+        const host_cuda::Launch& launch = host_cuda::launches().back();
         Dl_info module{};
-        if (launch.kernel == nullptr || dladdr(launch.kernel, &module) == 0)
-            throw std::runtime_error("no launch has been recorded");
+        if (dladdr(launch.kernel, &module) == 0)
+            throw std::runtime_error("the kernel is in no module");
         py::list parameters;
         for (const std::string& bytes : launch.parameters) parameters.append(py::bytes(bytes));
         py::dict out;
@@ -35,6 +36,13 @@ PYBIND11_MODULE(host_cuda, m) {
         out["parameters"] = parameters;
         return out;
     });
+    m.def("launch_streams", [] {
+        py::list streams;
+        for (const host_cuda::Launch& launch : host_cuda::launches())
+            streams.append(reinterpret_cast<uintptr_t>(launch.stream));
+        return streams;
+    });
+    m.def("replay", &host_cuda::replay);
     m.def("reset_counters", &host_cuda::reset_counters);
     m.def("counters", [] {
         const host_cuda::Counters& counters = host_cuda::counters();
