@@ -4,7 +4,6 @@
 
 namespace obert {
 namespace OBERT_ISA {
-
 namespace {
 
 VecF diagonal_of(const float* diagonal, int count, float) {
@@ -22,7 +21,7 @@ void store_scores(float* scores, VecD values, int count) {
     copy(narrowed, count, scores);
 }
 
-// 1/2 w (w / d), which neither overflows nor underflows where w^2 / d does not.
+// 1/2 w (w / d): the square of a small float32 weight would underflow.
 template <class T>
 int64_t single_scores(const InverseScores& args, cpu::BlockRange range) {
     using Vec = typename Simd<T>::Vec;
