@@ -11,7 +11,7 @@ from contender import ReferenceInverse
 from costs import Cost
 from torch import Tensor
 
-from obert_kernels import ops, reference
+from obert_kernels import WoodburyFisher, ops, reference
 
 M = 1024
 DAMPING = 1e-7
@@ -98,7 +98,7 @@ def gram_kernel(size: int, k: int, gram_type: torch.dtype, gradient_type: torch.
 def woodbury_kernel(size: int, k: int, gradient_type: torch.dtype) -> Kernel:
     def build(n: int, device: torch.device) -> Copy:
         g = random_gradients(k, n, device, gradient_type)
-        state = packed_identity(n, size, device)
+        state = WoodburyFisher(n, M, size, damping=DAMPING, device=device).packed
         status = ops.new_status(device)
         return Copy(
             lambda: ops.woodbury_update(state, g, float(M), status),
@@ -140,13 +140,6 @@ def torch_factorisation(gram: Tensor, size: int) -> dict[str, Contender]:
         return torch.cholesky_inverse(torch.linalg.cholesky_ex(fisher).L)
 
     return {TORCH: Contender(invert, gram.shape[0] / blocks)}
-
-
-def packed_identity(n: int, size: int, device: torch.device) -> Tensor:
-    """``I / damping`` as the operators take it: where the reference starts, too."""
-    inverse = torch.zeros(reference.gram_shape(n, size), device=device)
-    inverse[:, :size] = 1.0 / DAMPING
-    return inverse
 
 
 GramCall = Callable[[Tensor, Tensor, Tensor, Tensor], object]  # of Gram, weight, keep, status
@@ -236,7 +229,7 @@ def inverse_kernels(size: int) -> Iterator[Kernel]:
 
 def inverse_scores_kernel(size: int, group: int) -> Kernel:
     def build(n: int, device: torch.device) -> Copy:
-        inverse = packed_identity(n, size, device)
+        inverse = WoodburyFisher(n, M, size, damping=DAMPING, device=device).packed
         dense = ReferenceInverse(M, size, n, DAMPING, device)
         weight, _ = random_weights(n, size, group, device)
         status = ops.new_status(device)
@@ -265,7 +258,7 @@ def inverse_scores_kernel(size: int, group: int) -> Kernel:
 
 def inverse_update_kernel(size: int, group: int, joint: bool) -> Kernel:
     def build(n: int, device: torch.device) -> Copy:
-        inverse = packed_identity(n, size, device)
+        inverse = WoodburyFisher(n, M, size, damping=DAMPING, device=device).packed
         dense = ReferenceInverse(M, size, n, DAMPING, device)
         weight, keep = random_weights(n, size, group, device)
         status = ops.new_status(device)

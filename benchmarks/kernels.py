@@ -27,7 +27,7 @@ import torch
 from contender import ReferenceInverse
 from machine import machine
 
-from obert_kernels import ops, reference
+from obert_kernels import WoodburyFisher, ops, reference
 from obert_kernels.memory import gradient_buffer
 
 M = 1024
@@ -65,13 +65,6 @@ def gradient_pool(k: int, n: int) -> torch.Tensor:
     return pool
 
 
-def fresh_inverse(blocks: int, size: int) -> torch.Tensor:
-    """Packed ``I / damping``, where Woodbury updates start."""
-    state = torch.zeros(blocks, size * (size + 1) // 2)
-    state[:, :size] = 1 / DAMPING
-    return state
-
-
 def validate(n: int, size: int, g: torch.Tensor) -> None:
     """All routes must agree on a piece of the data before anything is timed."""
     part = g[:, : min(n, 20 * size)].contiguous()
@@ -87,7 +80,7 @@ def validate(n: int, size: int, g: torch.Tensor) -> None:
         inverse = ops.gram_inverse(gram, d, size, M, DAMPING, torch.float32, status)
         dense = reference.unpack_inverse(inverse)
         torch.testing.assert_close(dense, ref.f_inv, rtol=1e-3, atol=1e-3 / DAMPING * 1e-2)
-    state = fresh_inverse(blocks, size)
+    state = WoodburyFisher(d, M, size, damping=DAMPING).packed
     ops.woodbury_update(state, part, M, status)
     dense = reference.unpack_inverse(state)
     torch.testing.assert_close(dense, ref.f_inv, rtol=1e-3, atol=1e-3 / DAMPING * 1e-2)
@@ -122,7 +115,7 @@ def measure(rows: int, columns: int, size: int, k: int, rounds: int, top: dict) 
     blocks, triangle = ref.blocks, size * (size + 1) // 2
     gram32 = torch.zeros(blocks, triangle)
     gram64 = torch.zeros(blocks, triangle, dtype=torch.float64)
-    state = fresh_inverse(blocks, size)
+    state = WoodburyFisher(n, M, size, damping=DAMPING).packed
     status = ops.new_status()
     fisher = (size, float(M), DAMPING, status)
     few = 4

@@ -11,8 +11,7 @@ from pathlib import Path
 import host_cuda_build
 import pytest
 import torch
-from problems import DAMPING, gradients, gram_of
-from test_cuda_kernels import identity
+from problems import DAMPING, fresh_inverse, gradients, gram_of
 
 from obert_kernels import ops, reference
 
@@ -32,7 +31,7 @@ def results(size: int) -> dict[str, list[torch.Tensor]]:
     n = blocks * size
     g, weight, keep = gradients(20, n), torch.randn(n), torch.rand(n) < 0.5
     exact = gram_of(g, size)
-    inverse, start = identity(blocks, size), identity(blocks, size)
+    inverse, start = fresh_inverse(blocks, size), fresh_inverse(blocks, size)
     status = ops.new_status()
     given = reference.gram_inverse(exact, n, size, 20.0, DAMPING, torch.float32, ops.new_status())
     fisher = (size, 20.0, DAMPING, status)

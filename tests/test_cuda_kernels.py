@@ -9,7 +9,7 @@ import copy
 
 import pytest
 import torch
-from problems import DAMPING, gradients, gram_of, relative_error
+from problems import DAMPING, fresh_inverse, gradients, gram_of, onto_nan, relative_error
 from tiny import TinyEncoder, batches
 
 from obert_kernels import ops, prune, reference
@@ -19,11 +19,6 @@ SIZES = [4, 8, 16, 32, 48, 50, 64, 96, 100, 128]
 
 def triangle(n: int) -> int:
     return n * (n + 1) // 2
-
-
-def identity(blocks: int, size: int) -> torch.Tensor:
-    """``I / damping`` as packed inverse blocks: where the Woodbury recursion starts."""
-    return reference.pack_inverse((torch.eye(size) / DAMPING).repeat(blocks, 1, 1))
 
 
 def lengths(n: int, size: int) -> list[int]:
@@ -51,7 +46,7 @@ def test_every_specialisation_type_and_number_of_gradients(cuda_on_host, size, k
             gram = torch.zeros(blocks, triangle(size), dtype=gram_dtype)
             ops.gram_accumulate(gram, g, size)
             assert relative_error(gram, gram_of(g.double(), size)) < allowed
-        inverse = identity(blocks, size)
+        inverse = fresh_inverse(blocks, size)
         expected, status = inverse.clone(), ops.new_status()
         ops.woodbury_update(inverse, g, float(k), status)
         reference.woodbury_update(expected, g.float(), float(k), ops.new_status())
@@ -72,7 +67,7 @@ def test_gram_and_woodbury_move_every_byte_once(cuda_on_host, size, k, dtype):
         state = gram.numel() * gram_dtype.itemsize
         got = moved(cuda_on_host, lambda gram=gram: ops.gram_accumulate(gram, g, size))
         assert got == (state + read, state)
-    inverse = identity(blocks, size)
+    inverse = fresh_inverse(blocks, size)
     state = 4 * blocks * triangle(size)
     status = ops.new_status()
     got = moved(cuda_on_host, lambda: ops.woodbury_update(inverse, g, float(k), status))
@@ -146,7 +141,7 @@ def test_a_size_the_device_cannot_hold_is_refused_with_the_largest_that_fits(cud
     largest = int(str(caught.value).rsplit(" ", 1)[1])
     gram = torch.zeros(1, triangle(largest), dtype=torch.float64)
     made = (largest, largest, 1.0, DAMPING, torch.float32, status)
-    expected = identity(1, largest)
+    expected = fresh_inverse(1, largest)
     torch.testing.assert_close(ops.gram_inverse(gram, *made), expected)
     cuda_on_host.set_shared_memory_limit(64 * 1024)  # as on compute 7.5
     try:
@@ -170,7 +165,7 @@ def test_order_of_threads_does_not_change_a_bit(cuda_on_host, size):
     for seed in range(4):
         cuda_on_host.set_seed(seed)
         gram = torch.zeros(blocks, triangle(size))
-        inverse = identity(blocks, size)
+        inverse = fresh_inverse(blocks, size)
         status = ops.new_status()
         fisher = (size, 20.0, DAMPING, status)
         ops.gram_accumulate(gram, g, size)
@@ -194,7 +189,7 @@ def test_the_first_failed_block_is_reported_and_keeps_its_state(cuda_on_host, si
     g = gradients(3, size * blocks)
     g[1, 23 * size + size // 3] = float("nan")
     g[2, 11 * size] = float("inf")
-    before = identity(blocks, size)
+    before = fresh_inverse(blocks, size)
     expected = before.clone()
     reference.woodbury_update(expected, g, 3.0, ops.new_status())
     for seed in range(3):
@@ -210,7 +205,7 @@ def test_the_first_failed_block_is_reported_and_keeps_its_state(cuda_on_host, si
 @pytest.mark.parametrize("offset", [1, 2, 3])
 def test_a_state_may_begin_anywhere(cuda_on_host, size, offset):
     n = 5 * size - 1
-    g, start = gradients(3, n), identity(5, size)
+    g, start = gradients(3, n), fresh_inverse(5, size)
     storage = torch.full((start.numel() + 8,), float("nan"))
     inverse = storage[offset : offset + start.numel()].view(start.shape)
     inverse.copy_(start)
@@ -223,20 +218,9 @@ def test_a_state_may_begin_anywhere(cuda_on_host, size, offset):
     assert storage[:offset].isnan().all() and storage[offset + start.numel() :].isnan().all()
 
 
-@pytest.fixture
-def nan_in_new_memory():
-    """Memory that torch hands out uninitialised is full of NaN."""
-    torch.use_deterministic_algorithms(True)
-    assert torch.utils.deterministic.fill_uninitialized_memory
-    assert torch.empty(1).isnan()
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 @pytest.mark.parametrize("size", [4, 20, 50])
 @pytest.mark.parametrize("joint", [False, True])
 @pytest.mark.parametrize("group", [1, 2])
-@pytest.mark.usefixtures("nan_in_new_memory")
 def test_updates_write_the_weights_of_every_block(cuda_on_host, size, joint, group):
     """Also of a block that fails, and of one that loses nothing: there they do not change."""
     n, fails, whole = 5 * size - 2, 1, 3
@@ -252,7 +236,7 @@ def test_updates_write_the_weights_of_every_block(cuda_on_host, size, joint, gro
         lambda status: ops.inverse_update(inverse, weight, keep, group, joint, True, status),
     ):
         status = ops.new_status()
-        new, increase = call(status)
+        new, increase = onto_nan(call, status)
         assert status.item() == fails
         assert torch.isfinite(new).all() and torch.isfinite(increase).all()
         old, new = reference.to_blocks(weight, size), reference.to_blocks(new, size)
@@ -265,12 +249,11 @@ def test_updates_write_the_weights_of_every_block(cuda_on_host, size, joint, gro
                 assert not torch.equal(new[block], old[block])
 
 
-@pytest.mark.usefixtures("nan_in_new_memory")
 def test_single_scores_are_all_written(cuda_on_host):
-    inverse = identity(3, 20)
+    inverse = fresh_inverse(3, 20)
     inverse[1, 4] = -1.0
     status = ops.new_status()
-    scores = ops.inverse_scores(inverse, torch.randn(50), 1, status)
+    scores = onto_nan(ops.inverse_scores, inverse, torch.randn(50), 1, status)
     assert status.item() == 1
     assert torch.isfinite(scores).all()
 
