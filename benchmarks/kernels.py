@@ -261,7 +261,9 @@ def main() -> None:
     text = (
         f"# CPU kernels against the reference algorithm\n\n`{command}` on {about['cpu']}, "
         f"{about['threads']} threads, {about['kernels']} kernels, torch {about['torch']}, "
-        f"{about['date']}.  m = {M}; medians of {args.rounds} alternated rounds.  Ceilings "
+        f"{about['date']}.  m = {M}; medians of {args.rounds} alternated rounds.  Times from "
+        f"gradients on are {M} times the measured time of one gradient (k in one call for ours, "
+        "one by one for the reference), plus what follows.  Ceilings "
         f"measured in the same process: reading {top['read_bytes_per_s'] / 1e9:.1f} GB/s, matrix "
         f"products {top['float32_flops_per_s'] / 1e9:.0f} GFLOP/s in float32 and "
         f'{top["float64_flops_per_s"] / 1e9:.0f} in float64.  "Of the bound": the larger of '
