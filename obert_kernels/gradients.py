@@ -13,15 +13,20 @@ from torch import Tensor, nn
 LossFn = Callable[[nn.Module, Any], Tensor]
 
 
-def to_device(batch: Any, device: torch.device) -> Any:
-    """Move the tensors of a batch (mapping, tuple, list or tensor) to a device."""
+def map_tensors(batch: Any, function: Callable[[Tensor], Any]) -> Any:
+    """Apply a function to the tensors of a batch (mapping, tuple, list or tensor)."""
     if isinstance(batch, Tensor):
-        return batch.to(device)
+        return function(batch)
     if isinstance(batch, Mapping):
-        return {key: to_device(value, device) for key, value in batch.items()}
+        return {key: map_tensors(value, function) for key, value in batch.items()}
     if isinstance(batch, list | tuple):
-        return type(batch)(to_device(value, device) for value in batch)
+        return type(batch)(map_tensors(value, function) for value in batch)
     return batch
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """Move the tensors of a batch to a device."""
+    return map_tensors(batch, lambda tensor: tensor.to(device))
 
 
 def model_loss(model: nn.Module, batch: Any) -> Tensor:
@@ -46,7 +51,7 @@ def model_loss(model: nn.Module, batch: Any) -> Tensor:
 
 
 @contextmanager
-def _evaluation(model: nn.Module, weights: Iterable[nn.Parameter]) -> Iterator[None]:
+def evaluation(model: nn.Module, weights: Iterable[nn.Parameter]) -> Iterator[None]:
     """Eval mode and gradients for ``weights``; everything as it was afterwards."""
     training = [module for module in model.modules() if module.training]
     frozen = [weight for weight in weights if not weight.requires_grad]
@@ -62,16 +67,16 @@ def _evaluation(model: nn.Module, weights: Iterable[nn.Parameter]) -> Iterator[N
             module.training = True
 
 
-def take_batches(batches: Iterable[Any], count: int) -> Iterator[Any]:
-    """Yield ``count`` batches, starting over when the iterable ends early.
+def take_batches(batches: Iterable[Any], count: int | None = None) -> Iterator[Any]:
+    """Yield ``count`` batches (None: without end), starting over when the iterable ends early.
 
     Raises:
         ValueError: there are none, or a one-shot iterator ends too early.
     """
     done = 0
-    while done < count:
+    while done != count:
         before = done
-        for batch in islice(iter(batches), count - done):
+        for batch in islice(iter(batches), None if count is None else count - done):
             done += 1
             yield batch
         if done == count:
@@ -79,9 +84,10 @@ def take_batches(batches: Iterable[Any], count: int) -> Iterator[Any]:
         if done == before == 0:
             raise ValueError("batches is empty: no gradient can be computed")
         if iter(batches) is batches:
+            wanted = "" if count is None else f" of num_grads={count}"
             raise ValueError(
-                f"batches ended after {done} of num_grads={count}: pass a list or a DataLoader, "
-                f"which can be iterated again, or num_grads={done}"
+                f"batches ended after {done}{wanted}: pass a list or a DataLoader, which can be "
+                "iterated again, or a smaller num_grads"
             )
 
 
@@ -116,11 +122,11 @@ def batch_gradients(
     loss_fn = loss_fn or model_loss
     names, parameters = list(weights), list(weights.values())
     device = parameters[0].device
-    with _evaluation(model, parameters):
+    with evaluation(model, parameters):
         for index, batch in enumerate(take_batches(batches, num_grads)):
             with torch.inference_mode(False), torch.enable_grad():
                 loss = loss_fn(model, to_device(batch, device))
-                _check_loss(loss, index)
+                check_loss(loss, index)
                 found = torch.autograd.grad(loss, parameters, allow_unused=True)
             gradients = {
                 name: torch.zeros_like(parameter) if gradient is None else gradient
@@ -131,7 +137,8 @@ def batch_gradients(
             yield gradients
 
 
-def _check_loss(loss: Any, index: int) -> None:
+def check_loss(loss: Any, index: int) -> None:
+    """Raise ValueError unless the loss is a finite scalar with a gradient."""
     if not isinstance(loss, Tensor) or loss.dim() != 0:
         raise ValueError(f"batch {index}: the loss must be a scalar tensor, got {type(loss)}")
     if not loss.requires_grad:

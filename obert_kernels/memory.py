@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +16,9 @@ from .fisher import gram_bytes
 # writing the Gram, but all matrices of a pass are gathered at once: 16 float32 gradients are
 # a third of a float64 Gram at B = 50.
 GRADIENTS_PER_UPDATE = 16
-
+# Gradients of one matrix that are made and added together where they are streamed: only the
+# matrix at hand is held, so there can be more.
+STREAMED_PER_UPDATE = 32
 
 _PAGE = 4096
 
@@ -54,7 +56,8 @@ class Plan:
     Attributes:
         passes: names of the matrices of each pass, in model order.
         gram_bytes: Gram of the largest pass.
-        buffer_bytes: gathered gradients of the largest pass.
+        buffer_bytes: gathered gradients of the largest pass, or of the largest matrix where
+            gradients are streamed.
         other_bytes: gradient of one batch, scores, masks and new weights (all matrices).
         gradients_per_update: k.
     """
@@ -101,6 +104,7 @@ def plan_passes(
     dtype: torch.dtype,
     max_memory: int | None,
     num_grads: int,
+    streamed: bool = False,
 ) -> Plan:
     """Split the matrices into passes that fit.
 
@@ -111,17 +115,21 @@ def plan_passes(
         max_memory: bytes the call may use on top of the model; None: one pass, if that fits
             what is free now.
         num_grads: m; no more than these are gathered.
+        streamed: gradients come one matrix at a time and need not be gathered.
 
     Raises:
         MemoryError: it does not fit; the message gives the figures and the remedies.
     """
-    k = min(GRADIENTS_PER_UPDATE, num_grads)
+    k = min(STREAMED_PER_UPDATE if streamed else GRADIENTS_PER_UPDATE, num_grads)
     gram = {name: gram_bytes(w.numel(), block_size, dtype) for name, w in weights.items()}
-    # One gradient of the batch at hand beside the buffer of k.
+    # Gathered, one gradient of the batch at hand stands beside the buffer of k.
     held = {
-        name: k * _row_bytes(w.numel(), w.element_size()) + w.numel() * w.element_size()
+        name: w.numel() * w.element_size() * k
+        if streamed
+        else k * _row_bytes(w.numel(), w.element_size()) + w.numel() * w.element_size()
         for name, w in weights.items()
     }
+    together = max if streamed else sum
     other = sum(w.numel() * (4 + 1 + w.element_size()) for w in weights.values())
     budget = max_memory
     if budget is None:
@@ -129,11 +137,11 @@ def plan_passes(
     if max_memory is None or budget is None:
         passes = [list(weights)]
     else:
-        passes = _fill(gram, held, budget - other)
+        passes = _fill(gram, held, together, budget - other)
     plan = Plan(
         passes,
         max(sum(gram[name] for name in names) for names in passes),
-        max(sum(held[name] for name in names) for names in passes),
+        max(together(held[name] for name in names) for names in passes),
         other,
         k,
     )
@@ -142,17 +150,21 @@ def plan_passes(
     return plan
 
 
-def _fill(gram: Mapping[str, int], held: Mapping[str, int], budget: int) -> list[list[str]]:
+def _fill(
+    gram: Mapping[str, int],
+    held: Mapping[str, int],
+    together: Callable[[Iterable[int]], int],
+    budget: int,
+) -> list[list[str]]:
     """Cut the matrices, in order, into as few runs as fit the budget; a run has at least one."""
     passes: list[list[str]] = [[]]
-    used = 0
     for name in gram:
-        size = gram[name] + held[name]
-        if passes[-1] and used + size > budget:
-            passes.append([])
-            used = 0
-        passes[-1].append(name)
-        used += size
+        names = [*passes[-1], name]
+        needed = sum(gram[n] for n in names) + together(held[n] for n in names)
+        if passes[-1] and needed > budget:
+            passes.append([name])
+        else:
+            passes[-1].append(name)
     return passes
 
 

@@ -16,11 +16,11 @@ from .estimate import (
     Progress,
     accumulate,
     check_counts,
-    repetition_notes,
+    open_source,
     silent,
 )
 from .fisher import GramFisher
-from .gradients import LossFn, take_batches
+from .gradients import LossFn
 from .layers import find_weights, match_names
 from .masks import check_sparsity, group_size_of, magnitude_scores, prunes_anything, select_masks
 from .memory import Plan, plan_passes
@@ -137,6 +137,7 @@ def prune(
     pattern: str = "unstructured",
     *,
     num_grads: int = 1024,
+    samples_per_grad: int | None = None,
     block_size: int = 50,
     damping: float = 1e-7,
     params: str | Iterable[str] | None = None,
@@ -161,6 +162,9 @@ def prune(
         pattern: "unstructured", or "block4" (any "block<c>"): c consecutive weights along the
             input dimension live or die together.
         num_grads: m, number of gradients.
+        samples_per_grad: None: each batch gives one gradient.  g: one backward pass gives a
+            gradient of every g samples of its batch, so large batches are best (64 g samples);
+            the loss must be a mean over samples.
         block_size: B, 1 to 256, weights per Fisher block.
         damping: added to the diagonal of the Fisher.
         params: names or ``re:`` patterns of the matrices; None: encoder linear layers.
@@ -186,7 +190,7 @@ def prune(
         MemoryError: the call would not fit; the message gives the figures and the remedies.
         NumericalError: a Fisher block is not positive definite.
     """
-    check_counts(num_grads, block_size)
+    check_counts(num_grads, block_size, samples_per_grad)
     check_positive("damping", damping)
     if selection not in ("diagonal", "magnitude"):
         raise ValueError(f"selection must be 'diagonal' or 'magnitude', got {selection!r}")
@@ -222,31 +226,32 @@ def prune(
     else:
         if batches is None:
             raise ValueError("batches is needed: an iterable of batches, or fisher=an estimate")
-        plan = plan_passes(weights, block_size, fisher_dtype, max_memory, num_grads)
-        notes = repetition_notes(batches, num_grads)
+        source = open_source(model, batches, weights, num_grads, samples_per_grad, loss_fn)
+        plan = plan_passes(
+            weights, block_size, fisher_dtype, max_memory, num_grads, source.group is not None
+        )
+        notes = source.notes
 
         def estimate(names: list[str]) -> dict[str, GramFisher]:
             return accumulate(
-                model,
-                batches,
+                source,
                 {name: weights[name] for name in names},
                 plan,
-                num_grads=num_grads,
                 block_size=block_size,
                 dtype=fisher_dtype,
-                loss_fn=loss_fn,
                 clock=job.clock,
                 progress=job.progress,
             )
 
-        if len(plan.passes) > 1:  # every pass must see the same batches
-            batches = list(take_batches(batches, num_grads))
+        if len(plan.passes) > 1:
+            source.hold_batches()
         masks, changes = _in_passes(job, plan, estimate, selection)
     _commit(weights, {name: new for name, (new, _) in changes.items()})
     settings = {
         "sparsity": dict(sparsity) if isinstance(sparsity, Mapping) else sparsity,
         "pattern": pattern,
         "num_grads": fisher.num_grads if fisher else num_grads,
+        "samples_per_grad": fisher.samples_per_grad if fisher else samples_per_grad,
         "block_size": next(iter(fisher.fishers.values())).block_size if fisher else block_size,
         "damping": damping,
         "selection": selection,

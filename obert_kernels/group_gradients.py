@@ -1,0 +1,358 @@
+"""Gradients of groups of samples, many from one backward pass.
+
+For a linear layer ``y = x W^T`` the gradient of the loss of some samples is ``D^T A`` over their
+tokens, A the input of the layer and D the gradient at its output.  So one backward pass over a
+batch, with A and D taken at every layer, gives the gradients of all groups of samples in it.  They
+are handed on layer by layer while the pass runs; the whole of them never exists.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .gradients import (
+    LossFn,
+    check_loss,
+    evaluation,
+    map_tensors,
+    model_loss,
+    take_batches,
+    to_device,
+)
+from .memory import STREAMED_PER_UPDATE
+
+Receive = Callable[[str, Tensor], None]
+
+
+class NotServed(ValueError):
+    """Inputs and outputs of layers do not give these gradients; says why."""
+
+
+def samples_in(batch: Any) -> int | None:
+    """Return the common first dimension of a batch's tensors, None if they have none."""
+    sizes: set[int | None] = set()
+    map_tensors(batch, lambda tensor: sizes.add(tensor.shape[0] if tensor.dim() else None))
+    return sizes.pop() if len(sizes) == 1 else None
+
+
+def split_batch(batch: Any, size: int) -> list[Any]:
+    """Cut a batch into batches of ``size`` samples, the last one of what is left.
+
+    Raises:
+        ValueError: its tensors have no common first dimension.
+    """
+    samples = samples_in(batch)
+    if samples is None:
+        raise ValueError(
+            "samples_per_grad needs batches whose tensors all have one row per sample; got a "
+            f"{type(batch).__name__} without; leave samples_per_grad out for one gradient per batch"
+        )
+    return [
+        map_tensors(batch, lambda tensor, i=i: tensor[i : i + size])
+        for i in range(0, samples, size)
+    ]
+
+
+class SplitBatches:
+    """The pieces of ``size`` samples of every batch of an iterable."""
+
+    def __init__(self, batches: Iterable[Any], size: int) -> None:
+        self.batches = batches
+        self.size = size
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in self.batches:
+            yield from split_batch(batch, self.size)
+
+
+class _Tap(torch.autograd.Function):
+    """The identity on a layer's output; hands input and output gradient to a receiver.
+
+    What it saves is saved by autograd, so that checkpointing and saved-tensor hooks see it.  The
+    anchor, a leaf, makes an output of frozen layers part of the graph.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, anchor: Tensor, inputs: Tensor, receive: Any) -> Tensor:
+        ctx.save_for_backward(inputs)
+        ctx.receive = receive
+        return output.clone()  # what comes next may change it in place
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        (inputs,) = ctx.saved_tensors
+        ctx.receive(inputs, grad)
+        return grad, None, None, None
+
+
+@contextmanager
+def _removed(handle: Any) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _frozen(model: nn.Module, anchor: Tensor) -> Iterator[None]:
+    """Eval mode, and no parameter collects a gradient; embeddings still start a graph."""
+
+    def enter(module: nn.Module, args: tuple, output: Any) -> Any:
+        # A checkpointed segment needs an input that requires a gradient.
+        if torch.is_grad_enabled() and isinstance(output, Tensor):
+            return _Tap.apply(output, anchor, output.new_empty(0), lambda a, d: None)
+        return None
+
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    with ExitStack() as stack:
+        stack.enter_context(evaluation(model, []))
+        for module in model.modules():
+            if isinstance(module, nn.Embedding):
+                stack.enter_context(_removed(module.register_forward_hook(enter)))
+        try:
+            for parameter in trained:
+                parameter.requires_grad_(False)
+            yield
+        finally:
+            for parameter in trained:
+                parameter.requires_grad_(True)
+
+
+class _Recorder:
+    """Collects A and D of one batch and hands on the gradients of its groups."""
+
+    def __init__(self, weights: Mapping[str, nn.Parameter], group: int, receive: Receive) -> None:
+        self.weights = weights
+        self.group = group
+        self.receive = receive
+        self.space: Tensor | None = None
+        self.start(0, 0)
+
+    def start(self, samples: int, most: int) -> None:
+        """Before the forward pass of a batch of which at most ``most`` groups are wanted."""
+        self.samples = samples
+        self.most = most
+        self.in_forward = True
+        self.uses = dict.fromkeys(self.weights, 0)
+        self.pairs: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in self.weights}
+
+    def backward(self, loss: Tensor, index: int) -> None:
+        """Run the backward pass; every weight is handed on as soon as all its uses are known."""
+        if not any(self.uses.values()):
+            raise NotServed("none of the layers is called as a module")
+        check_loss(loss, index)
+        self.index = index
+        self.in_forward = False  # a checkpoint runs layers again: no new uses
+        loss.backward()
+        for name, pairs in self.pairs.items():  # a use that the loss does not depend on
+            if pairs:
+                self._hand_on(name)
+
+    def hook(self, name: str, anchor: Tensor) -> Callable:
+        def tap(module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
+            self.uses[name] += self.in_forward
+            if not torch.is_grad_enabled():
+                return None
+            return _Tap.apply(output, anchor, args[0], lambda a, d: self._collect(name, a, d))
+
+        return tap
+
+    def _collect(self, name: str, inputs: Tensor, grad: Tensor) -> None:
+        if not (torch.isfinite(grad).all() and torch.isfinite(inputs).all()):
+            raise ValueError(
+                f"batch {self.index}: the gradient of {name} holds NaN or infinity; leave that "
+                "batch out, or compute gradients in float32"
+            )
+        if inputs.shape[0] % self.samples or inputs.shape[:-1] != grad.shape[:-1]:
+            raise NotServed(
+                f"the input of {name} has shape {tuple(inputs.shape)} for {self.samples} samples"
+            )
+        self.pairs[name].append((self._by_sample(inputs.to(grad.dtype)), self._by_sample(grad)))
+        if len(self.pairs[name]) == self.uses[name]:
+            self._hand_on(name)
+
+    def _by_sample(self, x: Tensor) -> Tensor:
+        return x.reshape(self.samples, -1, x.shape[-1])
+
+    def _hand_on(self, name: str) -> None:
+        pairs, self.pairs[name] = self.pairs[name], []
+        whole = min(self.samples // self.group, self.most)
+        for first in range(0, whole, STREAMED_PER_UPDATE):
+            count = min(STREAMED_PER_UPDATE, whole - first)
+            self._send(name, pairs, first * self.group, count, self.group)
+        rest = self.samples - whole * self.group
+        if whole < self.most and rest:
+            self._send(name, pairs, whole * self.group, 1, rest)
+
+    def _send(self, name: str, pairs: list, first: int, groups: int, size: int) -> None:
+        """Gradients of the mean loss of ``groups`` groups of ``size`` samples from ``first`` on."""
+        # The loss is a mean over all samples of the batch, so each has a share of 1 in it.
+        scale = self.samples / size
+        gradient = self._space(groups, self.weights[name].shape, pairs[0][1])
+        for use, (inputs, grad) in enumerate(pairs):
+            a, d = (
+                x[first : first + groups * size].reshape(groups, -1, x.shape[-1])
+                for x in (inputs, grad)
+            )
+            torch.baddbmm(gradient, d.mT, a, beta=min(use, 1), alpha=scale, out=gradient)
+        self.receive(name, gradient.flatten(1))
+
+    def _space(self, groups: int, shape: torch.Size, like: Tensor) -> Tensor:
+        """Room for gradients; the same for all layers: fresh memory costs as much as the sum."""
+        size = groups * shape.numel()
+        if self.space is None or self.space.numel() < size or self.space.dtype != like.dtype:
+            self.space = None  # freed first
+            self.space = like.new_empty(size)
+        return self.space[:size].view(groups, *shape)
+
+
+def _anchor(weights: Mapping[str, nn.Parameter]) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.zeros((), requires_grad=True, device=next(iter(weights.values())).device)
+
+
+@contextmanager
+def _recording(
+    model: nn.Module, weights: Mapping[str, nn.Parameter], group: int, receive: Receive
+) -> Iterator[_Recorder]:
+    """Taps at every linear layer that owns one of the weights; the model frozen, in eval mode."""
+    recorder = _Recorder(weights, group, receive)
+    names = {weight: name for name, weight in weights.items()}
+    anchor = _anchor(weights)
+
+    with ExitStack() as stack:
+        stack.enter_context(_frozen(model, anchor))
+        for module in model.modules():
+            if isinstance(module, nn.Linear) and module.weight in names:
+                hook = recorder.hook(names[module.weight], anchor)
+                stack.enter_context(_removed(module.register_forward_hook(hook)))
+        yield recorder
+
+
+class GroupGradients:
+    """Gradients of the mean loss of groups of samples, handed on layer by layer.
+
+    Args:
+        model: any module; runs in eval mode and is put back afterwards.
+        weights: name to parameter, the gradients wanted.
+        samples_per_grad: g, samples of a group; what is left of a batch makes a smaller one.
+        loss_fn: ``loss_fn(model, batch)``, the mean of a loss of each sample.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        weights: Mapping[str, nn.Parameter],
+        samples_per_grad: int,
+        loss_fn: LossFn | None = None,
+    ) -> None:
+        self.model = model
+        self.weights = weights
+        self.group = samples_per_grad
+        self.loss_fn = loss_fn or model_loss
+        self.device = next(iter(weights.values())).device
+
+    def run(self, batches: Iterable[Any], num_grads: int, receive: Receive) -> Iterator[int]:
+        """Hand on ``num_grads`` gradients; yield how many there are after each batch.
+
+        Args:
+            batches: an iterable of batches, started over when it ends early.
+            num_grads: groups in all.
+            receive: called as ``receive(name, gradients)`` with ``[k, n]`` for each weight, k
+                groups of a batch at a time; it may change them in place.
+
+        Raises:
+            ValueError: as for :func:`batch_gradients`, or a batch cannot be cut into samples.
+            NotServed: a layer's input has not one row, or a fixed number of rows, per sample.
+        """
+        done = 0
+        with _recording(self.model, self.weights, self.group, receive) as recorder:
+            for index, batch in enumerate(take_batches(batches)):
+                samples = samples_in(batch)
+                if samples is None:
+                    split_batch(batch, self.group)  # raises, with the remedy
+                recorder.start(samples, num_grads - done)
+                with torch.inference_mode(False), torch.enable_grad():
+                    loss = self.loss_fn(self.model, to_device(batch, self.device))
+                    recorder.backward(loss, index)
+                done += min(-(-samples // self.group), num_grads - done)
+                yield done
+                if done == num_grads:
+                    return
+
+    def check(self, batch: Any) -> None:
+        """Compare the first group's gradients with those of autograd for that group alone.
+
+        They differ where a layer's weight is used without calling the layer, where samples do
+        not lie along the first dimension, or where the loss is not a mean over samples.
+
+        Raises:
+            NotServed: they do; the message names a matrix.
+        """
+        batch = to_device(batch, self.device)
+        alone = split_batch(batch, self.group)[0]
+        expected = self._from_autograd(alone)
+        found: dict[str, Tensor] = {}
+        tolerance = 1e-3
+
+        def compare(name: str, gradients: Tensor) -> None:
+            nonlocal tolerance
+            if gradients.dtype.itemsize < 4:
+                tolerance = 5e-2
+            found[name] = _projection(gradients[0].view_as(self.weights[name]))
+
+        for _ in self.run([batch], 1, compare):
+            pass
+        for name, known in expected.items():
+            error = (found.get(name, torch.zeros_like(known)) - known).norm()
+            if not error <= tolerance * known.norm():
+                raise NotServed(
+                    f"the first {self.group} samples of a batch have another gradient of {name} "
+                    "when they are alone, or its layer is not called as a module"
+                )
+
+    def _from_autograd(self, batch: Any) -> dict[str, Tensor]:
+        """Projected gradients of a batch; only one of them exists at a time."""
+        found: dict[str, Tensor] = {
+            name: torch.zeros(16, dtype=torch.float64, device=self.device) for name in self.weights
+        }
+        held = {name: weight.grad for name, weight in self.weights.items()}
+
+        def take(name: str, parameter: Tensor) -> None:
+            assert parameter.grad is not None
+            found[name] = _projection(parameter.grad)
+            parameter.grad = None
+
+        with ExitStack() as stack:
+            stack.enter_context(_frozen(self.model, _anchor(self.weights)))
+            try:
+                for name, weight in self.weights.items():
+                    weight.grad = None
+                    weight.requires_grad_(True)
+                    handle = weight.register_post_accumulate_grad_hook(partial(take, name))
+                    stack.enter_context(_removed(handle))
+                with torch.inference_mode(False), torch.enable_grad():
+                    loss = self.loss_fn(self.model, batch)
+                    check_loss(loss, 0)
+                    loss.backward()
+            finally:
+                for name, weight in self.weights.items():
+                    weight.requires_grad_(False)
+                    weight.grad = held[name]
+        return found
+
+
+def _projection(gradient: Tensor) -> Tensor:
+    """Sixteen numbers that tell one matrix from another."""
+    generator = torch.Generator().manual_seed(0)
+    left, right = (
+        torch.randn((4, size), generator=generator).to(gradient.device, torch.float32)
+        for size in gradient.shape
+    )
+    return (left @ gradient.float() @ right.T).flatten().double()

@@ -1,0 +1,363 @@
+"""Gradients of groups of samples from one backward pass: those of autograd, group by group."""
+
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+import transformers
+from tiny import TinyEncoder, batches, snapshot, unchanged
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from obert_kernels import estimate_fisher, find_weights, prune
+from obert_kernels.gradients import model_loss
+from obert_kernels.group_gradients import GroupGradients, NotServed, samples_in, split_batch
+
+
+def by_hooks(model, data, weights, count, group, loss_fn=None):
+    groups = GroupGradients(model, weights, group, loss_fn)
+    groups.check(data[0])
+    found = {name: [] for name in weights}
+    for _ in groups.run(data, count, lambda name, rows: found[name].append(rows.clone())):
+        pass
+    return {name: torch.cat(rows) for name, rows in found.items()}
+
+
+def by_autograd(model, data, weights, count, group, loss_fn=None):
+    """A backward pass for every group."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    rows = {name: [] for name in weights}
+    pieces = [piece for batch in data for piece in split_batch(batch, group)][:count]
+    assert len(pieces) == count
+    for piece in pieces:
+        loss = (loss_fn or model_loss)(model, piece)
+        found = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
+        for (name, weight), gradient in zip(weights.items(), found, strict=True):
+            rows[name].append(torch.zeros_like(weight) if gradient is None else gradient)
+    for module, mode in modes.items():
+        module.training = mode
+    return {name: torch.stack(rows[name]).flatten(1) for name in weights}
+
+
+def assert_same(model, data, weights, count, group, loss_fn=None, tolerance=1e-5):
+    expected = by_autograd(model, data, weights, count, group, loss_fn)
+    found = by_hooks(model, data, weights, count, group, loss_fn)
+    for name, rows in expected.items():
+        assert found[name].shape == rows.shape
+        for row, known in zip(found[name], rows, strict=True):
+            assert (row.float() - known.float()).norm() <= tolerance * known.float().norm()
+
+
+@pytest.mark.parametrize("group", [1, 2, 3, 7, 50])
+@pytest.mark.parametrize("count", [1, 5])
+def test_every_group_has_its_own_gradient(group, count):
+    model = TinyEncoder()
+    assert_same(model, batches(5, size=7), find_weights(model), count, group)
+
+
+def test_more_groups_than_are_made_at_once(monkeypatch):
+    monkeypatch.setattr("obert_kernels.group_gradients.STREAMED_PER_UPDATE", 2)
+    model = TinyEncoder()
+    assert_same(model, batches(2, size=11), find_weights(model), 12, 2)
+
+
+def bert(**kwargs):
+    config = transformers.BertConfig(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24,
+        vocab_size=50, max_position_embeddings=16, num_labels=3, **kwargs,
+    )  # fmt: skip
+    return transformers.BertForSequenceClassification(config)
+
+
+def padded_batch(size=6):
+    lengths = torch.arange(3, 3 + size)
+    mask = (torch.arange(12) < lengths[:, None]).long()
+    tokens = torch.randint(1, 50, (size, 12)) * mask
+    labels = torch.arange(size) % 3
+    return {"input_ids": tokens, "attention_mask": mask, "labels": labels}
+
+
+@pytest.mark.parametrize("group", [1, 4])
+def test_a_bert_with_padding(group):
+    model = bert()
+    assert_same(model, [padded_batch(), padded_batch(5)], find_weights(model), 4, group)
+
+
+def test_bfloat16_autocast():
+    def loss_fn(model, batch):
+        with torch.autocast("cpu", torch.bfloat16):
+            return model(**batch).loss
+
+    model = bert()
+    assert_same(model, [padded_batch()], find_weights(model), 3, 2, loss_fn, tolerance=3e-2)
+
+
+def test_half_precision_model():
+    model = bert().bfloat16()
+    assert_same(model, [padded_batch()], find_weights(model), 3, 2, tolerance=5e-2)
+
+
+class Shared(nn.Module):
+    """One layer called twice, two layers with one weight, activations in place."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(6, 6)
+        self.twin = nn.Linear(6, 6)
+        self.twin.weight = self.first.weight
+        self.other = nn.Linear(6, 2)
+        self.unused = nn.Linear(6, 6)
+
+    def forward(self, x):
+        x = torch.relu_(self.first(x))
+        self.unused(x)
+        return self.other(self.first(x) + torch.tanh_(self.twin(x)))
+
+
+def regression(model, batch):
+    inputs, targets = batch
+    return nn.functional.mse_loss(model(inputs), targets)
+
+
+def test_reused_and_tied_layers():
+    model = Shared()
+    weights = find_weights(model, "re:.*")
+    assert set(weights) == {"first.weight", "other.weight", "unused.weight"}
+    data = [(torch.randn(6, 3, 6), torch.randn(6, 3, 2)) for _ in range(2)]
+    expected = by_autograd(model, data, weights, 4, 3, regression)
+    found = {name: [] for name in weights}
+    groups = GroupGradients(model, weights, 3, regression)
+    groups.check(data[0])
+    for _ in groups.run(data, 4, lambda name, rows: found[name].append(rows.clone())):
+        pass
+    for name in ("first.weight", "other.weight"):
+        torch.testing.assert_close(torch.cat(found[name]), expected[name])
+    assert not found["unused.weight"], "nothing is handed on where there is no gradient"
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("frozen", [True, False])
+def test_gradient_checkpointing(reentrant, frozen):
+    class Checkpointed(TinyEncoder):
+        def forward(self, tokens, labels=None):
+            x = self.embedding(tokens)
+            for layer in self.layer:
+                x = checkpoint(self.run, layer, x, use_reentrant=reentrant)
+            logits = self.head(x.mean(dim=1))
+            return {"loss": nn.functional.cross_entropy(logits, labels)}
+
+        @staticmethod
+        def run(layer, x):
+            return x + layer["narrow"](torch.relu(layer["wide"](x)))
+
+    model = Checkpointed()
+    data, weights = batches(2, size=6), find_weights(model)
+    plain = TinyEncoder()
+    plain.load_state_dict(model.state_dict())
+    expected = by_autograd(plain, data, find_weights(plain), 4, 3)
+    model.requires_grad_(not frozen)
+    found = by_hooks(model, data, weights, 4, 3)
+    for name in weights:
+        torch.testing.assert_close(found[name], expected[name])
+
+
+def test_the_model_is_left_as_it_was():
+    model = TinyEncoder()
+    model.layer[0].eval()
+    model.layer[1]["wide"].weight.requires_grad_(False)
+    for parameter in (model.head.weight, model.layer[0]["wide"].weight):
+        parameter.grad = torch.ones_like(parameter)
+    weights = find_weights(model)
+    trained = [p.requires_grad for p in model.parameters()]
+    modes = [m.training for m in model.modules()]
+    before = snapshot(model)
+
+    def is_as_it_was():
+        grads = {name for name, p in model.named_parameters() if p.grad is not None}
+        return (
+            grads == {"head.weight", "layer.0.wide.weight"}
+            and bool(model.head.weight.grad.eq(1).all())
+            and bool(model.layer[0]["wide"].weight.grad.eq(1).all())
+            and [p.requires_grad for p in model.parameters()] == trained
+            and [m.training for m in model.modules()] == modes
+            and not any(m._forward_hooks for m in model.modules())
+            and unchanged(model, before)
+        )
+
+    with torch.no_grad():
+        found = by_hooks(model, batches(), weights, 5, 2)
+    assert found["layer.1.wide.weight"].any(), "frozen weights are pruned too"
+    assert is_as_it_was()
+    broken = [*batches(1), {"tokens": batches(1)[0]["tokens"]}]
+    with pytest.raises(TypeError, match="returned no loss"):
+        by_hooks(model, broken, weights, 5, 2)
+    assert is_as_it_was()
+    run = GroupGradients(model, weights, 2).run(batches(), 9, lambda name, rows: None)
+    next(run)
+    run.close()
+    assert is_as_it_was()
+
+
+def attend(model, batch):
+    """The output projection of the attention is used without a call of its module."""
+    return nn.functional.mse_loss(model(batch[0], batch[0], batch[0])[0], batch[1])
+
+
+def mixed(model, batch):
+    """So is this weight, once out of two times."""
+    again = nn.functional.linear(model(batch[0]), model.weight)
+    return nn.functional.mse_loss(again, batch[1])
+
+
+def contrast(model, batch):
+    """Every sample's loss depends on the others."""
+    x = model(batch[0]).mean(dim=1)
+    return nn.functional.cross_entropy(x @ x.T, torch.arange(len(x)))
+
+
+def sideways(model, batch):
+    """The samples lie along the second dimension of the layer's input."""
+    return nn.functional.mse_loss(model(batch[0].transpose(0, 1)), batch[1].transpose(0, 1))
+
+
+@pytest.mark.parametrize("loss_fn", [attend, mixed, contrast, sideways])
+def test_what_hooks_cannot_serve_takes_more_passes(loss_fn):
+    attention = nn.MultiheadAttention(8, 2, batch_first=True)
+    model, params = (attention, "out_proj") if loss_fn is attend else (nn.Linear(8, 8), "re:.*")
+    batch = (torch.randn(6, 6, 8), torch.randn(6, 6, 8))
+    reason = "called as a module" if loss_fn is attend else "when they are alone"
+    with pytest.raises(NotServed, match=reason):
+        GroupGradients(model, find_weights(model, params), 3, loss_fn).check(batch)
+    options = {"num_grads": 4, "params": params, "loss_fn": loss_fn, "block_size": 8}
+    expected = estimate_fisher(model, split_batch(batch, 3) * 2, **options)
+    for data in ([batch, batch], iter([batch, batch])):
+        estimate = estimate_fisher(model, data, samples_per_grad=3, **options)
+        assert "every gradient took a backward pass of its own" in estimate.notes[0]
+        for name, fisher in expected.fishers.items():
+            torch.testing.assert_close(estimate.fishers[name].gram, fisher.gram)
+
+
+@pytest.mark.parametrize("max_memory", [None, 700_000])
+def test_pruning_is_the_same_as_with_a_pass_for_every_group(max_memory):
+    data = batches(6, size=8)
+    pieces = [piece for batch in data for piece in split_batch(batch, 2)]
+    first = TinyEncoder(width=40)
+    second = TinyEncoder(width=40)
+    second.load_state_dict(first.state_dict())
+    options = {"damping": 1e-4, "block_size": 20, "fisher_dtype": torch.float64}
+    options |= {"num_grads": 22, "max_memory": max_memory}
+    report = prune(first, data, 0.6, samples_per_grad=2, **options).report
+    assert (report.memory["passes"] > 1) == (max_memory is not None)
+    assert report.settings["samples_per_grad"] == 2
+    assert prune(second, pieces, 0.6, **options).report.sparsity == report.sparsity
+    for name, weight in find_weights(first).items():
+        torch.testing.assert_close(weight, find_weights(second)[name], rtol=1e-3, atol=1e-5)
+    assert {"gradients", "fisher"} <= set(report.seconds)
+    assert all(seconds >= 0 for seconds in report.seconds.values())
+
+
+def test_pruned_weights_stay_out_of_the_fisher():
+    model = TinyEncoder()
+    weight = model.layer[0]["wide"].weight
+    with torch.no_grad():
+        weight[:, 3] = 0
+    fisher = estimate_fisher(
+        model, batches(2), num_grads=4, samples_per_grad=2, block_size=12
+    ).fishers["layer.0.wide.weight"]
+    rows = fisher.gram[:, [6, 7, 8, 9]]  # row 3 of each packed triangle
+    assert not rows.any() and fisher.gram.any()
+
+
+def test_repetition_is_noted_and_iterators_are_used_up():
+    model = TinyEncoder()
+    estimate = estimate_fisher(model, batches(3), num_grads=12, samples_per_grad=2)
+    assert "12 gradients were taken from 3 batches, gone through 2.0 times" in estimate.notes[0]
+    estimate_fisher(model, iter(batches(3)), num_grads=6, samples_per_grad=2)
+    with pytest.raises(ValueError, match="ended after 3: pass a list"):
+        estimate_fisher(model, iter(batches(3)), num_grads=7, samples_per_grad=2)
+
+
+def test_bad_input_is_named():
+    model, weights = TinyEncoder(), None
+    weights = find_weights(model)
+    with pytest.raises(ValueError, match="samples_per_grad must be at least 1"):
+        estimate_fisher(model, batches(), samples_per_grad=0)
+    odd = [{"tokens": torch.zeros(4, 3, dtype=torch.long), "labels": torch.tensor(1)}]
+    with pytest.raises(ValueError, match="tensors all have one row per sample; got a dict"):
+        estimate_fisher(model, odd, samples_per_grad=2)
+    with pytest.raises(ValueError, match="batches is empty"):
+        estimate_fisher(model, [], samples_per_grad=2)
+
+    class Nan(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad * float("nan")
+
+    seen = []
+
+    def loss_fn(model, batch):
+        seen.append(batch)
+        loss = model(**batch)["loss"]
+        return Nan.apply(loss) if len(seen) == 5 else loss
+
+    # The check takes two passes, so the fifth is batch 2.
+    with pytest.raises(ValueError, match=r"batch 2: the gradient of layer\.1\.narrow\.weight"):
+        by_hooks(model, batches(), weights, 20, 2, loss_fn)
+
+
+def test_samples_in():
+    assert samples_in({"a": torch.zeros(3, 2), "b": torch.zeros(3)}) == 3
+    assert samples_in((torch.zeros(3, 2), [torch.zeros(2)])) is None
+    assert samples_in({"a": torch.zeros(3), "b": torch.tensor(1.0)}) is None
+    assert samples_in({"a": 1}) is None
+
+
+MEASURE = """
+import gc, resource, torch
+from torch import nn
+from obert_kernels.group_gradients import GroupGradients
+
+model = nn.Sequential(*[nn.Linear(512, 512, bias=False) for _ in range(24)])
+loss_fn = lambda m, b: m(b).square().mean()
+weights = dict(model.named_parameters())
+groups = GroupGradients(model, weights, 4, loss_fn)
+sizes = []
+def receive(name, rows):
+    sizes.append(rows.numel() * 4)
+def rss():
+    gc.collect()
+    return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
+for _ in groups.run([torch.randn(8, 512)], 2, receive):
+    pass
+before = rss()
+open("/proc/self/clear_refs", "w").write("5")
+for _ in groups.run([torch.randn(64, 512)], 16, receive):
+    pass
+high = int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) * 1024
+print(high - before, max(sizes), sum(w.numel() * 4 for w in weights.values()))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_no_more_than_one_layer_is_held():
+    done = subprocess.run([sys.executable, "-c", MEASURE], capture_output=True, text=True)
+    if "clear_refs" in done.stderr:
+        pytest.skip("this system cannot restart the peak of resident memory")
+    assert done.returncode == 0, done.stderr
+    used, buffer, all_gradients = map(int, done.stdout.split())
+    # Inputs and outputs of all layers are 6 MiB of that.
+    assert used < buffer + all_gradients / 2, "one gradient of every layer would be more"
+
+
+def test_no_warning_of_its_own():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = TinyEncoder()
+        by_hooks(model, batches(1), find_weights(model), 2, 2)
