@@ -6,6 +6,9 @@ That their results are right is tested with all other operators, see the fixture
 from __future__ import annotations
 
 import copy
+import importlib
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +16,9 @@ from problems import DAMPING, fresh_inverse, gradients, gram_of, onto_nan, relat
 from tiny import TinyEncoder, batches
 
 from obert_kernels import ops, prune, reference
+
+sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
+occupancy = importlib.import_module("occupancy")
 
 SIZES = [4, 8, 16, 32, 48, 50, 64, 96, 100, 128]
 
@@ -131,6 +137,16 @@ def test_what_is_made_of_an_inverse_reads_what_it_needs(cuda_on_host, size):
         )
         assert got == (lower + 5 * n, 4 * n + 8 * 4)
     assert status.item() == -1
+
+
+@pytest.mark.parametrize("size", [*occupancy.BLOCK_SIZES, *occupancy.GENERAL])
+def test_common_sizes_have_kernels_of_their_own(cuda_on_host, size):
+    for family, call in occupancy.operators(size).items():
+        kernel = occupancy.record(cuda_on_host, call)[1]["kernel"].partition("(obert")[0]
+        if size in occupancy.BLOCK_SIZES and family != "inverse scores, single":
+            assert kernel.endswith(f"{size}>"), family
+        elif family.startswith("gram"):
+            assert kernel.endswith(", 0>"), family
 
 
 def test_a_size_the_device_cannot_hold_is_refused_with_the_largest_that_fits(cuda_on_host):

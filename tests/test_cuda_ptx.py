@@ -37,8 +37,9 @@ pytestmark = [
     pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc to compile the kernels"),
 ]
 F64, F32 = 1e-11, 3e-7  # as in test_ops.py
-# Fisher blocks that are the work of a quarter of a warp, of a warp, and of two.
-FACTORED = [8, 20, 50]
+# Fisher blocks that are the work of a quarter of a warp, of a warp, and of two; compiled for the
+# size and general.
+FACTORED = [8, 20, 50, 36]
 
 
 @functools.cache

@@ -15,7 +15,8 @@ from problems import (
 
 from obert_kernels import ops, reference
 
-BLOCK_SIZES = [1, 2, 3, 4, 5, 7, 8, 15, 16, 17, 31, 32, 33, 48, 50, 63, 64, 96, 100, 128, 255, 256]
+BLOCK_SIZES = [1, 2, 3, 4, 5, 7, 8, 15, 16, 17, 31, 32, 33, 48, 50, 63, 64, 96, 100, 128, 150, 255,
+               256]  # fmt: skip
 # F is damping I + G/m with gradients of about 1e-2: its condition number stays below 1e3, so
 # float64 work is good to about 1e3 * B * eps, and scores are rounded to float32.
 F64 = 1e-11

@@ -39,14 +39,17 @@ __host__ __device__ inline int divide_up(int a, int b) {
     return (a + b - 1) / b;
 }
 
-__device__ inline int64_t num_blocks(const Partition& partition) {
-    return (partition.num_weights + partition.block_size - 1) / partition.block_size;
+// The partition with its block size a compile-time constant, in kernels compiled for one size.
+template <int SIZE>
+__device__ inline Partition sized(Partition partition) {
+    if (SIZE > 0) partition.block_size = SIZE;
+    return partition;
 }
 
-// Weights in block b; less than the block size only in the last one.
+// Weights in block b: less than the block size in the last one, none or less past it.
 __device__ inline int block_length(const Partition& partition, int64_t b) {
     const int64_t left = partition.num_weights - b * partition.block_size;
-    return left < partition.block_size ? int(left) : partition.block_size;
+    return int(min(left, int64_t(partition.block_size)));
 }
 
 // ---- elements of any type ----------------------------------------------------------

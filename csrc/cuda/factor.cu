@@ -18,14 +18,15 @@ struct Wanted {
     void* diagonal;
 };
 
-template <int threads>
+template <int threads, int SIZE>
 __global__ void __launch_bounds__(Team<threads>::kLaunch, 1)
     scores_kernel(const __grid_constant__ Fisher fisher, const __grid_constant__ Wanted wanted) {
     using T = Team<threads>;
-    const int size = fisher.partition.block_size;
+    const Partition partition = sized<SIZE>(fisher.partition);
+    const int size = partition.block_size;
     const int64_t block = int64_t(blockIdx.x) * T::kTeams + T::index();
-    if (block >= num_blocks(fisher.partition)) return;
-    const int n = block_length(fisher.partition, block);
+    const int n = block_length(partition, block);
+    if (n <= 0) return;
     const int64_t start = block * size;
     const int group_size = wanted.group_size;
     const Workspace w = workspace_of(T::index(), size, group_size);
@@ -64,15 +65,16 @@ __device__ inline int row_below_diagonal(int t) {
     return int(0.5f + 0.5f * sqrtf(float(8 * t + 1)));
 }
 
-template <int threads>
+template <int threads, int SIZE>
 __global__ void __launch_bounds__(Team<threads>::kLaunch, 1)
     inverse_kernel(const __grid_constant__ GramInverse args) {
     using T = Team<threads>;
     const Fisher& fisher = args.fisher;
-    const int size = fisher.partition.block_size;
+    const Partition partition = sized<SIZE>(fisher.partition);
+    const int size = partition.block_size;
     const int64_t block = int64_t(blockIdx.x) * T::kTeams + T::index();
-    if (block >= num_blocks(fisher.partition)) return;
-    const int n = block_length(fisher.partition, block);
+    const int n = block_length(partition, block);
+    if (n <= 0) return;
     const Workspace w = workspace_of(T::index(), size, 1);
     if (!factor<T, threads>(fisher, size, block, n, w)) {
         if (T::rank() == 0) record_failure(fisher.status, block);
@@ -96,15 +98,16 @@ __global__ void __launch_bounds__(Team<threads>::kLaunch, 1)
                   [=](int e) { return float(entry(e)); });
 }
 
-template <int threads>
+template <int threads, int SIZE>
 __global__ void __launch_bounds__(Team<threads>::kLaunch, 1)
     solve_kernel(const __grid_constant__ GramSolve args) {
     using T = Team<threads>;
     const Fisher& fisher = args.fisher;
-    const int size = fisher.partition.block_size;
+    const Partition partition = sized<SIZE>(fisher.partition);
+    const int size = partition.block_size;
     const int64_t block = int64_t(blockIdx.x) * T::kTeams + T::index();
-    if (block >= num_blocks(fisher.partition)) return;
-    const int n = block_length(fisher.partition, block);
+    const int n = block_length(partition, block);
+    if (n <= 0) return;
     const int64_t start = block * size;
     const Workspace w = workspace_of(T::index(), size, 1);
 #pragma unroll 1
@@ -122,9 +125,9 @@ __global__ void __launch_bounds__(Team<threads>::kLaunch, 1)
 }
 
 void start_scores(const Fisher& fisher, const Wanted& wanted, const char* what, void* stream) {
-    with_team(fisher.partition.block_size, [&](auto threads) {
+    with_team(fisher.partition.block_size, [&](auto threads, auto size) {
         launch_teams<Team<threads()>>(
-            scores_kernel<threads()>, what, fisher.partition,
+            scores_kernel<threads(), size()>, what, fisher.partition,
             [&](int s) { return workspace_bytes(s, wanted.group_size); }, stream, fisher, wanted);
     });
 }
@@ -143,17 +146,17 @@ void gram_scores(const GramScores& args, void* stream) {
 }
 
 void gram_inverse(const GramInverse& args, void* stream) {
-    with_team(args.fisher.partition.block_size, [&](auto threads) {
+    with_team(args.fisher.partition.block_size, [&](auto threads, auto size) {
         launch_teams<Team<threads()>>(
-            inverse_kernel<threads()>, "gram_inverse", args.fisher.partition,
+            inverse_kernel<threads(), size()>, "gram_inverse", args.fisher.partition,
             [](int s) { return workspace_bytes(s, 1); }, stream, args);
     });
 }
 
 void gram_solve(const GramSolve& args, void* stream) {
-    with_team(args.fisher.partition.block_size, [&](auto threads) {
+    with_team(args.fisher.partition.block_size, [&](auto threads, auto size) {
         launch_teams<Team<threads()>>(
-            solve_kernel<threads()>, "gram_solve", args.fisher.partition,
+            solve_kernel<threads(), size()>, "gram_solve", args.fisher.partition,
             [](int s) { return workspace_bytes(s, 1); }, stream, args);
     });
 }

@@ -163,18 +163,31 @@ __device__ inline void finish_update(const Update& update, const Workspace& w, i
         __stcs(update.predicted_increase + block, increase);
 }
 
-// Calls start(threads) with the compile-time number of threads that work on a block of that
-// size.  The kernels are compiled for teams, not for sizes: their loops run to the length of
-// the block, which the last one makes a run-time number anyway.
+// Threads that work on a block: about one for each of its rows.
+constexpr int team_of(int block_size) {
+    int threads = 4;
+    while (threads < block_size) threads *= 2;
+    return threads;
+}
+
+// Calls start(threads, size) with two compile-time numbers: the threads that work on a block of
+// that size, and the size itself if kernels are compiled for it, else 0.  There, offsets in shared
+// memory and strides are constants; loops run to the length of the block, which the last one makes
+// a run-time number anyway.
 template <class Start>
 void with_team(int block_size, Start start) {
-    if (block_size <= 4) return start(std::integral_constant<int, 4>{});
-    if (block_size <= 8) return start(std::integral_constant<int, 8>{});
-    if (block_size <= 16) return start(std::integral_constant<int, 16>{});
-    if (block_size <= 32) return start(std::integral_constant<int, 32>{});
-    if (block_size <= 64) return start(std::integral_constant<int, 64>{});
-    if (block_size <= 128) return start(std::integral_constant<int, 128>{});
-    start(std::integral_constant<int, 256>{});
+    with_size(block_size, [&](auto size) {
+        if constexpr (size() > 0) {
+            start(std::integral_constant<int, team_of(size())>{}, size);
+        } else {
+            if (block_size <= 8) return start(std::integral_constant<int, 8>{}, size);
+            if (block_size <= 16) return start(std::integral_constant<int, 16>{}, size);
+            if (block_size <= 32) return start(std::integral_constant<int, 32>{}, size);
+            if (block_size <= 64) return start(std::integral_constant<int, 64>{}, size);
+            if (block_size <= 128) return start(std::integral_constant<int, 128>{}, size);
+            start(std::integral_constant<int, 256>{}, size);
+        }
+    });
 }
 
 // Thread blocks and shared memory for one team per Fisher block.

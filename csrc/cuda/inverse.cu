@@ -76,14 +76,15 @@ __host__ __device__ inline int64_t scores_bytes(int size, int group_size) {
     return (2 * int64_t(size) + offset_of_system(size, size, group_size)) * 8;
 }
 
-template <int threads>
+template <int threads, int SIZE>
 __global__ void __launch_bounds__(Team<threads>::kLaunch, 1)
     group_scores_kernel(const __grid_constant__ InverseScores args) {
     using T = Team<threads>;
-    const int size = args.partition.block_size;
+    const Partition partition = sized<SIZE>(args.partition);
+    const int size = partition.block_size;
     const int64_t block = int64_t(blockIdx.x) * T::kTeams + T::index();
-    if (block >= num_blocks(args.partition)) return;
-    const int n = block_length(args.partition, block);
+    const int n = block_length(partition, block);
+    if (n <= 0) return;
     const int64_t start = block * size;
     const int group_size = args.group_size;
     // The groups' systems are filled straight from memory.
@@ -158,15 +159,16 @@ __device__ inline bool increase_of(const InverseSpace& space, int size, int n, d
     return true;
 }
 
-template <int threads>
+template <int threads, int SIZE>
 __global__ void __launch_bounds__(Team<threads>::kLaunch, 1)
     update_kernel(const __grid_constant__ InverseUpdate args) {
     using T = Team<threads>;
     const Update& update = args.update;
-    const int size = args.partition.block_size;
+    const Partition partition = sized<SIZE>(args.partition);
+    const int size = partition.block_size;
     const int64_t block = int64_t(blockIdx.x) * T::kTeams + T::index();
-    if (block >= num_blocks(args.partition)) return;
-    const int n = block_length(args.partition, block);
+    const int n = block_length(partition, block);
+    if (n <= 0) return;
     const int64_t start = block * size;
     const bool joint = update.rule == UpdateRule::joint;
     const bool factored = joint || update.predicted_increase != nullptr;
@@ -212,9 +214,9 @@ void inverse_scores(const InverseScores& args, void* stream) {
                kScoreThreads, 0, stream, args);
         return;
     }
-    with_team(partition.block_size, [&](auto threads) {
+    with_team(partition.block_size, [&](auto threads, auto size) {
         launch_teams<Team<threads()>>(
-            group_scores_kernel<threads()>, "inverse_scores", partition,
+            group_scores_kernel<threads(), size()>, "inverse_scores", partition,
             [&](int s) { return scores_bytes(s, args.group_size); }, stream, args);
     });
 }
@@ -222,9 +224,9 @@ void inverse_scores(const InverseScores& args, void* stream) {
 void inverse_update(const InverseUpdate& args, void* stream) {
     const Update& update = args.update;
     const bool joint = update.rule == UpdateRule::joint;
-    with_team(args.partition.block_size, [&](auto threads) {
+    with_team(args.partition.block_size, [&](auto threads, auto size) {
         launch_teams<Team<threads()>>(
-            update_kernel<threads()>, "inverse_update", args.partition,
+            update_kernel<threads(), size()>, "inverse_update", args.partition,
             [&](int s) {
                 return inverse_bytes(s, joint ? 1 : update.group_size,
                                      joint || update.predicted_increase != nullptr);

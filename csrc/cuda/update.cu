@@ -46,16 +46,17 @@ __device__ inline bool sum_change(const Workspace& w, int size, int64_t start, i
     return bad;
 }
 
-template <int threads>
+template <int threads, int SIZE>
 __global__ void __launch_bounds__(Team<threads>::kLaunch, 1)
     update_kernel(const __grid_constant__ GramUpdate args) {
     using T = Team<threads>;
     const Fisher& fisher = args.fisher;
     const Update& update = args.update;
-    const int size = fisher.partition.block_size;
+    const Partition partition = sized<SIZE>(fisher.partition);
+    const int size = partition.block_size;
     const int64_t block = int64_t(blockIdx.x) * T::kTeams + T::index();
-    if (block >= num_blocks(fisher.partition)) return;
-    const int n = block_length(fisher.partition, block);
+    const int n = block_length(partition, block);
+    if (n <= 0) return;
     const int64_t start = block * size;
     const bool joint = update.rule == UpdateRule::joint;
     const int group_size = joint ? 1 : update.group_size;
@@ -112,9 +113,9 @@ __global__ void __launch_bounds__(Team<threads>::kLaunch, 1)
 
 void gram_update(const GramUpdate& args, void* stream) {
     const int group_size = args.update.rule == UpdateRule::joint ? 1 : args.update.group_size;
-    with_team(args.fisher.partition.block_size, [&](auto threads) {
+    with_team(args.fisher.partition.block_size, [&](auto threads, auto size) {
         launch_teams<Team<threads()>>(
-            update_kernel<threads()>, "gram_update", args.fisher.partition,
+            update_kernel<threads(), size()>, "gram_update", args.fisher.partition,
             [&](int s) { return workspace_bytes(s, group_size); }, stream, args);
     });
 }
