@@ -22,6 +22,7 @@ ROOT = Path(__file__).parent.parent
 SIZE = 20  # the general kernels
 COMPILED = 50
 TOGETHER = 8  # small blocks that share a thread block
+LARGE = 130  # a Gram with more tiles than threads
 
 
 def results(size: int) -> dict[str, list[torch.Tensor]]:
@@ -49,6 +50,8 @@ def results(size: int) -> dict[str, list[torch.Tensor]]:
         "given: group scores": lambda: [ops.inverse_scores(given, weight, 4, status)],
         "given: update": lambda: [*ops.inverse_update(given, weight, keep, 4, True, True, status)],
     }
+    if size == LARGE:
+        calls = {"gram": calls["gram"]}
     out: dict[str, list[torch.Tensor]] = {}
     for name, call in calls.items():
         try:
@@ -88,7 +91,12 @@ CHOLESKY = {"scores", "group scores", "inverse", "solve", "update", "given: upda
 @pytest.mark.parametrize(
     ("file", "statement", "occurrence", "size", "expected"),
     [
+        ("gram.cu", "__syncthreads();", 0, LARGE, {"gram"}),
+        ("gram.cu", "__syncthreads();", 1, LARGE, {"gram"}),
+        ("gram.cu", "__syncthreads();", 2, LARGE, {"gram"}),
+        ("gram.cu", "__syncthreads();", 0, COMPILED, {"gram"}),
         ("gram.cu", "__syncthreads();", 1, COMPILED, {"gram"}),
+        ("gram.cu", "__syncthreads();", 2, SIZE, {"gram"}),
         ("gram.cu", "__syncthreads();", 3, SIZE, {"gram"}),
         ("woodbury.cu", "T::sync();", 0, COMPILED, {"woodbury"}),
         ("woodbury.cu", "__syncthreads();", 0, COMPILED, {"woodbury"}),

@@ -5,6 +5,7 @@ That their results are right is tested with all other operators, see the fixture
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import importlib
 import sys
@@ -30,6 +31,16 @@ def triangle(n: int) -> int:
 def lengths(n: int, size: int) -> list[int]:
     """Weights in each block."""
     return [min(size, n - start) for start in range(0, n, size)]
+
+
+@contextlib.contextmanager
+def shared_memory(module, limit: int):
+    """On a device with that much for a thread block."""
+    module.set_shared_memory_limit(limit)
+    try:
+        yield
+    finally:
+        module.set_shared_memory_limit(231424)
 
 
 def moved(module, call) -> tuple[int, int]:
@@ -79,6 +90,45 @@ def test_gram_and_woodbury_move_every_byte_once(cuda_on_host, size, k, dtype):
     got = moved(cuda_on_host, lambda: ops.woodbury_update(inverse, g, float(k), status))
     assert status.item() == -1
     assert got == (state + read, state)
+
+
+# Block sizes whose triangles have more tiles than a thread block has threads.
+LARGE = [(129, torch.float64), (150, torch.float64), (199, torch.float64),
+         (250, torch.float32), (256, torch.float32)]  # fmt: skip
+
+
+@pytest.mark.parametrize(("size", "gram_dtype"), LARGE)
+@pytest.mark.parametrize("k", [1, 40])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_gram_of_large_blocks_moves_every_byte_once(cuda_on_host, size, gram_dtype, k, dtype):
+    n = size + size // 2
+    gram = torch.zeros(2, triangle(size), dtype=gram_dtype)
+    state, read = gram.numel() * gram_dtype.itemsize, k * n * dtype.itemsize
+    g = gradients(k, n).to(dtype)
+    got = moved(cuda_on_host, lambda: ops.gram_accumulate(gram, g, size))
+    assert got == (state + read, state)
+
+
+@pytest.mark.parametrize(("size", "gram_dtype"), LARGE)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("k", [1, 4, 11])
+def test_the_gram_of_large_blocks(cuda_on_host, size, gram_dtype, dtype, k):
+    """Also in shared memory that holds four gradients at a time, and only one."""
+    cuda_on_host.set_seed(size + k)
+    for n, gradients_held in ((size, 4), (2 * size + size // 3, 4), (size // 2, 1)):
+        g = gradients(k, n + 3, 0.1).to(dtype)[:, 2 : n + 2]  # any alignment, rows apart
+        entries = reference.num_blocks(n, size) * triangle(size)
+        start = torch.randn(entries + 1, dtype=gram_dtype)
+        gram = start.clone()
+        wide = -(-size // 8) * 8 * gram_dtype.itemsize
+        held = -(-triangle(size) * gram_dtype.itemsize // 16) * 16 + gradients_held * wide
+        with shared_memory(cuda_on_host, held):
+            ops.gram_accumulate(gram[1:].view(-1, triangle(size)), g, size)
+        expected = start.double()
+        expected[1:] += gram_of(g.double(), size).flatten()
+        assert gram[0] == start[0]
+        allowed = 1e-14 if gram_dtype == torch.float64 else 1e-6
+        assert relative_error(gram, expected) < allowed
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -141,12 +191,11 @@ def test_what_is_made_of_an_inverse_reads_what_it_needs(cuda_on_host, size):
 
 @pytest.mark.parametrize("size", [*occupancy.BLOCK_SIZES, *occupancy.GENERAL])
 def test_common_sizes_have_kernels_of_their_own(cuda_on_host, size):
+    general = (", 0>", "::general_kernel", "::large_kernel<double, 4>")
+    expected = (f" {size}>", f"<{size}>") if size in occupancy.BLOCK_SIZES else general
     for family, call in occupancy.operators(size).items():
         kernel = occupancy.record(cuda_on_host, call)[1]["kernel"].partition("(obert")[0]
-        if size in occupancy.BLOCK_SIZES and family != "inverse scores, single":
-            assert kernel.endswith(f"{size}>"), family
-        elif family.startswith("gram"):
-            assert kernel.endswith(", 0>"), family
+        assert kernel.endswith((*expected, "::single_scores_kernel")), family
 
 
 def test_a_size_the_device_cannot_hold_is_refused_with_the_largest_that_fits(cuda_on_host):
@@ -159,17 +208,31 @@ def test_a_size_the_device_cannot_hold_is_refused_with_the_largest_that_fits(cud
     made = (largest, largest, 1.0, DAMPING, torch.float32, status)
     expected = fresh_inverse(1, largest)
     torch.testing.assert_close(ops.gram_inverse(gram, *made), expected)
-    cuda_on_host.set_shared_memory_limit(64 * 1024)  # as on compute 7.5
-    try:
-        with pytest.raises(ValueError, match=rf"block size {largest} .* 65536 for a thread block"):
-            ops.gram_inverse(gram, *made)
-        # The Gram needs more bands of rows there, and nothing else.
-        g = gradients(5, 256)
-        gram = torch.zeros(1, triangle(256), dtype=torch.float64)
-        ops.gram_accumulate(gram, g, 256)
-        assert relative_error(gram, gram_of(g, 256)) < 1e-14
-    finally:
-        cuda_on_host.set_shared_memory_limit(231424)
+    message = rf"block size {largest} .* 65536 for a thread block"
+    with shared_memory(cuda_on_host, 64 * 1024), pytest.raises(ValueError, match=message):
+        ops.gram_inverse(gram, *made)  # as on compute 7.5
+
+
+@pytest.mark.parametrize(
+    ("limit", "dtype", "largest"),
+    [
+        (231424, torch.float64, 239),  # compute 9.0
+        (99 * 1024, torch.float64, 157),  # compute 8.6
+        (64 * 1024, torch.float64, 127),  # compute 7.5
+        (64 * 1024, torch.float32, 180),
+    ],
+)
+def test_a_gram_the_device_cannot_hold_is_refused(cuda_on_host, limit, dtype, largest):
+    with shared_memory(cuda_on_host, limit):
+        for size in (256, largest + 1):
+            gram = torch.zeros(1, triangle(size), dtype=dtype)
+            message = rf"gram_accumulate: block size {size} needs .* fits is {largest}$"
+            with pytest.raises(ValueError, match=message):
+                ops.gram_accumulate(gram, gradients(2, size), size)
+            assert not gram.any()
+        g, gram = gradients(2, largest), torch.zeros(1, triangle(largest), dtype=dtype)
+        ops.gram_accumulate(gram, g, largest)
+        assert relative_error(gram, gram_of(g, largest)) < 1e-6
 
 
 @pytest.mark.parametrize("size", [4, 16, 50, 64, 70])

@@ -155,8 +155,13 @@ def test_gram(cuda_on_host, block_size, dtype):
     check_gram(cuda_on_host, block_size, gradients(3, weights_in(block_size), 1.0), dtype)
 
 
-def test_gram_in_bands(cuda_on_host):
-    check_gram(cuda_on_host, 200, gradients(2, 230, 1.0), torch.float64)
+def test_gram_with_more_tiles_than_threads(cuda_on_host):
+    held = 130 * 131 // 2 * 8 + 2 * 132 * 8 + 8  # the triangle and two gradients
+    cuda_on_host.set_shared_memory_limit(held)
+    try:
+        check_gram(cuda_on_host, 130, gradients(3, 151, 1.0), torch.float64)
+    finally:
+        cuda_on_host.set_shared_memory_limit(231424)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)

@@ -21,6 +21,11 @@ __host__ __device__ inline int64_t packed(int64_t i) {
 __host__ __device__ inline int packed(int i, int j) {
     return i * (i + 1) / 2 + j;
 }
+// The row of an entry of a packed triangle.  Exact: at the start of row i the root is of the square
+// of 2 i + 1, and it is rounded correctly.
+__device__ inline int packed_row(int entry) {
+    return int(0.5f * sqrtf(float(8 * entry + 1)) - 0.5f);
+}
 
 // A packed inverse is the diagonal, then the rows below it: where entry (i, j), j < i, stands.
 __host__ __device__ inline int below_diagonal(int size, int i, int j) {

@@ -59,12 +59,6 @@ __global__ void __launch_bounds__(Team<threads>::kLaunch, 1)
     if (bad) record_failure(fisher.status, block);
 }
 
-// Row of the entry number t of the rows below a diagonal, one after the other.  Exact: 8 t + 1 is
-// the square of 2 i - 1 at the start of row i, and its root is rounded correctly.
-__device__ inline int row_below_diagonal(int t) {
-    return int(0.5f + 0.5f * sqrtf(float(8 * t + 1)));
-}
-
 template <int threads, int SIZE>
 __global__ void __launch_bounds__(Team<threads>::kLaunch, 1)
     inverse_kernel(const __grid_constant__ GramInverse args) {
@@ -84,7 +78,7 @@ __global__ void __launch_bounds__(Team<threads>::kLaunch, 1)
     const double* m = w.matrix;
     const double past_the_end = 1.0 / fisher.damping;
     auto entry = [=](int e) {
-        const int i = e < size ? e : row_below_diagonal(e - size);
+        const int i = e < size ? e : 1 + packed_row(e - size);
         const int j = e < size ? e : e - below_diagonal(size, i, 0);
         if (i >= n) return i == j ? past_the_end : 0.0;
         return inverse_entry(m, n, i, j);

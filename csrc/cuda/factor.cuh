@@ -197,7 +197,7 @@ void launch_teams(Kernel kernel, const char* what, const Partition& partition, B
     const int teams = T::kTeams;
     require_fits(what, partition.block_size, [&](int size) { return teams * bytes_for(size); });
     const int64_t blocks = partition.num_blocks();
-    launch(kernel, (blocks + teams - 1) / teams, 1, T::kLaunch,
+    launch(kernel, (blocks + teams - 1) / teams, T::kLaunch,
            teams * bytes_for(partition.block_size), stream, args...);
 }
 

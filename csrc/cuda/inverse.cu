@@ -210,7 +210,7 @@ __global__ void __launch_bounds__(Team<threads>::kLaunch, 1)
 void inverse_scores(const InverseScores& args, void* stream) {
     const Partition& partition = args.partition;
     if (args.group_size == 1) {
-        launch(single_scores_kernel, (partition.num_weights + kScoreThreads - 1) / kScoreThreads, 1,
+        launch(single_scores_kernel, (partition.num_weights + kScoreThreads - 1) / kScoreThreads,
                kScoreThreads, 0, stream, args);
         return;
     }

@@ -291,11 +291,11 @@ void woodbury_update(const WoodburyUpdate& args, void* stream) {
     with_size(block_size, [&](auto size) {
         if constexpr (size() > 0) {
             using L = Layout<size()>;
-            launch(tile_kernel<size()>, (blocks + L::teams - 1) / L::teams, 1,
+            launch(tile_kernel<size()>, (blocks + L::teams - 1) / L::teams,
                    Tile<size()>::T::kLaunch, L::bytes, stream, args, blocks);
         } else {
             require_fits("woodbury_update", block_size, general_bytes);
-            launch(general_kernel, blocks, 1, kGeneralThreads, general_bytes(block_size), stream,
+            launch(general_kernel, blocks, kGeneralThreads, general_bytes(block_size), stream,
                    args);
         }
     });
