@@ -162,6 +162,49 @@ def test_what_is_made_of_a_gram_reads_it_once(cuda_on_host, size, gram_dtype):
     assert status.item() == -1
 
 
+@pytest.mark.parametrize("size", [16, 48, 64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_vectors_are_passed_over_16_bytes_at_a_time(cuda_on_host, size, dtype):
+    """Accesses, not bytes, where every block begins at a 16-byte border."""
+    n = 1536
+    gram = gram_of(gradients(30, n), size)
+    weight, keep = torch.randn(n, dtype=dtype), torch.arange(n) % 2 == 0
+    status = ops.new_status()
+    inverse = ops.gram_inverse(gram, n, size, 30.0, DAMPING, torch.float32, status)
+    fisher, made = (size, 30.0, DAMPING, status), (n, size, 30.0, DAMPING, dtype, status)
+    state, given, vector = gram.numel() // 2, inverse.numel() // 4, n * dtype.itemsize // 16
+    scores, mask, blocks = n // 4, n, n // size
+    expected = {
+        "diagonal": (state, vector),
+        "inverse": (state, gram.numel() * dtype.itemsize // 16),
+        "solve": (state + vector, vector),
+        "scores": (state + vector, scores),
+        "group scores": (state + vector, scores // 4),
+        "update": (state + vector + mask, vector + blocks),
+        "given: scores": (n + vector, scores),  # of each block the diagonal, which is short
+        "given: group scores": (n // 4 * 10 + vector, scores // 4),
+        "given: update": (given + vector + mask, vector + blocks),
+    }
+    calls = {
+        "diagonal": lambda: ops.gram_diagonal(gram, *made),
+        "inverse": lambda: ops.gram_inverse(gram, *made),
+        "solve": lambda: ops.gram_solve(gram, weight, *fisher),
+        "scores": lambda: ops.gram_scores(gram, weight, 1, *fisher),
+        "group scores": lambda: ops.gram_scores(gram, weight, 4, *fisher),
+        "update": lambda: ops.gram_update(gram, weight, keep, 1, True, *fisher),
+        "given: scores": lambda: ops.inverse_scores(inverse, weight, 1, status),
+        "given: group scores": lambda: ops.inverse_scores(inverse, weight, 4, status),
+        "given: update": lambda: ops.inverse_update(inverse, weight, keep, 1, True, True, status),
+    }
+    got = {}
+    for name, call in calls.items():
+        moved(cuda_on_host, call)
+        counters = cuda_on_host.counters()
+        got[name] = counters["load_count"], counters["store_count"]
+    assert got == expected
+    assert status.item() == -1
+
+
 @pytest.mark.parametrize("size", SIZES)
 def test_what_is_made_of_an_inverse_reads_what_it_needs(cuda_on_host, size):
     n = 4 * size
@@ -195,7 +238,7 @@ def test_common_sizes_have_kernels_of_their_own(cuda_on_host, size):
     expected = (f" {size}>", f"<{size}>") if size in occupancy.BLOCK_SIZES else general
     for family, call in occupancy.operators(size).items():
         kernel = occupancy.record(cuda_on_host, call)[1]["kernel"].partition("(obert")[0]
-        assert kernel.endswith((*expected, "::single_scores_kernel")), family
+        assert kernel.endswith((*expected, "::single_scores_kernel<float>")), family
 
 
 def test_a_size_the_device_cannot_hold_is_refused_with_the_largest_that_fits(cuda_on_host):
@@ -328,11 +371,21 @@ def test_updates_write_the_weights_of_every_block(cuda_on_host, size, joint, gro
                 assert not torch.equal(new[block], old[block])
 
 
-def test_single_scores_are_all_written(cuda_on_host):
-    inverse = fresh_inverse(3, 20)
-    inverse[1, 4] = -1.0
+# 1030: whole thread blocks and a part of one.
+@pytest.mark.parametrize("n", [50, 1030])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("offset", [0, 1, 2, 3])
+def test_single_scores_are_all_written(cuda_on_host, n, dtype, offset):
+    inverse = fresh_inverse(reference.num_blocks(n, 20), 20)
+    inverse[:, :20] *= torch.rand(len(inverse), 20) + 1
+    weight = torch.randn(n + offset, dtype=dtype)[offset:]
+    expected = reference.inverse_scores(inverse, weight, 1, ops.new_status())
     status = ops.new_status()
-    scores = onto_nan(ops.inverse_scores, inverse, torch.randn(50), 1, status)
+    scores = onto_nan(ops.inverse_scores, inverse, weight, 1, status)
+    assert status.item() == -1
+    assert relative_error(scores, expected) < 3e-7
+    inverse[1, 4] = -1.0
+    scores = onto_nan(ops.inverse_scores, inverse, weight, 1, status)
     assert status.item() == 1
     assert torch.isfinite(scores).all()
 

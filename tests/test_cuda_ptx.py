@@ -51,11 +51,20 @@ def ptxsim() -> ModuleType:
     return module
 
 
+def one_scope(text: str) -> str:
+    """New names for registers that inline assembly declares and the function around it has too.
+
+    The interpreter takes them for the same.
+    """
+    scope = r"\{\s*\.reg \.pred [^{}<]*\}"
+    return re.sub(scope, lambda found: re.sub(r"%p(\d)", r"%inner\1", found[0]), text)
+
+
 @functools.cache
 def texts(source: str) -> tuple[str, ...]:
     """The PTX of one source, once if both architectures get the same instructions."""
     files = occupancy.compile_kernels(machine_code=False)
-    found = [files[source, arch][0].read_text() for arch in occupancy.ARCHITECTURES]
+    found = [one_scope(files[source, arch][0].read_text()) for arch in occupancy.ARCHITECTURES]
     return tuple({re.sub(r"\.target sm_\d+", "", text): text for text in found}.values())
 
 

@@ -34,21 +34,24 @@ __global__ void __launch_bounds__(Team<threads>::kLaunch, 1)
     if (!bad) {
         invert_lower<T, threads>(w.matrix, n, w.other);
         const double* m = w.matrix;
-#pragma unroll 1
-        for (int i = T::rank(); i < n && wanted.diagonal == nullptr; i += threads)
-            w.weight[i] = load_wide(wanted.type, wanted.weight, start + i);
+        if (wanted.diagonal == nullptr)
+            read_weight<T, threads>(wanted.type, wanted.weight, w, start, n);
         T::sync();
         if (group_size == 1) {
 #pragma unroll 1
             for (int i = T::rank(); i < n; i += threads) {
                 const double diagonal = inverse_entry(m, n, i, i);
                 bad = bad || !is_positive(diagonal);
-                if (wanted.diagonal != nullptr)
-                    store_wide(wanted.type, wanted.diagonal, start + i, diagonal);
-                else
-                    __stcs(wanted.scores + start + i,
-                           float(0.5 * w.weight[i] * w.weight[i] / diagonal));
+                w.vector[i] = wanted.diagonal != nullptr
+                                  ? diagonal
+                                  : 0.5 * w.weight[i] * w.weight[i] / diagonal;
             }
+            T::sync();
+            auto value = [=](int i) { return w.vector[i]; };
+            if (wanted.diagonal != nullptr)
+                write_floats(wanted.type, wanted.diagonal, start, n, T::rank(), threads, value);
+            else
+                write_run(wanted.scores + start, n, T::rank(), threads, value);
         } else {
             bad = solve_groups<T, threads>(
                 w, size, start, n, group_size, false,
@@ -84,12 +87,8 @@ __global__ void __launch_bounds__(Team<threads>::kLaunch, 1)
         return inverse_entry(m, n, i, j);
     };
     const int entries = packed(size, 0);
-    const int64_t offset = block * entries;
-    if (args.inverse_type == DType::f64)
-        write_run(static_cast<double*>(args.inverse) + offset, entries, T::rank(), threads, entry);
-    else
-        write_run(static_cast<float*>(args.inverse) + offset, entries, T::rank(), threads,
-                  [=](int e) { return float(entry(e)); });
+    write_floats(args.inverse_type, args.inverse, block * entries, entries, T::rank(), threads,
+                 entry);
 }
 
 template <int threads, int SIZE>
@@ -104,18 +103,16 @@ __global__ void __launch_bounds__(Team<threads>::kLaunch, 1)
     if (n <= 0) return;
     const int64_t start = block * size;
     const Workspace w = workspace_of(T::index(), size, 1);
-#pragma unroll 1
-    for (int i = T::rank(); i < n; i += threads)
-        w.vector[i] = load_wide(args.vector_type, args.right_hand_side, start + i);
+    read_floats(args.vector_type, args.right_hand_side, start, n, T::rank(), threads,
+                [=](int i, double x) { w.vector[i] = x; });
     if (!factor<T, threads>(fisher, size, block, n, w)) {
         if (T::rank() == 0) record_failure(fisher.status, block);
         return;
     }
     solve_lower<T, threads>(w.matrix, n, w.vector);
     solve_upper<T, threads>(w.matrix, n, w.vector);
-#pragma unroll 1
-    for (int i = T::rank(); i < n; i += threads)
-        store_wide(args.vector_type, args.solution, start + i, w.vector[i]);
+    write_floats(args.vector_type, args.solution, start, n, T::rank(), threads,
+                 [=](int i) { return w.vector[i]; });
 }
 
 void start_scores(const Fisher& fisher, const Wanted& wanted, const char* what, void* stream) {

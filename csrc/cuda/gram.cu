@@ -68,20 +68,16 @@ __host__ __device__ inline int64_t triangle_bytes(int64_t entries) {
     return (entries * int64_t(sizeof(Sum)) + 15) / 16 * 16;
 }
 
-__device__ inline void load_vector(const float* from, float* to) {
-    const float4 x = *reinterpret_cast<const float4*>(from);
-    to[0] = x.x, to[1] = x.y, to[2] = x.z, to[3] = x.w;
-}
-__device__ inline void load_vector(const double* from, double* to) {
-    const double2 x = *reinterpret_cast<const double2*>(from);
-    to[0] = x.x, to[1] = x.y;
-}
-
 // Tiles start at 16-byte borders of shared memory.
 template <int tile, class Sum>
 __device__ inline void load_tile(const Sum* from, Sum (&to)[tile]) {
+    constexpr int per_vector = 16 / sizeof(Sum);
 #pragma unroll
-    for (int i = 0; i < tile; i += 16 / int(sizeof(Sum))) load_vector(from + i, to + i);
+    for (int v = 0; v < tile / per_vector; ++v) {
+        const Vector<Sum> x = reinterpret_cast<const Vector<Sum>*>(from)[v];
+#pragma unroll
+        for (int j = 0; j < per_vector; ++j) to[per_vector * v + j] = x.at[j];
+    }
 }
 
 // Passes all gradients of a thread block's weights through shared memory, plan.staged at a time,
@@ -96,7 +92,7 @@ __device__ inline void pass_gradients(const GramAccumulate& args, const Plan& pl
         const int count = int(min(int64_t(plan.staged), args.num_gradients - first));
         for (int t = threadIdx.x / 32; t < count; t += blockDim.x / 32) {
             Sum* out = staged + t * width;
-            read_run<Sum>(args.gradient_type, args.gradients,
+            read_gradient(args.gradient_type, args.gradients,
                           (first + t) * args.gradient_stride + first_weight, weights,
                           threadIdx.x % 32, 32,
                           [=](int i, Sum x) { out[i / size * stride + i % size] = x; });
@@ -175,10 +171,9 @@ __global__ void __launch_bounds__(launch_bound<Sum, tile, SIZE>(), 1)
     Sum* triangles = staged;
     if (works) own.for_entries(size, [=](int e, Sum sum) { triangles[local * entries + e] = sum; });
     __syncthreads();
-    // A thread writes the entries that it reads.
     Sum* gram = static_cast<Sum*>(args.gram) + first_block * entries;
-    read_run<Sum>(args.gram_type, gram, 0, here * entries, threadIdx.x, blockDim.x,
-                  [=](int e, Sum x) { triangles[e] += x; });
+    read_run(gram, here * entries, threadIdx.x, blockDim.x,
+             [=](int e, Sum x) { triangles[e] += x; });
     write_run(gram, here * entries, threadIdx.x, blockDim.x, [=](int e) { return triangles[e]; });
 }
 
@@ -193,8 +188,7 @@ __global__ void __launch_bounds__(max_tiles<Sum, tile>(), 1)
     Sum* triangle = reinterpret_cast<Sum*>(obert_shared);
     Sum* staged = reinterpret_cast<Sum*>(obert_shared + triangle_bytes<Sum>(entries));
     Sum* gram = static_cast<Sum*>(args.gram) + block * entries;
-    read_run<Sum>(args.gram_type, gram, 0, entries, threadIdx.x, blockDim.x,
-                  [=](int e, Sum x) { triangle[e] = x; });
+    read_run(gram, entries, threadIdx.x, blockDim.x, [=](int e, Sum x) { triangle[e] = x; });
     pass_gradients<Sum, tile>(args, plan, size, block * size, block_length(args.partition, block),
                               staged, [=](int count) {
 #pragma unroll 1
