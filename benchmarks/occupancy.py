@@ -38,7 +38,7 @@ SOURCES = ["factor", "inverse", "update", "gram", "woodbury"]
 FLAGS = ["-std=c++17", "-O3"]
 ARCHITECTURES = (80, 90)
 BLOCK_SIZES = [4, 8, 16, 32, 48, 50, 64, 96, 128]
-GENERAL = [24, 40, 100, 160]  # nobody compiled these: one size for each team of general kernels
+GENERAL = [6, 12, 24, 40, 100, 160]  # nobody compiled these: one for each team of general kernels
 DESCRIBED = [32, 50, 64, 128]
 ARCH_NAMES = "sm_80 / sm_90"
 LABEL = "compiled and calculated, not measured; no device has run this"
@@ -327,8 +327,7 @@ def markdown(table: list[dict[str, Any]], command: str, compiler: str) -> str:
         "for them, occupancy (resident warps of 64) from the toolkit's `cuda_occupancy.h`.  "
         "Occupancy says how many warps are there to hide latency, not how fast a kernel is.  "
         f"256 gradients of float32.  Where they differ: {ARCH_NAMES}.  "
-        "g: no Gram and Woodbury kernels are compiled for this size, the general ones run; the "
-        "kernels over the factor are compiled for teams of threads and take every size.",
+        "g: no kernels are compiled for this size, the general ones run.",
         "",
         f"What limits the occupancy ({LABEL}):",
         "",

@@ -22,6 +22,7 @@ ROOT = Path(__file__).parent.parent
 SIZE = 20  # the general kernels
 COMPILED = 50
 TOGETHER = 8  # small blocks that share a thread block
+LARGE = 130  # a Gram with more tiles than threads
 
 
 def results(size: int) -> dict[str, list[torch.Tensor]]:
@@ -46,9 +47,15 @@ def results(size: int) -> dict[str, list[torch.Tensor]]:
         "inverse": lambda: [ops.gram_inverse(exact, *made)],
         "solve": lambda: [ops.gram_solve(exact, weight, *fisher)],
         "update": lambda: [*ops.gram_update(exact, weight, keep, 1, False, *fisher)],
+        # Such a block is left alone: nobody looks at its Gram.
+        "update, nothing to remove": lambda: [
+            *ops.gram_update(exact * float("nan"), weight * keep, keep, 1, False, *fisher)
+        ],
         "given: group scores": lambda: [ops.inverse_scores(given, weight, 4, status)],
         "given: update": lambda: [*ops.inverse_update(given, weight, keep, 4, True, True, status)],
     }
+    if size == LARGE:
+        calls = {"gram": calls["gram"]}
     out: dict[str, list[torch.Tensor]] = {}
     for name, call in calls.items():
         try:
@@ -88,7 +95,12 @@ CHOLESKY = {"scores", "group scores", "inverse", "solve", "update", "given: upda
 @pytest.mark.parametrize(
     ("file", "statement", "occurrence", "size", "expected"),
     [
+        ("gram.cu", "__syncthreads();", 0, LARGE, {"gram"}),
+        ("gram.cu", "__syncthreads();", 1, LARGE, {"gram"}),
+        ("gram.cu", "__syncthreads();", 2, LARGE, {"gram"}),
+        ("gram.cu", "__syncthreads();", 0, COMPILED, {"gram"}),
         ("gram.cu", "__syncthreads();", 1, COMPILED, {"gram"}),
+        ("gram.cu", "__syncthreads();", 2, SIZE, {"gram"}),
         ("gram.cu", "__syncthreads();", 3, SIZE, {"gram"}),
         ("woodbury.cu", "T::sync();", 0, COMPILED, {"woodbury"}),
         ("woodbury.cu", "__syncthreads();", 0, COMPILED, {"woodbury"}),
@@ -103,6 +115,12 @@ CHOLESKY = {"scores", "group scores", "inverse", "solve", "update", "given: upda
         ("triangle.cuh", "T::sync();", 0, COMPILED, CHOLESKY),
         ("triangle.cuh", "T::sync();", 0, SIZE, CHOLESKY),
         ("factor.cuh", "T::sync();", 2, COMPILED, {"group scores", "given: group scores"}),
+        ("factor.cuh", "T::sync();", 4, COMPILED, {"group scores", "given: group scores"}),
+        ("factor.cuh", "T::sync();", 5, COMPILED, {"update, nothing to remove"}),
+        ("factor.cu", "T::sync();", 0, COMPILED, {"scores"}),
+        ("factor.cu", "T::sync();", 1, COMPILED, {"scores"}),
+        ("inverse.cu", "T::sync();", 0, COMPILED, {"given: update"}),
+        ("inverse.cu", "T::sync();", 1, COMPILED, {"given: group scores"}),
     ],
 )
 def test_a_removed_barrier_is_found(

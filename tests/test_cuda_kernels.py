@@ -5,7 +5,11 @@ That their results are right is tested with all other operators, see the fixture
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import importlib
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +17,9 @@ from problems import DAMPING, fresh_inverse, gradients, gram_of, onto_nan, relat
 from tiny import TinyEncoder, batches
 
 from obert_kernels import ops, prune, reference
+
+sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
+occupancy = importlib.import_module("occupancy")
 
 SIZES = [4, 8, 16, 32, 48, 50, 64, 96, 100, 128]
 
@@ -24,6 +31,16 @@ def triangle(n: int) -> int:
 def lengths(n: int, size: int) -> list[int]:
     """Weights in each block."""
     return [min(size, n - start) for start in range(0, n, size)]
+
+
+@contextlib.contextmanager
+def shared_memory(module, limit: int):
+    """On a device with that much for a thread block."""
+    module.set_shared_memory_limit(limit)
+    try:
+        yield
+    finally:
+        module.set_shared_memory_limit(231424)
 
 
 def moved(module, call) -> tuple[int, int]:
@@ -75,6 +92,45 @@ def test_gram_and_woodbury_move_every_byte_once(cuda_on_host, size, k, dtype):
     assert got == (state + read, state)
 
 
+# Block sizes whose triangles have more tiles than a thread block has threads.
+LARGE = [(129, torch.float64), (150, torch.float64), (199, torch.float64),
+         (250, torch.float32), (256, torch.float32)]  # fmt: skip
+
+
+@pytest.mark.parametrize(("size", "gram_dtype"), LARGE)
+@pytest.mark.parametrize("k", [1, 40])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_gram_of_large_blocks_moves_every_byte_once(cuda_on_host, size, gram_dtype, k, dtype):
+    n = size + size // 2
+    gram = torch.zeros(2, triangle(size), dtype=gram_dtype)
+    state, read = gram.numel() * gram_dtype.itemsize, k * n * dtype.itemsize
+    g = gradients(k, n).to(dtype)
+    got = moved(cuda_on_host, lambda: ops.gram_accumulate(gram, g, size))
+    assert got == (state + read, state)
+
+
+@pytest.mark.parametrize(("size", "gram_dtype"), LARGE)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("k", [1, 4, 11])
+def test_the_gram_of_large_blocks(cuda_on_host, size, gram_dtype, dtype, k):
+    """Also in shared memory that holds four gradients at a time, and only one."""
+    cuda_on_host.set_seed(size + k)
+    for n, gradients_held in ((size, 4), (2 * size + size // 3, 4), (size // 2, 1)):
+        g = gradients(k, n + 3, 0.1).to(dtype)[:, 2 : n + 2]  # any alignment, rows apart
+        entries = reference.num_blocks(n, size) * triangle(size)
+        start = torch.randn(entries + 1, dtype=gram_dtype)
+        gram = start.clone()
+        wide = -(-size // 8) * 8 * gram_dtype.itemsize
+        held = -(-triangle(size) * gram_dtype.itemsize // 16) * 16 + gradients_held * wide
+        with shared_memory(cuda_on_host, held):
+            ops.gram_accumulate(gram[1:].view(-1, triangle(size)), g, size)
+        expected = start.double()
+        expected[1:] += gram_of(g.double(), size).flatten()
+        assert gram[0] == start[0]
+        allowed = 1e-14 if gram_dtype == torch.float64 else 1e-6
+        assert relative_error(gram, expected) < allowed
+
+
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("gram_dtype", [torch.float32, torch.float64])
 def test_what_is_made_of_a_gram_reads_it_once(cuda_on_host, size, gram_dtype):
@@ -106,6 +162,49 @@ def test_what_is_made_of_a_gram_reads_it_once(cuda_on_host, size, gram_dtype):
     assert status.item() == -1
 
 
+@pytest.mark.parametrize("size", [16, 48, 64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_vectors_are_passed_over_16_bytes_at_a_time(cuda_on_host, size, dtype):
+    """Accesses, not bytes, where every block begins at a 16-byte border."""
+    n = 1536
+    gram = gram_of(gradients(30, n), size)
+    weight, keep = torch.randn(n, dtype=dtype), torch.arange(n) % 2 == 0
+    status = ops.new_status()
+    inverse = ops.gram_inverse(gram, n, size, 30.0, DAMPING, torch.float32, status)
+    fisher, made = (size, 30.0, DAMPING, status), (n, size, 30.0, DAMPING, dtype, status)
+    state, given, vector = gram.numel() // 2, inverse.numel() // 4, n * dtype.itemsize // 16
+    scores, mask, blocks = n // 4, n, n // size
+    expected = {
+        "diagonal": (state, vector),
+        "inverse": (state, gram.numel() * dtype.itemsize // 16),
+        "solve": (state + vector, vector),
+        "scores": (state + vector, scores),
+        "group scores": (state + vector, scores // 4),
+        "update": (state + vector + mask, vector + blocks),
+        "given: scores": (n + vector, scores),  # of each block the diagonal, which is short
+        "given: group scores": (n // 4 * 10 + vector, scores // 4),
+        "given: update": (given + vector + mask, vector + blocks),
+    }
+    calls = {
+        "diagonal": lambda: ops.gram_diagonal(gram, *made),
+        "inverse": lambda: ops.gram_inverse(gram, *made),
+        "solve": lambda: ops.gram_solve(gram, weight, *fisher),
+        "scores": lambda: ops.gram_scores(gram, weight, 1, *fisher),
+        "group scores": lambda: ops.gram_scores(gram, weight, 4, *fisher),
+        "update": lambda: ops.gram_update(gram, weight, keep, 1, True, *fisher),
+        "given: scores": lambda: ops.inverse_scores(inverse, weight, 1, status),
+        "given: group scores": lambda: ops.inverse_scores(inverse, weight, 4, status),
+        "given: update": lambda: ops.inverse_update(inverse, weight, keep, 1, True, True, status),
+    }
+    got = {}
+    for name, call in calls.items():
+        moved(cuda_on_host, call)
+        counters = cuda_on_host.counters()
+        got[name] = counters["load_count"], counters["store_count"]
+    assert got == expected
+    assert status.item() == -1
+
+
 @pytest.mark.parametrize("size", SIZES)
 def test_what_is_made_of_an_inverse_reads_what_it_needs(cuda_on_host, size):
     n = 4 * size
@@ -133,6 +232,15 @@ def test_what_is_made_of_an_inverse_reads_what_it_needs(cuda_on_host, size):
     assert status.item() == -1
 
 
+@pytest.mark.parametrize("size", [*occupancy.BLOCK_SIZES, *occupancy.GENERAL])
+def test_common_sizes_have_kernels_of_their_own(cuda_on_host, size):
+    general = (", 0>", "::general_kernel", "::large_kernel<double, 4>")
+    expected = (f" {size}>", f"<{size}>") if size in occupancy.BLOCK_SIZES else general
+    for family, call in occupancy.operators(size).items():
+        kernel = occupancy.record(cuda_on_host, call)[1]["kernel"].partition("(obert")[0]
+        assert kernel.endswith((*expected, "::single_scores_kernel<float>")), family
+
+
 def test_a_size_the_device_cannot_hold_is_refused_with_the_largest_that_fits(cuda_on_host):
     gram, status = torch.zeros(1, triangle(256), dtype=torch.float64), ops.new_status()
     made = (256, 256, 1.0, DAMPING, torch.float32, status)
@@ -143,17 +251,31 @@ def test_a_size_the_device_cannot_hold_is_refused_with_the_largest_that_fits(cud
     made = (largest, largest, 1.0, DAMPING, torch.float32, status)
     expected = fresh_inverse(1, largest)
     torch.testing.assert_close(ops.gram_inverse(gram, *made), expected)
-    cuda_on_host.set_shared_memory_limit(64 * 1024)  # as on compute 7.5
-    try:
-        with pytest.raises(ValueError, match=rf"block size {largest} .* 65536 for a thread block"):
-            ops.gram_inverse(gram, *made)
-        # The Gram needs more bands of rows there, and nothing else.
-        g = gradients(5, 256)
-        gram = torch.zeros(1, triangle(256), dtype=torch.float64)
-        ops.gram_accumulate(gram, g, 256)
-        assert relative_error(gram, gram_of(g, 256)) < 1e-14
-    finally:
-        cuda_on_host.set_shared_memory_limit(231424)
+    message = rf"block size {largest} .* 65536 for a thread block"
+    with shared_memory(cuda_on_host, 64 * 1024), pytest.raises(ValueError, match=message):
+        ops.gram_inverse(gram, *made)  # as on compute 7.5
+
+
+@pytest.mark.parametrize(
+    ("limit", "dtype", "largest"),
+    [
+        (231424, torch.float64, 239),  # compute 9.0
+        (99 * 1024, torch.float64, 157),  # compute 8.6
+        (64 * 1024, torch.float64, 127),  # compute 7.5
+        (64 * 1024, torch.float32, 180),
+    ],
+)
+def test_a_gram_the_device_cannot_hold_is_refused(cuda_on_host, limit, dtype, largest):
+    with shared_memory(cuda_on_host, limit):
+        for size in (256, largest + 1):
+            gram = torch.zeros(1, triangle(size), dtype=dtype)
+            message = rf"gram_accumulate: block size {size} needs .* fits is {largest}$"
+            with pytest.raises(ValueError, match=message):
+                ops.gram_accumulate(gram, gradients(2, size), size)
+            assert not gram.any()
+        g, gram = gradients(2, largest), torch.zeros(1, triangle(largest), dtype=dtype)
+        ops.gram_accumulate(gram, g, largest)
+        assert relative_error(gram, gram_of(g, largest)) < 1e-6
 
 
 @pytest.mark.parametrize("size", [4, 16, 50, 64, 70])
@@ -249,11 +371,21 @@ def test_updates_write_the_weights_of_every_block(cuda_on_host, size, joint, gro
                 assert not torch.equal(new[block], old[block])
 
 
-def test_single_scores_are_all_written(cuda_on_host):
-    inverse = fresh_inverse(3, 20)
-    inverse[1, 4] = -1.0
+# 1030: whole thread blocks and a part of one.
+@pytest.mark.parametrize("n", [50, 1030])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("offset", [0, 1, 2, 3])
+def test_single_scores_are_all_written(cuda_on_host, n, dtype, offset):
+    inverse = fresh_inverse(reference.num_blocks(n, 20), 20)
+    inverse[:, :20] *= torch.rand(len(inverse), 20) + 1
+    weight = torch.randn(n + offset, dtype=dtype)[offset:]
+    expected = reference.inverse_scores(inverse, weight, 1, ops.new_status())
     status = ops.new_status()
-    scores = onto_nan(ops.inverse_scores, inverse, torch.randn(50), 1, status)
+    scores = onto_nan(ops.inverse_scores, inverse, weight, 1, status)
+    assert status.item() == -1
+    assert relative_error(scores, expected) < 3e-7
+    inverse[1, 4] = -1.0
+    scores = onto_nan(ops.inverse_scores, inverse, weight, 1, status)
     assert status.item() == 1
     assert torch.isfinite(scores).all()
 

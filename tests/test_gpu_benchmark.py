@@ -237,7 +237,7 @@ def test_a_breakdown_is_an_error(cuda_on_host):
 
 
 def test_a_block_size_that_does_not_fit_is_reported(cuda_on_host, tmp_path):
-    """A device with 48 KiB of shared memory: float64 blocks of 128 do not fit, Grams do."""
+    """A device with 48 KiB of shared memory: blocks of 128 do not fit in float64."""
     settings = replace(TINY, block_sizes=(128,), gradient_types=(torch.float32,))
     cuda_on_host.set_shared_memory_limit(48 * 1024)
     try:
@@ -247,7 +247,8 @@ def test_a_block_size_that_does_not_fit_is_reported(cuda_on_host, tmp_path):
     timed = {row["operator"] for row in document["rows"]}
     assert timed == {"gram_accumulate", "woodbury_update", "inverse_scores", "inverse_update"}
     text = (tmp_path / "gpu_fake_gpu_1_gb.md").read_text()
-    assert "Not on this device: float64 Gram: gram_inverse: block size 128 needs" in text
+    assert "Not on this device: float32 Gram: gram_inverse: block size 128 needs" in text
+    assert "float32 gradients: gram_accumulate: block size 128 needs" in text
 
 
 def test_refusal_without_a_device():

@@ -2,6 +2,7 @@
 
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -123,3 +124,29 @@ print(float((model.weight == 0).float().mean()))
 def test_operators_have_device_kernels_where_the_build_has_them():
     has = torch._C._dispatch_has_kernel_for_dispatch_key("obert_kernels::gram_accumulate", "CUDA")
     assert has == (obert_kernels._lib.core().cuda_architectures is not None)
+
+
+@pytest.mark.parametrize(
+    ("archs", "expected"),
+    [
+        (
+            ["75", "80", "86", "89", "90", "100", "120"],
+            {
+                "compute_75": ["sm_75"],
+                "compute_80": ["sm_80", "sm_86", "sm_89"],
+                "compute_90": ["sm_90"],
+                "compute_100": ["sm_100"],
+                "compute_120": ["sm_120", "compute_120"],
+            },
+        ),
+        (["90", "86"], {"compute_86": ["sm_86"], "compute_90": ["sm_90", "compute_90"]}),
+        (["80", "89"], {"compute_80": ["sm_80", "sm_89"], "compute_89": ["compute_89"]}),
+    ],
+)
+def test_every_architecture_gets_machine_code_and_the_newest_ptx(monkeypatch, archs, expected):
+    monkeypatch.setattr("setuptools.setup", lambda **_: None)
+    flags = runpy.run_path(str(ROOT / "setup.py"))["cuda_flags"](archs)
+    made = {}
+    for ptx, code in re.findall(r"arch=(\w+),code=\[?([\w,]+)", " ".join(flags)):
+        made.setdefault(ptx, []).extend(code.split(","))
+    assert made == expected

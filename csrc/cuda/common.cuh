@@ -6,6 +6,8 @@
 
 #include <cuda_runtime.h>
 
+#include <cstring>
+
 #include "../api.h"
 
 // Dynamic shared memory; every kernel lays it out itself.
@@ -21,6 +23,11 @@ __host__ __device__ inline int64_t packed(int64_t i) {
 __host__ __device__ inline int packed(int i, int j) {
     return i * (i + 1) / 2 + j;
 }
+// The row of an entry of a packed triangle.  Exact: at the start of row i the root is of the square
+// of 2 i + 1, and it is rounded correctly.
+__device__ inline int packed_row(int entry) {
+    return int(0.5f * sqrtf(float(8 * entry + 1)) - 0.5f);
+}
 
 // A packed inverse is the diagonal, then the rows below it: where entry (i, j), j < i, stands.
 __host__ __device__ inline int below_diagonal(int size, int i, int j) {
@@ -31,25 +38,20 @@ __host__ __device__ inline int place_in_inverse(int size, int i, int j) {
     return i == j ? i : below_diagonal(size, i, j);
 }
 
-__host__ __device__ inline int element_size(DType type) {
-    return type == DType::f64 ? 8 : type == DType::f32 ? 4 : 2;
+// The partition with its block size a compile-time constant, in kernels compiled for one size.
+template <int SIZE>
+__device__ inline Partition sized(Partition partition) {
+    if (SIZE > 0) partition.block_size = SIZE;
+    return partition;
 }
 
-__host__ __device__ inline int divide_up(int a, int b) {
-    return (a + b - 1) / b;
-}
-
-__device__ inline int64_t num_blocks(const Partition& partition) {
-    return (partition.num_weights + partition.block_size - 1) / partition.block_size;
-}
-
-// Weights in block b; less than the block size only in the last one.
+// Weights in block b: less than the block size in the last one, none or less past it.
 __device__ inline int block_length(const Partition& partition, int64_t b) {
     const int64_t left = partition.num_weights - b * partition.block_size;
-    return left < partition.block_size ? int(left) : partition.block_size;
+    return int(min(left, int64_t(partition.block_size)));
 }
 
-// ---- elements of any type ----------------------------------------------------------
+// ---- half precision ----------------------------------------------------------------
 
 __device__ inline float bfloat16_to_float(unsigned short bits) {
     return __uint_as_float(unsigned(bits) << 16);
@@ -70,109 +72,98 @@ __device__ inline float half_to_float(DType type, unsigned short bits) {
     return type == DType::bf16 ? bfloat16_to_float(bits) : float16_to_float(bits);
 }
 
-__device__ inline double load_wide(DType type, const void* data, int64_t i) {
-    return type == DType::f64 ? __ldcs(static_cast<const double*>(data) + i)
-                              : double(__ldcs(static_cast<const float*>(data) + i));
-}
-__device__ inline void store_wide(DType type, void* data, int64_t i, double value) {
-    if (type == DType::f64)
-        __stcs(static_cast<double*>(data) + i, value);
-    else
-        __stcs(static_cast<float*>(data) + i, float(value));
-}
+// ---- runs of consecutive elements --------------------------------------------------
 
-// Splits a run of elements into a head before the first 16-byte border, whole 16-byte
-// vectors, and a tail.
-struct Split {
-    int head, vectors, tail;
+// 16 bytes, what a thread can read or write at once.
+template <class T>
+struct alignas(16) Vector {
+    T at[16 / sizeof(T)];
 };
-__device__ inline Split split_run(const void* start, int count, int size) {
-    const int off = int(reinterpret_cast<uintptr_t>(start) & 15) / size;
-    const int per_vector = 16 / size;
-    const int head = min(count, off == 0 ? 0 : per_vector - off);
+
+template <class T>
+__device__ inline Vector<T> load_vector(const T* from) {
+    const uint4 bits = __ldcs(reinterpret_cast<const uint4*>(from));
+    Vector<T> vector;
+    memcpy(&vector, &bits, 16);
+    return vector;
+}
+template <class T>
+__device__ inline void store_vector(T* to, const Vector<T>& vector) {
+    uint4 bits;
+    memcpy(&bits, &vector, 16);
+    __stcs(reinterpret_cast<uint4*>(to), bits);
+}
+
+// Deals out elements 0 .. count of `data` to the threads of a team: vector(i) for 16 bytes from
+// element i on, where alignment allows, and single(i) for what is left at both ends.
+template <class T, class OfVector, class OfSingle>
+__device__ inline void deal_out(const T* data, int count, int rank, int threads, OfVector vector,
+                                OfSingle single) {
+    constexpr int per_vector = 16 / sizeof(T);
+    const int past_border = int(reinterpret_cast<uintptr_t>(data) & 15) / int(sizeof(T));
+    const int head = min(count, past_border == 0 ? 0 : per_vector - past_border);
     const int vectors = (count - head) / per_vector;
-    return {head, vectors, count - head - vectors * per_vector};
+#pragma unroll 1
+    for (int v = rank; v < vectors; v += threads) vector(head + per_vector * v);
+#pragma unroll 1
+    for (int e = rank; e < count - per_vector * vectors; e += threads)
+        single(e < head ? e : e + per_vector * vectors);
 }
 
-// put(i, value) for elements offset .. offset + count of `data`, dealt out to the threads of
-// a team, 16 bytes at a time where alignment allows.
-template <class Value, class Put>
-__device__ inline void read_run(DType type, const void* data, int64_t offset, int count, int rank,
-                                int threads, Put put) {
-    const int size = element_size(type);
-    const char* start = static_cast<const char*>(data) + offset * size;
-    const Split split = split_run(start, count, size);
-    const char* body = start + split.head * size;
-    if (type == DType::f32) {
-        const float* from = reinterpret_cast<const float*>(start);
-#pragma unroll 1
-        for (int v = rank; v < split.vectors; v += threads) {
-            const float4 x = __ldcs(reinterpret_cast<const float4*>(body) + v);
-            const int i = split.head + 4 * v;
-            put(i, Value(x.x));
-            put(i + 1, Value(x.y));
-            put(i + 2, Value(x.z));
-            put(i + 3, Value(x.w));
-        }
-#pragma unroll 1
-        for (int e = rank; e < split.head + split.tail; e += threads) {
-            const int i = e < split.head ? e : e + 4 * split.vectors;
-            put(i, Value(__ldcs(from + i)));
-        }
-    } else if (type == DType::f64) {
-        const double* from = reinterpret_cast<const double*>(start);
-#pragma unroll 1
-        for (int v = rank; v < split.vectors; v += threads) {
-            const double2 x = __ldcs(reinterpret_cast<const double2*>(body) + v);
-            const int i = split.head + 2 * v;
-            put(i, Value(x.x));
-            put(i + 1, Value(x.y));
-        }
-#pragma unroll 1
-        for (int e = rank; e < split.head + split.tail; e += threads) {
-            const int i = e < split.head ? e : e + 2 * split.vectors;
-            put(i, Value(__ldcs(from + i)));
-        }
-    } else {
-        const unsigned short* from = reinterpret_cast<const unsigned short*>(start);
-#pragma unroll 1
-        for (int v = rank; v < split.vectors; v += threads) {
-            const uint4 x = __ldcs(reinterpret_cast<const uint4*>(body) + v);
-            const unsigned words[4] = {x.x, x.y, x.z, x.w};
+// put(i, value) for elements 0 .. count of `data`, dealt out.
+template <class T, class Put>
+__device__ inline void read_run(const T* data, int count, int rank, int threads, Put put) {
+    deal_out(
+        data, count, rank, threads,
+        [=](int i) {
+            const Vector<T> x = load_vector(data + i);
 #pragma unroll
-            for (int w = 0; w < 4; ++w) {
-                const int i = split.head + 8 * v + 2 * w;
-                put(i, Value(half_to_float(type, words[w] & 0xffffu)));
-                put(i + 1, Value(half_to_float(type, words[w] >> 16)));
-            }
-        }
-#pragma unroll 1
-        for (int e = rank; e < split.head + split.tail; e += threads) {
-            const int i = e < split.head ? e : e + 8 * split.vectors;
-            put(i, Value(half_to_float(type, __ldcs(from + i))));
-        }
-    }
+            for (int j = 0; j < 16 / int(sizeof(T)); ++j) put(i + j, x.at[j]);
+        },
+        [=](int i) { put(i, __ldcs(data + i)); });
 }
 
-// Writes value(i) to elements 0 .. count of `data`, dealt out in the same way.
+// Writes value(i) to them.  A thread writes the elements that it would read.
 template <class T, class Value>
 __device__ inline void write_run(T* data, int count, int rank, int threads, Value value) {
-    constexpr int per_vector = 16 / sizeof(T);
-    const Split split = split_run(data, count, sizeof(T));
-#pragma unroll 1
-    for (int v = rank; v < split.vectors; v += threads) {
-        const int i = split.head + per_vector * v;
-        if constexpr (per_vector == 2)
-            __stcs(reinterpret_cast<double2*>(data + i), make_double2(value(i), value(i + 1)));
-        else
-            __stcs(reinterpret_cast<float4*>(data + i),
-                   make_float4(value(i), value(i + 1), value(i + 2), value(i + 3)));
-    }
-#pragma unroll 1
-    for (int e = rank; e < split.head + split.tail; e += threads) {
-        const int i = e < split.head ? e : e + per_vector * split.vectors;
-        __stcs(data + i, T(value(i)));
-    }
+    deal_out(
+        data, count, rank, threads,
+        [=](int i) {
+            Vector<T> x;
+#pragma unroll
+            for (int j = 0; j < 16 / int(sizeof(T)); ++j) x.at[j] = T(value(i + j));
+            store_vector(data + i, x);
+        },
+        [=](int i) { __stcs(data + i, T(value(i))); });
+}
+
+// The same for elements offset .. offset + count of float32 or float64 data.
+template <class Put>
+__device__ inline void read_floats(DType type, const void* data, int64_t offset, int count,
+                                   int rank, int threads, Put put) {
+    if (type == DType::f64)
+        read_run(static_cast<const double*>(data) + offset, count, rank, threads, put);
+    else
+        read_run(static_cast<const float*>(data) + offset, count, rank, threads, put);
+}
+template <class Value>
+__device__ inline void write_floats(DType type, void* data, int64_t offset, int count, int rank,
+                                    int threads, Value value) {
+    if (type == DType::f64)
+        write_run(static_cast<double*>(data) + offset, count, rank, threads, value);
+    else
+        write_run(static_cast<float*>(data) + offset, count, rank, threads, value);
+}
+
+// Gradients may be halves as well.
+template <class Put>
+__device__ inline void read_gradient(DType type, const void* data, int64_t offset, int count,
+                                     int rank, int threads, Put put) {
+    if (type == DType::f32 || type == DType::f64)
+        read_floats(type, data, offset, count, rank, threads, put);
+    else
+        read_run(static_cast<const unsigned short*>(data) + offset, count, rank, threads,
+                 [=](int i, unsigned short bits) { put(i, half_to_float(type, bits)); });
 }
 
 // ---- teams -------------------------------------------------------------------------
@@ -198,8 +189,9 @@ struct Team {
     }
     // Whether it holds for any thread of the team; also a barrier.
     __device__ static bool any(bool value) {
-        if (threads <= 32) return __any_sync(mask(), value);
-        return __syncthreads_or(value);
+        if (threads > 32) return __syncthreads_or(value);
+        __syncwarp(mask());  // a vote orders no memory
+        return __any_sync(mask(), value);
     }
 };
 

@@ -18,14 +18,15 @@ struct Wanted {
     void* diagonal;
 };
 
-template <int threads>
+template <int threads, int SIZE>
 __global__ void __launch_bounds__(Team<threads>::kLaunch, 1)
     scores_kernel(const __grid_constant__ Fisher fisher, const __grid_constant__ Wanted wanted) {
     using T = Team<threads>;
-    const int size = fisher.partition.block_size;
+    const Partition partition = sized<SIZE>(fisher.partition);
+    const int size = partition.block_size;
     const int64_t block = int64_t(blockIdx.x) * T::kTeams + T::index();
-    if (block >= num_blocks(fisher.partition)) return;
-    const int n = block_length(fisher.partition, block);
+    const int n = block_length(partition, block);
+    if (n <= 0) return;
     const int64_t start = block * size;
     const int group_size = wanted.group_size;
     const Workspace w = workspace_of(T::index(), size, group_size);
@@ -33,21 +34,24 @@ __global__ void __launch_bounds__(Team<threads>::kLaunch, 1)
     if (!bad) {
         invert_lower<T, threads>(w.matrix, n, w.other);
         const double* m = w.matrix;
-#pragma unroll 1
-        for (int i = T::rank(); i < n && wanted.diagonal == nullptr; i += threads)
-            w.weight[i] = load_wide(wanted.type, wanted.weight, start + i);
+        if (wanted.diagonal == nullptr)
+            read_weight<T, threads>(wanted.type, wanted.weight, w, start, n);
         T::sync();
         if (group_size == 1) {
 #pragma unroll 1
             for (int i = T::rank(); i < n; i += threads) {
                 const double diagonal = inverse_entry(m, n, i, i);
                 bad = bad || !is_positive(diagonal);
-                if (wanted.diagonal != nullptr)
-                    store_wide(wanted.type, wanted.diagonal, start + i, diagonal);
-                else
-                    __stcs(wanted.scores + start + i,
-                           float(0.5 * w.weight[i] * w.weight[i] / diagonal));
+                w.vector[i] = wanted.diagonal != nullptr
+                                  ? diagonal
+                                  : 0.5 * w.weight[i] * w.weight[i] / diagonal;
             }
+            T::sync();
+            auto value = [=](int i) { return w.vector[i]; };
+            if (wanted.diagonal != nullptr)
+                write_floats(wanted.type, wanted.diagonal, start, n, T::rank(), threads, value);
+            else
+                write_run(wanted.scores + start, n, T::rank(), threads, value);
         } else {
             bad = solve_groups<T, threads>(
                 w, size, start, n, group_size, false,
@@ -58,21 +62,16 @@ __global__ void __launch_bounds__(Team<threads>::kLaunch, 1)
     if (bad) record_failure(fisher.status, block);
 }
 
-// Row of the entry number t of the rows below a diagonal, one after the other.  Exact: 8 t + 1 is
-// the square of 2 i - 1 at the start of row i, and its root is rounded correctly.
-__device__ inline int row_below_diagonal(int t) {
-    return int(0.5f + 0.5f * sqrtf(float(8 * t + 1)));
-}
-
-template <int threads>
+template <int threads, int SIZE>
 __global__ void __launch_bounds__(Team<threads>::kLaunch, 1)
     inverse_kernel(const __grid_constant__ GramInverse args) {
     using T = Team<threads>;
     const Fisher& fisher = args.fisher;
-    const int size = fisher.partition.block_size;
+    const Partition partition = sized<SIZE>(fisher.partition);
+    const int size = partition.block_size;
     const int64_t block = int64_t(blockIdx.x) * T::kTeams + T::index();
-    if (block >= num_blocks(fisher.partition)) return;
-    const int n = block_length(fisher.partition, block);
+    const int n = block_length(partition, block);
+    if (n <= 0) return;
     const Workspace w = workspace_of(T::index(), size, 1);
     if (!factor<T, threads>(fisher, size, block, n, w)) {
         if (T::rank() == 0) record_failure(fisher.status, block);
@@ -82,49 +81,44 @@ __global__ void __launch_bounds__(Team<threads>::kLaunch, 1)
     const double* m = w.matrix;
     const double past_the_end = 1.0 / fisher.damping;
     auto entry = [=](int e) {
-        const int i = e < size ? e : row_below_diagonal(e - size);
+        const int i = e < size ? e : 1 + packed_row(e - size);
         const int j = e < size ? e : e - below_diagonal(size, i, 0);
         if (i >= n) return i == j ? past_the_end : 0.0;
         return inverse_entry(m, n, i, j);
     };
     const int entries = packed(size, 0);
-    const int64_t offset = block * entries;
-    if (args.inverse_type == DType::f64)
-        write_run(static_cast<double*>(args.inverse) + offset, entries, T::rank(), threads, entry);
-    else
-        write_run(static_cast<float*>(args.inverse) + offset, entries, T::rank(), threads,
-                  [=](int e) { return float(entry(e)); });
+    write_floats(args.inverse_type, args.inverse, block * entries, entries, T::rank(), threads,
+                 entry);
 }
 
-template <int threads>
+template <int threads, int SIZE>
 __global__ void __launch_bounds__(Team<threads>::kLaunch, 1)
     solve_kernel(const __grid_constant__ GramSolve args) {
     using T = Team<threads>;
     const Fisher& fisher = args.fisher;
-    const int size = fisher.partition.block_size;
+    const Partition partition = sized<SIZE>(fisher.partition);
+    const int size = partition.block_size;
     const int64_t block = int64_t(blockIdx.x) * T::kTeams + T::index();
-    if (block >= num_blocks(fisher.partition)) return;
-    const int n = block_length(fisher.partition, block);
+    const int n = block_length(partition, block);
+    if (n <= 0) return;
     const int64_t start = block * size;
     const Workspace w = workspace_of(T::index(), size, 1);
-#pragma unroll 1
-    for (int i = T::rank(); i < n; i += threads)
-        w.vector[i] = load_wide(args.vector_type, args.right_hand_side, start + i);
+    read_floats(args.vector_type, args.right_hand_side, start, n, T::rank(), threads,
+                [=](int i, double x) { w.vector[i] = x; });
     if (!factor<T, threads>(fisher, size, block, n, w)) {
         if (T::rank() == 0) record_failure(fisher.status, block);
         return;
     }
     solve_lower<T, threads>(w.matrix, n, w.vector);
     solve_upper<T, threads>(w.matrix, n, w.vector);
-#pragma unroll 1
-    for (int i = T::rank(); i < n; i += threads)
-        store_wide(args.vector_type, args.solution, start + i, w.vector[i]);
+    write_floats(args.vector_type, args.solution, start, n, T::rank(), threads,
+                 [=](int i) { return w.vector[i]; });
 }
 
 void start_scores(const Fisher& fisher, const Wanted& wanted, const char* what, void* stream) {
-    with_team(fisher.partition.block_size, [&](auto threads) {
+    with_team(fisher.partition.block_size, [&](auto threads, auto size) {
         launch_teams<Team<threads()>>(
-            scores_kernel<threads()>, what, fisher.partition,
+            scores_kernel<threads(), size()>, what, fisher.partition,
             [&](int s) { return workspace_bytes(s, wanted.group_size); }, stream, fisher, wanted);
     });
 }
@@ -143,17 +137,17 @@ void gram_scores(const GramScores& args, void* stream) {
 }
 
 void gram_inverse(const GramInverse& args, void* stream) {
-    with_team(args.fisher.partition.block_size, [&](auto threads) {
+    with_team(args.fisher.partition.block_size, [&](auto threads, auto size) {
         launch_teams<Team<threads()>>(
-            inverse_kernel<threads()>, "gram_inverse", args.fisher.partition,
+            inverse_kernel<threads(), size()>, "gram_inverse", args.fisher.partition,
             [](int s) { return workspace_bytes(s, 1); }, stream, args);
     });
 }
 
 void gram_solve(const GramSolve& args, void* stream) {
-    with_team(args.fisher.partition.block_size, [&](auto threads) {
+    with_team(args.fisher.partition.block_size, [&](auto threads, auto size) {
         launch_teams<Team<threads()>>(
-            solve_kernel<threads()>, "gram_solve", args.fisher.partition,
+            solve_kernel<threads(), size()>, "gram_solve", args.fisher.partition,
             [](int s) { return workspace_bytes(s, 1); }, stream, args);
     });
 }

@@ -48,8 +48,8 @@ __device__ inline void load_fisher(const Fisher& fisher, int size, int64_t block
                                    const Workspace& w) {
     double* a = w.matrix;
     const double scale = fisher.scale;
-    read_run<double>(fisher.gram_type, fisher.gram, block * packed(int64_t(size)), packed(n, 0),
-                     T::rank(), threads, [=](int i, double x) { a[i] = scale * x; });
+    read_floats(fisher.gram_type, fisher.gram, block * packed(int64_t(size)), packed(n, 0),
+                T::rank(), threads, [=](int i, double x) { a[i] = scale * x; });
     T::sync();
     // Rounding in the sums of a Gram of that type, relative to the diagonal (n terms a pivot).
     const double tolerance = (fisher.gram_type == DType::f64 ? 0x1p-52 : 0x1p-23) * n;
@@ -107,9 +107,9 @@ __device__ inline bool solve_groups(const Workspace& w, int size, int64_t start,
     return bad;
 }
 
-// Scores of the groups from their L^-1 w in `vector`.  The parts of a group that borders cut
-// are added as they come: from three parts on (groups longer than a block) the last bit may
-// differ from run to run.
+// Scores of the groups from their L^-1 w in `vector`; `weight` is overwritten.  The parts of a
+// group that borders cut are added as they come: from three parts on (groups longer than a block)
+// the last bit may differ from run to run.
 template <class T, int threads>
 __device__ inline void write_group_scores(const Workspace& w, int64_t start, int n, int group_size,
                                           float* scores) {
@@ -118,12 +118,23 @@ __device__ inline void write_group_scores(const Workspace& w, int64_t start, int
     for (int p = T::rank(); p < parts; p += threads) {
         const Part part = part_of_block(start, n, group_size, p);
         const double* y = w.vector + part.begin;
-        const float score = float(0.5 * dot(y, y, part.end - part.begin));
-        if (part.whole)
-            __stcs(scores + part.group, score);
-        else  // the rest lies in other blocks
-            atomicAdd(scores + part.group, score);
+        w.weight[p] = 0.5 * dot(y, y, part.end - part.begin);
+        if (!part.whole)  // the rest lies in other blocks
+            atomicAdd(scores + part.group, float(w.weight[p]));
     }
+    T::sync();
+    const Part front = part_of_block(start, n, group_size, 0);
+    const Part back = part_of_block(start, n, group_size, parts - 1);
+    const int first = front.whole ? 0 : 1, end = back.whole ? parts : parts - 1;
+    write_run(scores + front.group + first, max(end - first, 0), T::rank(), threads,
+              [=](int i) { return w.weight[first + i]; });
+}
+
+template <class T, int threads>
+__device__ inline void read_weight(DType type, const void* weight, const Workspace& w,
+                                   int64_t start, int n) {
+    double* to = w.weight;
+    read_floats(type, weight, start, n, T::rank(), threads, [=](int i, double x) { to[i] = x; });
 }
 
 // Reads weights and mask of a block for an update; `vector` and `other` become zero.  Returns
@@ -131,17 +142,17 @@ __device__ inline void write_group_scores(const Workspace& w, int64_t start, int
 template <class T, int threads>
 __device__ inline bool begin_update(const Update& update, const Workspace& w, int64_t start,
                                     int n) {
-    bool moves = false;
+    read_weight<T, threads>(update.weight_type, update.weight, w, start, n);
 #pragma unroll 1
     for (int i = T::rank(); i < n; i += threads) {
-        w.weight[i] = load_wide(update.weight_type, update.weight, start + i);
         w.keep[i] = __ldcs(update.keep + start + i);
         w.vector[i] = w.other[i] = 0;
-        moves = moves || (!w.keep[i] && w.weight[i] != 0);
     }
-    moves = T::any(moves);
     T::sync();
-    return moves;
+    bool moves = false;
+#pragma unroll 1
+    for (int i = T::rank(); i < n; i += threads) moves = moves || (!w.keep[i] && w.weight[i] != 0);
+    return T::any(moves);
 }
 
 // Writes weight + `vector` for the survivors and zero for the pruned; a failed block's weights
@@ -151,11 +162,10 @@ __device__ inline void finish_update(const Update& update, const Workspace& w, i
                                      int64_t block, bool bad, double increase,
                                      const Status& status) {
     bad = T::any(bad || !isfinite(increase));
-#pragma unroll 1
-    for (int i = T::rank(); i < n; i += threads) {
-        const double changed = w.keep[i] ? w.weight[i] + w.vector[i] : 0.0;
-        store_wide(update.weight_type, update.new_weight, start + i, bad ? w.weight[i] : changed);
-    }
+    write_floats(update.weight_type, update.new_weight, start, n, T::rank(), threads, [=](int i) {
+        if (bad) return w.weight[i];
+        return w.keep[i] ? w.weight[i] + w.vector[i] : 0.0;
+    });
     if (T::rank() != 0) return;
     if (bad)
         record_failure(status, block);
@@ -163,18 +173,31 @@ __device__ inline void finish_update(const Update& update, const Workspace& w, i
         __stcs(update.predicted_increase + block, increase);
 }
 
-// Calls start(threads) with the compile-time number of threads that work on a block of that
-// size.  The kernels are compiled for teams, not for sizes: their loops run to the length of
-// the block, which the last one makes a run-time number anyway.
+// Threads that work on a block: about one for each of its rows.
+constexpr int team_of(int block_size) {
+    int threads = 4;
+    while (threads < block_size) threads *= 2;
+    return threads;
+}
+
+// Calls start(threads, size) with two compile-time numbers: the threads that work on a block of
+// that size, and the size itself if kernels are compiled for it, else 0.  There, offsets in shared
+// memory and strides are constants; loops run to the length of the block, which the last one makes
+// a run-time number anyway.
 template <class Start>
 void with_team(int block_size, Start start) {
-    if (block_size <= 4) return start(std::integral_constant<int, 4>{});
-    if (block_size <= 8) return start(std::integral_constant<int, 8>{});
-    if (block_size <= 16) return start(std::integral_constant<int, 16>{});
-    if (block_size <= 32) return start(std::integral_constant<int, 32>{});
-    if (block_size <= 64) return start(std::integral_constant<int, 64>{});
-    if (block_size <= 128) return start(std::integral_constant<int, 128>{});
-    start(std::integral_constant<int, 256>{});
+    with_size(block_size, [&](auto size) {
+        if constexpr (size() > 0) {
+            start(std::integral_constant<int, team_of(size())>{}, size);
+        } else {
+            if (block_size <= 8) return start(std::integral_constant<int, 8>{}, size);
+            if (block_size <= 16) return start(std::integral_constant<int, 16>{}, size);
+            if (block_size <= 32) return start(std::integral_constant<int, 32>{}, size);
+            if (block_size <= 64) return start(std::integral_constant<int, 64>{}, size);
+            if (block_size <= 128) return start(std::integral_constant<int, 128>{}, size);
+            start(std::integral_constant<int, 256>{}, size);
+        }
+    });
 }
 
 // Thread blocks and shared memory for one team per Fisher block.
@@ -184,7 +207,7 @@ void launch_teams(Kernel kernel, const char* what, const Partition& partition, B
     const int teams = T::kTeams;
     require_fits(what, partition.block_size, [&](int size) { return teams * bytes_for(size); });
     const int64_t blocks = partition.num_blocks();
-    launch(kernel, (blocks + teams - 1) / teams, 1, T::kLaunch,
+    launch(kernel, (blocks + teams - 1) / teams, T::kLaunch,
            teams * bytes_for(partition.block_size), stream, args...);
 }
 

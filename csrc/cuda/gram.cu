@@ -1,10 +1,12 @@
 // Gram accumulation: gram[b] += sum_i g_i[b] g_i[b]^T for k gradients in one residency.
 //
-// The lower triangle of a block is cut into square tiles, one per thread, whose sums stay in
-// registers while all gradients pass through shared memory; the packed triangle is then read
-// and written once, in order.  Bytes per block: B(B+1) sizeof(gram) + k B sizeof(gradient).
-// A triangle with more tiles than a thread block has threads is cut into bands of rows, each
-// with its own thread blocks, which read the gradients again.
+// The lower triangle of a block is cut into square tiles.  Where every tile has a thread of its
+// own, its sums stay in registers while all gradients pass through shared memory; the packed
+// triangle is then read and written once, in order.  A triangle of more tiles is itself kept in
+// shared memory, and each thread adds to several tiles for every chunk of gradients.  Bytes per
+// block, either way: B(B+1) sizeof(gram) + k B sizeof(gradient).
+#include <algorithm>
+
 #include "common.cuh"
 #include "launch.h"
 
@@ -18,28 +20,39 @@ constexpr int max_tiles() {
     return sizeof(Sum) == 8 ? 544 : tile == 8 ? 512 : 128;
 }
 
+template <class Sum>
+constexpr int tile_of(int size) {
+    return sizeof(Sum) == 8 || size <= 32 ? 4 : 8;
+}
+
+template <int tile>
+__host__ __device__ constexpr int tiles_in(int size) {
+    const int rows = (size + tile - 1) / tile;
+    return rows * (rows + 1) / 2;
+}
+
 // Small blocks share a thread block.
 constexpr int blocks_together(int tiles) {
     return tiles < 128 ? 128 / tiles : 1;
 }
 
+constexpr int whole_warps(int threads) {
+    return (threads + 31) / 32 * 32;
+}
+
 // Most threads of a launch, for the compiler: known if compiled for one size.
 template <class Sum, int tile, int SIZE>
 constexpr int launch_bound() {
-    constexpr int rows = (SIZE + tile - 1) / tile;
-    constexpr int tiles = rows * (rows + 1) / 2;
-    return SIZE == 0 ? max_tiles<Sum, tile>() : (blocks_together(tiles) * tiles + 31) / 32 * 32;
+    constexpr int tiles = tiles_in<tile>(SIZE);
+    return SIZE == 0 ? max_tiles<Sum, tile>() : whole_warps(blocks_together(tiles) * tiles);
 }
 
-constexpr int kMaxBands = 8;
-constexpr int kStagedBytes = 16 * 1024;  // gradients that wait in shared memory
+constexpr int kStagedBytes = 16 * 1024;  // gradients that wait where several blocks share a device
 
 struct Plan {
     int threads;
-    int blocks;                    // Fisher blocks of a thread block
-    int bands;                     // grid.y; more than one only for blocks = 1
-    int staged;                    // gradients in shared memory at a time
-    int tile_rows[kMaxBands + 1];  // band borders, in rows of tiles
+    int blocks;  // Fisher blocks of a thread block
+    int staged;  // gradients in shared memory at a time
     int64_t shared_bytes;
 };
 
@@ -49,167 +62,176 @@ __host__ __device__ inline int padded(int block_size) {
     return (block_size + tile - 1) / tile * tile;
 }
 
-__device__ inline void tile_position(int index, int first_row, int& row, int& column) {
-    row = first_row;
-    while (index > row) {  // row r of tiles has r + 1 of them
-        index -= row + 1;
-        ++row;
-    }
-    column = index;
-}
-
-__device__ inline void load_vector(const float* from, float* to) {
-    const float4 x = *reinterpret_cast<const float4*>(from);
-    to[0] = x.x, to[1] = x.y, to[2] = x.z, to[3] = x.w;
-}
-__device__ inline void load_vector(const double* from, double* to) {
-    const double2 x = *reinterpret_cast<const double2*>(from);
-    to[0] = x.x, to[1] = x.y;
+// Bytes of a packed triangle in shared memory, up to a 16-byte border.
+template <class Sum>
+__host__ __device__ inline int64_t triangle_bytes(int64_t entries) {
+    return (entries * int64_t(sizeof(Sum)) + 15) / 16 * 16;
 }
 
 // Tiles start at 16-byte borders of shared memory.
 template <int tile, class Sum>
 __device__ inline void load_tile(const Sum* from, Sum (&to)[tile]) {
+    constexpr int per_vector = 16 / sizeof(Sum);
 #pragma unroll
-    for (int i = 0; i < tile; i += 16 / int(sizeof(Sum))) load_vector(from + i, to + i);
+    for (int v = 0; v < tile / per_vector; ++v) {
+        const Vector<Sum> x = reinterpret_cast<const Vector<Sum>*>(from)[v];
+#pragma unroll
+        for (int j = 0; j < per_vector; ++j) to[per_vector * v + j] = x.at[j];
+    }
 }
 
-__device__ inline void add_vector(float* gram, const float* sums) {
-    float4 x = __ldcs(reinterpret_cast<const float4*>(gram));
-    x.x += sums[0], x.y += sums[1], x.z += sums[2], x.w += sums[3];
-    __stcs(reinterpret_cast<float4*>(gram), x);
-}
-__device__ inline void add_vector(double* gram, const double* sums) {
-    double2 x = __ldcs(reinterpret_cast<const double2*>(gram));
-    x.x += sums[0], x.y += sums[1];
-    __stcs(reinterpret_cast<double2*>(gram), x);
+// Passes all gradients of a thread block's weights through shared memory, plan.staged at a time,
+// and calls add(count) for those that are there.  Rows that a block lacks stay zero.
+template <class Sum, int tile, class Add>
+__device__ inline void pass_gradients(const GramAccumulate& args, const Plan& plan, int size,
+                                      int64_t first_weight, int weights, Sum* staged, Add add) {
+    const int stride = padded<tile>(size), width = plan.blocks * stride;
+    for (int i = threadIdx.x; i < plan.staged * width; i += blockDim.x) staged[i] = Sum(0);
+    __syncthreads();
+    for (int64_t first = 0; first < args.num_gradients; first += plan.staged) {
+        const int count = int(min(int64_t(plan.staged), args.num_gradients - first));
+        for (int t = threadIdx.x / 32; t < count; t += blockDim.x / 32) {
+            Sum* out = staged + t * width;
+            read_gradient(args.gradient_type, args.gradients,
+                          (first + t) * args.gradient_stride + first_weight, weights,
+                          threadIdx.x % 32, 32,
+                          [=](int i, Sum x) { out[i / size * stride + i % size] = x; });
+        }
+        __syncthreads();
+        add(count);
+        __syncthreads();
+    }
 }
 
-// SIZE: the block size if compiled for it, else 0.
+// The sums of one square tile of a triangle.
+template <class Sum, int tile>
+struct Tile {
+    int row, column;
+    Sum sum[tile][tile];
+
+    __device__ explicit Tile(int index) {
+        row = packed_row(index);
+        column = (index - packed(row, 0)) * tile;
+        row *= tile;
+#pragma unroll
+        for (int r = 0; r < tile; ++r)
+#pragma unroll
+            for (int c = 0; c < tile; ++c) sum[r][c] = Sum(0);
+    }
+
+    // `count` gradients, `width` apart.
+    __device__ void add(const Sum* g, int width, int count) {
+#pragma unroll 1
+        for (int t = 0; t < count; ++t, g += width) {
+            Sum left[tile], right[tile];
+            load_tile(g + row, left);
+            load_tile(g + column, right);
+#pragma unroll
+            for (int r = 0; r < tile; ++r)
+#pragma unroll
+                for (int c = 0; c < tile; ++c) sum[r][c] += left[r] * right[c];
+        }
+    }
+
+    // put(entry, sum) for what lies in the packed triangle.
+    template <class Put>
+    __device__ void for_entries(int size, Put put) const {
+#pragma unroll
+        for (int r = 0; r < tile; ++r)
+#pragma unroll
+            for (int c = 0; c < tile; ++c)
+                if (column + c <= row + r && row + r < size)
+                    put(packed(row + r, column + c), sum[r][c]);
+    }
+};
+
+// A thread for each tile.  SIZE: the block size if compiled for it, else 0.
 template <class Sum, int tile, int SIZE>
 __global__ void __launch_bounds__(launch_bound<Sum, tile, SIZE>(), 1)
     gram_kernel(const __grid_constant__ GramAccumulate args, const __grid_constant__ Plan plan,
                 int64_t num_blocks) {
     const int size = SIZE > 0 ? SIZE : args.partition.block_size;
     const int stride = padded<tile>(size);
-    const int first_row = plan.tile_rows[blockIdx.y];
-    const int last_row = plan.tile_rows[blockIdx.y + 1];
-    const int tiles = packed(last_row, 0) - packed(first_row, 0);
-    Sum* staged = reinterpret_cast<Sum*>(obert_shared);
-
+    const int tiles = tiles_in<tile>(size);
     const int64_t first_block = int64_t(blockIdx.x) * plan.blocks;
     const int here = int(min(int64_t(plan.blocks), num_blocks - first_block));
     const int weights = (here - 1) * size + block_length(args.partition, first_block + here - 1);
     const int local = threadIdx.x / tiles;
     const bool works = local < here;
-    int row, column;
-    tile_position(works ? int(threadIdx.x) % tiles : 0, first_row, row, column);
-    row *= tile;
-    column *= tile;
-
-    Sum sum[tile][tile];
-#pragma unroll
-    for (int r = 0; r < tile; ++r)
-#pragma unroll
-        for (int c = 0; c < tile; ++c) sum[r][c] = Sum(0);
-
-    const int width = plan.blocks * stride;
-    for (int i = threadIdx.x; i < plan.staged * width; i += blockDim.x) staged[i] = Sum(0);
-    __syncthreads();
-    // A band needs no weights past its last row.
-    const int needed = plan.bands > 1 ? min(weights, last_row * tile) : weights;
-    for (int64_t first = 0; first < args.num_gradients; first += plan.staged) {
-        const int count = int(min(int64_t(plan.staged), args.num_gradients - first));
-        const int warp = threadIdx.x / 32, warps = blockDim.x / 32;
-        for (int t = warp; t < count; t += warps) {
-            Sum* out = staged + t * width;
-            read_run<Sum>(args.gradient_type, args.gradients,
-                          (first + t) * args.gradient_stride + first_block * size, needed,
-                          threadIdx.x % 32, 32,
-                          [=](int i, Sum x) { out[i / size * stride + i % size] = x; });
-        }
-        __syncthreads();
-        if (works) {
-            const Sum* g = staged + local * stride;
-#pragma unroll 1
-            for (int t = 0; t < count; ++t, g += width) {
-                Sum left[tile], right[tile];
-                load_tile(g + row, left);
-                load_tile(g + column, right);
-#pragma unroll
-                for (int r = 0; r < tile; ++r)
-#pragma unroll
-                    for (int c = 0; c < tile; ++c) sum[r][c] += left[r] * right[c];
-            }
-        }
-        __syncthreads();
-    }
+    Sum* staged = reinterpret_cast<Sum*>(obert_shared);
+    Tile<Sum, tile> own(works ? int(threadIdx.x) % tiles : 0);
+    pass_gradients<Sum, tile>(args, plan, size, first_block * size, weights, staged,
+                              [&](int count) {
+                                  if (works)
+                                      own.add(staged + local * stride, plan.blocks * stride, count);
+                              });
 
     // Through shared memory, so that the triangles are passed over in order.
-    Sum* triangle = reinterpret_cast<Sum*>(obert_shared);
-    const int begin = packed(min(first_row * tile, size), 0);
-    const int length = packed(min(last_row * tile, size), 0) - begin;
-    if (works) {
-#pragma unroll
-        for (int r = 0; r < tile; ++r)
-#pragma unroll
-            for (int c = 0; c < tile; ++c)
-                if (column + c <= row + r && row + r < size)
-                    triangle[local * length + packed(row + r, column + c) - begin] = sum[r][c];
-    }
+    const int entries = packed(size, 0);
+    Sum* triangles = staged;
+    if (works) own.for_entries(size, [=](int e, Sum sum) { triangles[local * entries + e] = sum; });
     __syncthreads();
-    const int64_t offset = first_block * packed(int64_t(size)) + begin;
-    Sum* gram = static_cast<Sum*>(args.gram) + offset;
-    const Split split = split_run(gram, here * length, sizeof(Sum));
-    constexpr int per_vector = 16 / sizeof(Sum);
-    for (int v = threadIdx.x; v < split.vectors; v += blockDim.x) {
-        const int i = split.head + per_vector * v;
-        add_vector(gram + i, triangle + i);
-    }
-    for (int e = threadIdx.x; e < split.head + split.tail; e += blockDim.x) {
-        const int i = e < split.head ? e : e + per_vector * split.vectors;
-        __stcs(gram + i, __ldcs(gram + i) + triangle[i]);
-    }
+    Sum* gram = static_cast<Sum*>(args.gram) + first_block * entries;
+    read_run(gram, here * entries, threadIdx.x, blockDim.x,
+             [=](int e, Sum x) { triangles[e] += x; });
+    write_run(gram, here * entries, threadIdx.x, blockDim.x, [=](int e) { return triangles[e]; });
 }
 
-template <class Sum>
-constexpr int tile_of(int size) {
-    return sizeof(Sum) == 8 || size <= 32 ? 4 : 8;
+// More tiles than threads.
+template <class Sum, int tile>
+__global__ void __launch_bounds__(max_tiles<Sum, tile>(), 1)
+    large_kernel(const __grid_constant__ GramAccumulate args, const __grid_constant__ Plan plan) {
+    const int size = args.partition.block_size;
+    const int entries = packed(size, 0);
+    const int tiles = tiles_in<tile>(size);
+    const int64_t block = blockIdx.x;
+    Sum* triangle = reinterpret_cast<Sum*>(obert_shared);
+    Sum* staged = reinterpret_cast<Sum*>(obert_shared + triangle_bytes<Sum>(entries));
+    Sum* gram = static_cast<Sum*>(args.gram) + block * entries;
+    read_run(gram, entries, threadIdx.x, blockDim.x, [=](int e, Sum x) { triangle[e] = x; });
+    pass_gradients<Sum, tile>(args, plan, size, block * size, block_length(args.partition, block),
+                              staged, [=](int count) {
+#pragma unroll 1
+                                  for (int t = threadIdx.x; t < tiles; t += blockDim.x) {
+                                      Tile<Sum, tile> own(t);
+                                      own.add(staged, padded<tile>(size), count);
+                                      own.for_entries(size,
+                                                      [=](int e, Sum sum) { triangle[e] += sum; });
+                                  }
+                              });
+    write_run(gram, entries, threadIdx.x, blockDim.x, [=](int e) { return triangle[e]; });
+}
+
+// Whether a block size takes large_kernel.
+template <class Sum, int tile>
+bool is_large(int size) {
+    return tiles_in<tile>(size) > max_tiles<Sum, tile>();
+}
+
+// Shared memory of a thread block: the triangles take the place of the gradients, except in
+// large_kernel.
+template <class Sum, int tile>
+int64_t shared_bytes(int size, int blocks, int64_t staged) {
+    const int64_t triangles = triangle_bytes<Sum>(blocks * packed(int64_t(size)));
+    const int64_t gradients = staged * blocks * padded<tile>(size) * int64_t(sizeof(Sum));
+    return is_large<Sum, tile>(size) ? triangles + gradients : std::max(triangles, gradients);
 }
 
 template <class Sum, int tile>
 Plan make_plan(const GramAccumulate& args) {
-    constexpr int sum_bytes = sizeof(Sum);
-    const int size = args.partition.block_size;
-    const int rows = divide_up(size, tile);
-    const int limit = shared_memory_limit();
+    const int size = args.partition.block_size, tiles = tiles_in<tile>(size);
+    require_fits("gram_accumulate", size, [](int s) { return shared_bytes<Sum, tile>(s, 1, 1); });
+    const bool large = is_large<Sum, tile>(size);
     Plan plan{};
-    // Bands of as many rows of tiles as threads and shared memory allow.
-    int most_tiles = 0;
-    int64_t triangle_bytes = 0;
-    for (int row = 0; row < rows;) {
-        int end = row + 1;
-        auto bytes = [&](int last) {
-            const int64_t top = packed(int64_t(last * tile < size ? last * tile : size));
-            return (top - packed(int64_t(row) * tile)) * sum_bytes;
-        };
-        while (end < rows && packed(end + 1, 0) - packed(row, 0) <= max_tiles<Sum, tile>() &&
-               bytes(end + 1) <= limit)
-            ++end;
-        const int tiles = packed(end, 0) - packed(row, 0);
-        most_tiles = tiles > most_tiles ? tiles : most_tiles;
-        triangle_bytes = bytes(end) > triangle_bytes ? bytes(end) : triangle_bytes;
-        plan.tile_rows[++plan.bands] = row = end;
-    }
-    plan.blocks = plan.bands == 1 ? blocks_together(most_tiles) : 1;
-    plan.threads = divide_up(plan.blocks * most_tiles, 32) * 32;
-    const int64_t gradient_bytes = int64_t(plan.blocks) * rows * tile * sum_bytes;
-    int64_t staged = kStagedBytes / gradient_bytes;
-    staged = staged < 1 ? 1 : staged;
-    plan.staged = int(staged < args.num_gradients ? staged : args.num_gradients);
-    plan.shared_bytes = plan.staged * gradient_bytes;
-    triangle_bytes *= plan.blocks;
-    if (triangle_bytes > plan.shared_bytes) plan.shared_bytes = triangle_bytes;
+    plan.blocks = large ? 1 : blocks_together(tiles);
+    plan.threads = large ? max_tiles<Sum, tile>() : whole_warps(plan.blocks * tiles);
+    // large_kernel has a multiprocessor for itself: all its shared memory, the fewer chunks.
+    const int64_t room =
+        large ? shared_memory_limit() - shared_bytes<Sum, tile>(size, 1, 0) : kStagedBytes;
+    const int64_t gradient_bytes = int64_t(plan.blocks) * padded<tile>(size) * sizeof(Sum);
+    const int64_t staged = std::max(room / gradient_bytes, int64_t(1));
+    plan.staged = int(std::min(staged, args.num_gradients));
+    plan.shared_bytes = shared_bytes<Sum, tile>(size, plan.blocks, plan.staged);
     return plan;
 }
 
@@ -217,18 +239,23 @@ template <class Sum, int tile, int SIZE>
 void start(const GramAccumulate& args, void* stream) {
     const int64_t blocks = args.partition.num_blocks();
     const Plan plan = make_plan<Sum, tile>(args);
-    launch(gram_kernel<Sum, tile, SIZE>, (blocks + plan.blocks - 1) / plan.blocks, plan.bands,
-           plan.threads, plan.shared_bytes, stream, args, plan, blocks);
+    if constexpr (SIZE == 0 && tile == tile_of<Sum>(kMaxBlockSize)) {
+        if (is_large<Sum, tile>(args.partition.block_size))
+            return launch(large_kernel<Sum, tile>, blocks, plan.threads, plan.shared_bytes, stream,
+                          args, plan);
+    }
+    launch(gram_kernel<Sum, tile, SIZE>, (blocks + plan.blocks - 1) / plan.blocks, plan.threads,
+           plan.shared_bytes, stream, args, plan, blocks);
 }
 
 template <class Sum, int SIZE>
 void run(const GramAccumulate& args, void* stream) {
     if constexpr (SIZE > 0)
         start<Sum, tile_of<Sum>(SIZE), SIZE>(args, stream);
-    else if (sizeof(Sum) == 8 || args.partition.block_size <= 32)
-        start<Sum, 4, 0>(args, stream);
+    else if (args.partition.block_size <= 32)
+        start<Sum, tile_of<Sum>(32), 0>(args, stream);
     else
-        start<Sum, sizeof(Sum) == 8 ? 4 : 8, 0>(args, stream);
+        start<Sum, tile_of<Sum>(kMaxBlockSize), 0>(args, stream);
 }
 
 }  // namespace

@@ -11,18 +11,55 @@ namespace cuda {
 namespace {
 
 constexpr int kScoreThreads = 128;
+constexpr int kScored = 4 * kScoreThreads;  // weights of a thread block
 
+__device__ inline double load_diagonal(const InverseScores& args, int64_t i) {
+    const int size = args.partition.block_size;
+    const int64_t block = i / size;
+    return __ldcs(args.inverse + block * packed(size, 0) + (i - block * size));
+}
+
+__device__ inline float single_score(const InverseScores& args, int64_t i, double weight,
+                                     double diagonal) {
+    if (!is_positive(diagonal)) record_failure(args.status, i / args.partition.block_size);
+    return float(0.5 * weight * weight / diagonal);
+}
+
+// Of four weights from i on, which is a 16-byte border for them and their scores.
+template <class Weight>
+__device__ inline void write_four_scores(const InverseScores& args, int64_t i) {
+    constexpr int per_vector = 16 / sizeof(Weight);
+    double weight[4], diagonal[4];
+#pragma unroll
+    for (int j = 0; j < 4; j += per_vector) {
+        const Vector<Weight> w = load_vector(static_cast<const Weight*>(args.weight) + i + j);
+#pragma unroll
+        for (int v = 0; v < per_vector; ++v) weight[j + v] = w.at[v];
+    }
+#pragma unroll
+    for (int j = 0; j < 4; ++j) diagonal[j] = load_diagonal(args, i + j);
+    Vector<float> scores;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) scores.at[j] = single_score(args, i + j, weight[j], diagonal[j]);
+    store_vector(args.scores + i, scores);
+}
+
+template <class Weight>
 __global__ void __launch_bounds__(kScoreThreads)
     single_scores_kernel(const __grid_constant__ InverseScores args) {
-    const int size = args.partition.block_size;
-    const int64_t i = int64_t(blockIdx.x) * kScoreThreads + threadIdx.x;
-    if (i >= args.partition.num_weights) return;
-    const int64_t block = i / size;
-    const int position = int(i - block * size);
-    const double diagonal = __ldcs(args.inverse + block * packed(size, 0) + position);
-    const double weight = load_wide(args.weight_type, args.weight, i);
-    if (!is_positive(diagonal)) record_failure(args.status, block);
-    __stcs(args.scores + i, float(0.5 * weight * weight / diagonal));
+    const Weight* weight = static_cast<const Weight*>(args.weight);
+    const int64_t start = int64_t(blockIdx.x) * kScored;
+    const int64_t end = min(start + kScored, args.partition.num_weights);
+    const uintptr_t addresses =
+        reinterpret_cast<uintptr_t>(weight) | reinterpret_cast<uintptr_t>(args.scores);
+    if (addresses % 16 == 0 && end - start == kScored) {
+        write_four_scores<Weight>(args, start + 4 * threadIdx.x);
+    } else {
+#pragma unroll 1
+        for (int64_t i = start + threadIdx.x; i < end; i += kScoreThreads)
+            __stcs(args.scores + i,
+                   single_score(args, i, __ldcs(weight + i), load_diagonal(args, i)));
+    }
 }
 
 // Where a team keeps one inverse block: as it is in memory, and in float64 what has to be
@@ -53,15 +90,23 @@ __device__ inline InverseSpace space_of(int team, int size, int group_size, bool
     return space;
 }
 
-// To float64, row after row up to the diagonal, as it is factored.
+// The Cholesky factor of an inverse block, or of its part of the pruned, in `matrix`.
 template <class T, int threads>
-__device__ inline void widen_inverse(const InverseSpace& space, int size, int n) {
+__device__ inline bool factor_inverse(const InverseSpace& space, int size, int n,
+                                      bool only_pruned) {
+    const Workspace& w = space.work;
+    const unsigned char* keep = w.keep;
     for (int i = 0; i < n; ++i) {
-        double* row = space.work.matrix + packed(i, 0);
+        double* row = w.matrix + packed(i, 0);
 #pragma unroll 1
         for (int j = T::rank(); j <= i; j += threads)
             row[j] = space.inverse[place_in_inverse(size, i, j)];
     }
+#pragma unroll 1
+    for (int i = T::rank(); i < n; i += threads) w.bar[i] = 0;
+    T::sync();
+    if (only_pruned) leave_out<T, threads>(w.matrix, n, [=](int i) { return keep[i] != 0; });
+    return cholesky<T, threads>(w.matrix, n, w.bar);
 }
 
 // Row i of F^-1 x.
@@ -76,14 +121,15 @@ __host__ __device__ inline int64_t scores_bytes(int size, int group_size) {
     return (2 * int64_t(size) + offset_of_system(size, size, group_size)) * 8;
 }
 
-template <int threads>
+template <int threads, int SIZE>
 __global__ void __launch_bounds__(Team<threads>::kLaunch, 1)
     group_scores_kernel(const __grid_constant__ InverseScores args) {
     using T = Team<threads>;
-    const int size = args.partition.block_size;
+    const Partition partition = sized<SIZE>(args.partition);
+    const int size = partition.block_size;
     const int64_t block = int64_t(blockIdx.x) * T::kTeams + T::index();
-    if (block >= num_blocks(args.partition)) return;
-    const int n = block_length(args.partition, block);
+    const int n = block_length(partition, block);
+    if (n <= 0) return;
     const int64_t start = block * size;
     const int group_size = args.group_size;
     // The groups' systems are filled straight from memory.
@@ -92,9 +138,7 @@ __global__ void __launch_bounds__(Team<threads>::kLaunch, 1)
     w.weight = reinterpret_cast<double*>(base);
     w.vector = w.weight + size;
     w.systems = w.vector + size;
-#pragma unroll 1
-    for (int i = T::rank(); i < n; i += threads)
-        w.weight[i] = load_wide(args.weight_type, args.weight, start + i);
+    read_weight<T, threads>(args.weight_type, args.weight, w, start, n);
     T::sync();
     const float* inverse = args.inverse + block * packed(size, 0);
     const bool bad = solve_groups<T, threads>(
@@ -105,8 +149,9 @@ __global__ void __launch_bounds__(Team<threads>::kLaunch, 1)
     if (bad) record_failure(args.status, block);
 }
 
-// Multipliers u_Q = ([F^-1]_QQ)^-1 w_Q of the pruned, left in `vector`: all together (joint),
-// one by one, or by groups.  Returns whether this thread met a bad pivot.
+// Multipliers u_Q = ([F^-1]_QQ)^-1 w_Q of the pruned, left in `vector`: all together (joint; by
+// what factor_inverse made), one by one, or by groups.  Returns whether this thread met a bad
+// pivot.
 template <class T, int threads>
 __device__ inline bool find_multipliers(const Update& update, const InverseSpace& space, int size,
                                         int64_t start, int n) {
@@ -114,15 +159,9 @@ __device__ inline bool find_multipliers(const Update& update, const InverseSpace
     const unsigned char* keep = w.keep;
     const float* f = space.inverse;
     if (update.rule == UpdateRule::joint) {
-        widen_inverse<T, threads>(space, size, n);
 #pragma unroll 1
-        for (int i = T::rank(); i < n; i += threads) {
-            w.vector[i] = keep[i] ? 0.0 : w.weight[i];
-            w.bar[i] = 0;
-        }
+        for (int i = T::rank(); i < n; i += threads) w.vector[i] = keep[i] ? 0.0 : w.weight[i];
         T::sync();
-        leave_out<T, threads>(w.matrix, n, [=](int i) { return keep[i] != 0; });
-        if (!cholesky<T, threads>(w.matrix, n, w.bar)) return true;
         solve_lower<T, threads>(w.matrix, n, w.vector);
         solve_upper<T, threads>(w.matrix, n, w.vector);
         return false;
@@ -144,29 +183,16 @@ __device__ inline bool find_multipliers(const Update& update, const InverseSpace
     return bad;
 }
 
-// 1/2 d^T F d = 1/2 |L^-1 d|^2 with L the Cholesky factor of the inverse; d in `other`.
-template <class T, int threads>
-__device__ inline bool increase_of(const InverseSpace& space, int size, int n, double* increase) {
-    const Workspace& w = space.work;
-    widen_inverse<T, threads>(space, size, n);
-#pragma unroll 1
-    for (int i = T::rank(); i < n; i += threads) w.bar[i] = 0;
-    T::sync();
-    if (!cholesky<T, threads>(w.matrix, n, w.bar)) return false;
-    solve_lower<T, threads>(w.matrix, n, w.other);
-    *increase = 0.5 * dot(w.other, w.other, n);
-    return true;
-}
-
-template <int threads>
+template <int threads, int SIZE>
 __global__ void __launch_bounds__(Team<threads>::kLaunch, 1)
     update_kernel(const __grid_constant__ InverseUpdate args) {
     using T = Team<threads>;
     const Update& update = args.update;
-    const int size = args.partition.block_size;
+    const Partition partition = sized<SIZE>(args.partition);
+    const int size = partition.block_size;
     const int64_t block = int64_t(blockIdx.x) * T::kTeams + T::index();
-    if (block >= num_blocks(args.partition)) return;
-    const int n = block_length(args.partition, block);
+    const int n = block_length(partition, block);
+    if (n <= 0) return;
     const int64_t start = block * size;
     const bool joint = update.rule == UpdateRule::joint;
     const bool factored = joint || update.predicted_increase != nullptr;
@@ -179,10 +205,11 @@ __global__ void __launch_bounds__(Team<threads>::kLaunch, 1)
     if (moves) {
         float* inverse = space.inverse;
         const int entries = packed(size, 0);
-        read_run<float>(DType::f32, args.inverse, block * entries, entries, T::rank(), threads,
-                        [=](int e, float x) { inverse[e] = x; });
+        read_run(args.inverse + block * entries, entries, T::rank(), threads,
+                 [=](int e, float x) { inverse[e] = x; });
         T::sync();
-        bad = T::any(find_multipliers<T, threads>(update, space, size, start, n));
+        bad = factored && !factor_inverse<T, threads>(space, size, n, joint);
+        if (!bad) bad = T::any(find_multipliers<T, threads>(update, space, size, start, n));
         if (!bad) {
             increase = 0.5 * dot(w.weight, w.vector, n);
 #pragma unroll 1
@@ -195,8 +222,9 @@ __global__ void __launch_bounds__(Team<threads>::kLaunch, 1)
 #pragma unroll 1
             for (int i = T::rank(); i < n; i += threads) w.vector[i] = w.other[i];
             if (!joint && factored) {
-                T::sync();
-                bad = !increase_of<T, threads>(space, size, n, &increase) || bad;
+                // d^T F d = |L^-1 d|^2.
+                solve_lower<T, threads>(w.matrix, n, w.other);
+                increase = 0.5 * dot(w.other, w.other, n);
             }
         }
     }
@@ -208,13 +236,15 @@ __global__ void __launch_bounds__(Team<threads>::kLaunch, 1)
 void inverse_scores(const InverseScores& args, void* stream) {
     const Partition& partition = args.partition;
     if (args.group_size == 1) {
-        launch(single_scores_kernel, (partition.num_weights + kScoreThreads - 1) / kScoreThreads, 1,
-               kScoreThreads, 0, stream, args);
+        auto* kernel = args.weight_type == DType::f64 ? single_scores_kernel<double>
+                                                      : single_scores_kernel<float>;
+        launch(kernel, (partition.num_weights + kScored - 1) / kScored, kScoreThreads, 0, stream,
+               args);
         return;
     }
-    with_team(partition.block_size, [&](auto threads) {
+    with_team(partition.block_size, [&](auto threads, auto size) {
         launch_teams<Team<threads()>>(
-            group_scores_kernel<threads()>, "inverse_scores", partition,
+            group_scores_kernel<threads(), size()>, "inverse_scores", partition,
             [&](int s) { return scores_bytes(s, args.group_size); }, stream, args);
     });
 }
@@ -222,9 +252,9 @@ void inverse_scores(const InverseScores& args, void* stream) {
 void inverse_update(const InverseUpdate& args, void* stream) {
     const Update& update = args.update;
     const bool joint = update.rule == UpdateRule::joint;
-    with_team(args.partition.block_size, [&](auto threads) {
+    with_team(args.partition.block_size, [&](auto threads, auto size) {
         launch_teams<Team<threads()>>(
-            update_kernel<threads()>, "inverse_update", args.partition,
+            update_kernel<threads(), size()>, "inverse_update", args.partition,
             [&](int s) {
                 return inverse_bytes(s, joint ? 1 : update.group_size,
                                      joint || update.predicted_increase != nullptr);

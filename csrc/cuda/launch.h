@@ -72,15 +72,15 @@ void with_size(int block_size, Visit visit) {
 }
 
 template <class... Params, class... Args>
-void launch(void (*kernel)(Params...), int64_t thread_blocks, int rows, int threads,
-            int64_t shared_bytes, void* stream, const Args&... args) {
+void launch(void (*kernel)(Params...), int64_t thread_blocks, int threads, int64_t shared_bytes,
+            void* stream, const Args&... args) {
     if (thread_blocks == 0) return;
     if (shared_bytes > 48 * 1024)
         check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                    int(shared_bytes)),
               "cudaFuncSetAttribute");
     cudaLaunchConfig_t config{};
-    config.gridDim = dim3(unsigned(thread_blocks), unsigned(rows));
+    config.gridDim = dim3(unsigned(thread_blocks));
     config.blockDim = dim3(unsigned(threads));
     config.dynamicSmemBytes = size_t(shared_bytes);
     config.stream = static_cast<cudaStream_t>(stream);

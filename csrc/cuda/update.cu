@@ -46,16 +46,17 @@ __device__ inline bool sum_change(const Workspace& w, int size, int64_t start, i
     return bad;
 }
 
-template <int threads>
+template <int threads, int SIZE>
 __global__ void __launch_bounds__(Team<threads>::kLaunch, 1)
     update_kernel(const __grid_constant__ GramUpdate args) {
     using T = Team<threads>;
     const Fisher& fisher = args.fisher;
     const Update& update = args.update;
-    const int size = fisher.partition.block_size;
+    const Partition partition = sized<SIZE>(fisher.partition);
+    const int size = partition.block_size;
     const int64_t block = int64_t(blockIdx.x) * T::kTeams + T::index();
-    if (block >= num_blocks(fisher.partition)) return;
-    const int n = block_length(fisher.partition, block);
+    const int n = block_length(partition, block);
+    if (n <= 0) return;
     const int64_t start = block * size;
     const bool joint = update.rule == UpdateRule::joint;
     const int group_size = joint ? 1 : update.group_size;
@@ -64,36 +65,36 @@ __global__ void __launch_bounds__(Team<threads>::kLaunch, 1)
     const bool moves = begin_update<T, threads>(update, w, start, n);
     double increase = 0;
     bool bad = false;
-    if (moves && joint) {
+    if (moves) {
         load_fisher<T, threads>(fisher, size, block, n, w);
-        // r = F w_P, at all positions; survivors move by F_SS^-1 r_S, and the increase is
-        // 1/2 (w_P^T F_PP w_P - r_S^T d_S).
+        double doubled = 0;
+        if (joint) {
+            // r = F w_P, at all positions; survivors move by F_SS^-1 r_S, and the increase is
+            // 1/2 (w_P^T F_PP w_P - r_S^T d_S).
 #pragma unroll 1
-        for (int i = T::rank(); i < n; i += threads) w.vector[i] = keep[i] ? 0.0 : w.weight[i];
-        T::sync();
+            for (int i = T::rank(); i < n; i += threads) w.vector[i] = keep[i] ? 0.0 : w.weight[i];
+            T::sync();
 #pragma unroll 1
-        for (int i = T::rank(); i < n; i += threads)
-            w.other[i] = symmetric_row(w.matrix, n, i, w.vector);
-        T::sync();
-        double doubled = dot(w.vector, w.other, n);
-        T::sync();
+            for (int i = T::rank(); i < n; i += threads)
+                w.other[i] = symmetric_row(w.matrix, n, i, w.vector);
+            T::sync();
+            doubled = dot(w.vector, w.other, n);
+            T::sync();
 #pragma unroll 1
-        for (int i = T::rank(); i < n; i += threads) {
-            w.vector[i] = keep[i] ? w.other[i] : 0.0;
-            if (!keep[i]) w.bar[i] = 0;
+            for (int i = T::rank(); i < n; i += threads) {
+                w.vector[i] = keep[i] ? w.other[i] : 0.0;
+                if (!keep[i]) w.bar[i] = 0;
+            }
+            leave_out<T, threads>(w.matrix, n, [=](int i) { return !keep[i]; });
         }
-        leave_out<T, threads>(w.matrix, n, [=](int i) { return !keep[i]; });
         bad = !cholesky<T, threads>(w.matrix, n, w.bar);
-        if (!bad) {
+        if (!bad && joint) {
             solve_lower<T, threads>(w.matrix, n, w.vector);
             solve_upper<T, threads>(w.matrix, n, w.vector);
             for (int i = 0; i < n; ++i)
                 if (keep[i]) doubled -= w.other[i] * w.vector[i];
-        }
-        increase = 0.5 * doubled;
-    } else if (moves) {
-        bad = !factor<T, threads>(fisher, size, block, n, w);
-        if (!bad) {
+            increase = 0.5 * doubled;
+        } else if (!bad) {
             invert_lower<T, threads>(w.matrix, n, w.other);
             bad = sum_change<T, threads>(w, size, start, n, group_size);
             // d^T F d = |y|^2 with M^T y = d.
@@ -112,9 +113,9 @@ __global__ void __launch_bounds__(Team<threads>::kLaunch, 1)
 
 void gram_update(const GramUpdate& args, void* stream) {
     const int group_size = args.update.rule == UpdateRule::joint ? 1 : args.update.group_size;
-    with_team(args.fisher.partition.block_size, [&](auto threads) {
+    with_team(args.fisher.partition.block_size, [&](auto threads, auto size) {
         launch_teams<Team<threads()>>(
-            update_kernel<threads()>, "gram_update", args.fisher.partition,
+            update_kernel<threads(), size()>, "gram_update", args.fisher.partition,
             [&](int s) { return workspace_bytes(s, group_size); }, stream, args);
     });
 }

@@ -82,10 +82,9 @@ __device__ inline void stage(const WoodburyUpdate& args, int64_t first, int coun
 #pragma unroll 1
     for (int t = threadIdx.x / 32; t < count; t += blockDim.x / 32) {
         float* row = staged + t * width;
-        read_run<float>(
-            args.gradient_type, args.gradients,
-            (first + t) * args.gradient_stride + first_block * args.partition.block_size, weights,
-            threadIdx.x % 32, 32, [=](int i, float x) { row[i] = x; });
+        read_gradient(args.gradient_type, args.gradients,
+                      (first + t) * args.gradient_stride + first_block * args.partition.block_size,
+                      weights, threadIdx.x % 32, 32, [=](int i, float x) { row[i] = x; });
 #pragma unroll 1
         for (int i = weights + threadIdx.x % 32; i < width; i += 32) row[i] = 0;
     }
@@ -137,8 +136,8 @@ __global__ void __launch_bounds__(Tile<SIZE>::T::kLaunch, Tile<SIZE>::resident)
     const float m = float(args.total_gradients);
 
     float* state = args.inverse + first_block * L::entries;
-    read_run<float>(DType::f32, state, 0, here * L::entries, threadIdx.x, T::kLaunch,
-                    [=](int e, float value) { staged[e] = value; });
+    read_run(state, here * L::entries, threadIdx.x, T::kLaunch,
+             [=](int e, float value) { staged[e] = value; });
     __syncthreads();
     typename Shape::Registers f;
     unpack<SIZE>(packed_block, works, x, y, f);
@@ -213,8 +212,8 @@ __global__ void __launch_bounds__(Tile<SIZE>::T::kLaunch, Tile<SIZE>::resident)
     if (L::teams > 1) __syncthreads();  // the other teams have used the gradients
     if (bad) {                          // the block keeps the state it had
         if (T::rank() == 0) record_failure(args.status, block);
-        read_run<float>(DType::f32, args.inverse, block * L::entries, L::entries, T::rank(),
-                        Shape::threads, [=](int e, float value) { packed_block[e] = value; });
+        read_run(args.inverse + block * L::entries, L::entries, T::rank(), Shape::threads,
+                 [=](int e, float value) { packed_block[e] = value; });
     } else if (works) {
         pack<SIZE>(f, x, y, packed_block);
     }
@@ -243,8 +242,7 @@ __global__ void __launch_bounds__(kGeneralThreads, 1)
     const float m = float(args.total_gradients);
     const int entries = packed(size, 0);
     float* state = args.inverse + block * entries;
-    read_run<float>(DType::f32, state, 0, entries, i, kGeneralThreads,
-                    [=](int e, float value) { f[e] = value; });
+    read_run(state, entries, i, kGeneralThreads, [=](int e, float value) { f[e] = value; });
     __syncthreads();
     bool good = true;
     for (int64_t first = 0; first < args.num_gradients; first += kStaged) {
@@ -291,11 +289,11 @@ void woodbury_update(const WoodburyUpdate& args, void* stream) {
     with_size(block_size, [&](auto size) {
         if constexpr (size() > 0) {
             using L = Layout<size()>;
-            launch(tile_kernel<size()>, (blocks + L::teams - 1) / L::teams, 1,
+            launch(tile_kernel<size()>, (blocks + L::teams - 1) / L::teams,
                    Tile<size()>::T::kLaunch, L::bytes, stream, args, blocks);
         } else {
             require_fits("woodbury_update", block_size, general_bytes);
-            launch(general_kernel, blocks, 1, kGeneralThreads, general_bytes(block_size), stream,
+            launch(general_kernel, blocks, kGeneralThreads, general_bytes(block_size), stream,
                    args);
         }
     });
