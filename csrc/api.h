@@ -82,6 +82,19 @@ struct GramScores {
     float* scores;  // [num_weights / group_size], zero on entry
 };
 
+// Scores of groups in the order in which exact removals would take them, block by block: at each
+// step the group goes whose removal costs least now that the rest has adapted, and its score is
+// the largest cost so far.  Weights not kept are gone already.  A group cut by a block border is
+// the sum of its parts.
+struct GramGreedyScores {
+    Fisher fisher;
+    const void* weight;
+    DType weight_type;    // f32 or f64
+    const uint8_t* keep;  // [num_weights] 1: there, 0: gone
+    int group_size;
+    float* scores;  // [num_weights / group_size], zero on entry
+};
+
 enum class UpdateRule : int { sum = 0, joint = 1 };
 
 struct Update {
@@ -148,6 +161,7 @@ struct Kernels {
     int64_t (*gram_diagonal)(const GramDiagonal&, BlockRange, char* workspace);
     int64_t (*gram_solve)(const GramSolve&, BlockRange, char* workspace);
     int64_t (*gram_scores)(const GramScores&, BlockRange, char* workspace);
+    int64_t (*gram_greedy_scores)(const GramGreedyScores&, BlockRange, char* workspace);
     int64_t (*gram_update)(const GramUpdate&, BlockRange, char* workspace);
     int64_t (*woodbury_update)(const WoodburyUpdate&, BlockRange, char* workspace);
     int64_t (*inverse_scores)(const InverseScores&, BlockRange, char* workspace);
@@ -168,6 +182,7 @@ void gram_inverse(const GramInverse&, int threads);
 void gram_diagonal(const GramDiagonal&, int threads);
 void gram_solve(const GramSolve&, int threads);
 void gram_scores(const GramScores&, int threads);
+void gram_greedy_scores(const GramGreedyScores&, int threads);
 void gram_update(const GramUpdate&, int threads);
 void woodbury_update(const WoodburyUpdate&, int threads);
 void inverse_scores(const InverseScores&, int threads);
@@ -191,6 +206,7 @@ void gram_inverse(const GramInverse&, void* stream);
 void gram_diagonal(const GramDiagonal&, void* stream);
 void gram_solve(const GramSolve&, void* stream);
 void gram_scores(const GramScores&, void* stream);
+void gram_greedy_scores(const GramGreedyScores&, void* stream);
 void gram_update(const GramUpdate&, void* stream);
 void woodbury_update(const WoodburyUpdate&, void* stream);
 void inverse_scores(const InverseScores&, void* stream);

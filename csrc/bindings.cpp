@@ -57,14 +57,16 @@ PYBIND11_MODULE(_C, m) {
     m.def("current_instruction_set", &cpu::current_instruction_set);
     m.def("select_instruction_set", &cpu::select_instruction_set);
 
-    define_operators<int>(m, {cpu::gram_accumulate, cpu::gram_inverse, cpu::gram_diagonal,
-                              cpu::gram_solve, cpu::gram_scores, cpu::gram_update,
-                              cpu::woodbury_update, cpu::inverse_scores, cpu::inverse_update});
+    define_operators<int>(
+        m, {cpu::gram_accumulate, cpu::gram_inverse, cpu::gram_diagonal, cpu::gram_solve,
+            cpu::gram_scores, cpu::gram_greedy_scores, cpu::gram_update, cpu::woodbury_update,
+            cpu::inverse_scores, cpu::inverse_update});
 #ifdef OBERT_WITH_CUDA
     py::module_ on_device = m.def_submodule("cuda");
     define_operators<void*>(
-        on_device, {cuda::gram_accumulate, cuda::gram_inverse, cuda::gram_diagonal,
-                    cuda::gram_solve, cuda::gram_scores, cuda::gram_update, cuda::woodbury_update,
-                    cuda::inverse_scores, cuda::inverse_update});
+        on_device,
+        {cuda::gram_accumulate, cuda::gram_inverse, cuda::gram_diagonal, cuda::gram_solve,
+         cuda::gram_scores, cuda::gram_greedy_scores, cuda::gram_update, cuda::woodbury_update,
+         cuda::inverse_scores, cuda::inverse_update});
 #endif
 }

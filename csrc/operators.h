@@ -24,6 +24,7 @@ struct Operators {
     void (*gram_diagonal)(const GramDiagonal&, Where);
     void (*gram_solve)(const GramSolve&, Where);
     void (*gram_scores)(const GramScores&, Where);
+    void (*gram_greedy_scores)(const GramGreedyScores&, Where);
     void (*gram_update)(const GramUpdate&, Where);
     void (*woodbury_update)(const WoodburyUpdate&, Where);
     void (*inverse_scores)(const InverseScores&, Where);
@@ -80,6 +81,15 @@ void define_operators(pybind11::module_& m, Operators<Where> run) {
             run.gram_scores({fisher, pointer<void>(weight), DType(weight_type), group_size,
                              pointer<float>(scores)},
                             at(where));
+        },
+        release());
+    m.def(
+        "gram_greedy_scores",
+        [run, at](const Fisher& fisher, Address weight, int weight_type, Address keep,
+                  int group_size, Address scores, Python where) {
+            run.gram_greedy_scores({fisher, pointer<void>(weight), DType(weight_type),
+                                    pointer<uint8_t>(keep), group_size, pointer<float>(scores)},
+                                   at(where));
         },
         release());
     m.def(

@@ -151,6 +151,26 @@ class GramFisher:
         self._checked(problem[-1], damping)
         return out
 
+    def greedy_scores(
+        self, weight: Tensor, keep: Tensor, damping: float, group_size: int = 1
+    ) -> Tensor:
+        """Saliencies in the order in which exact removals take the groups of a block.
+
+        In each block the group goes whose removal costs least, ``1/2 w_Q^T ([F^-1]_QQ)^-1 w_Q``,
+        the rest adapts, the next is chosen; the saliency of a group is the largest cost up to
+        its own.  Float32 ``[n / group_size]``, zero for groups gone already.
+
+        Args:
+            weight: ``[n]``.
+            keep: ``[n]`` bool, False for weights that are gone already.
+            damping: of F.
+            group_size: c, consecutive weights that go together.
+        """
+        problem = self._problem(damping)
+        out = ops.gram_greedy_scores(self.gram, _wide(weight), keep, group_size, *problem)
+        self._checked(problem[-1], damping)
+        return out
+
     def update(
         self,
         weight: Tensor,

@@ -19,7 +19,6 @@ failed block is not to be used: updates leave such a block's weights as they wer
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -39,38 +38,11 @@ from ._checks import (
     check_weight,
     require,
 )
+from ._registry import NumericalError, new_status, operator, raise_for_status
 
-_NAMESPACE = "obert_kernels"
+__all__ = ["NumericalError", "new_status", "raise_for_status"]
+
 _CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-
-_library = torch.library.Library(_NAMESPACE, "DEF")
-
-
-class NumericalError(ArithmeticError):
-    """A Fisher block is not positive definite in the arithmetic used.
-
-    Attributes:
-        block: index of the first such block.
-    """
-
-    def __init__(self, message: str, block: int) -> None:
-        super().__init__(message)
-        self.block = block
-
-
-def new_status(device: torch.device | str | None = None) -> Tensor:
-    """Return a status tensor that says all is well; by default on torch's default device."""
-    return torch.full((1,), -1, dtype=torch.int64, device=device)
-
-
-def raise_for_status(status: Tensor, what: str, remedy: str) -> None:
-    """Raise :class:`NumericalError` if an operator recorded a failed block.
-
-    Waits for the device of ``status``.
-    """
-    block = int(status.item())
-    if block >= 0:
-        raise NumericalError(f"{what}: block {block} is not positive definite; {remedy}", block)
 
 
 def _fisher_args(
@@ -94,43 +66,6 @@ def _run_on(state: Tensor) -> tuple[Any, int]:
     return _lib.core(), torch.get_num_threads()
 
 
-def _has_cuda_kernels() -> bool:
-    return _lib.failure() is None and hasattr(_lib.core(), "cuda")
-
-
-def _operator(schema: str, check: Callable[..., None], fake: Callable[..., Any]) -> Callable:
-    """Register the decorated native implementation, its oracle, checks and shapes."""
-
-    def register(native: Callable) -> Callable:
-        name = native.__name__.removeprefix("_")
-        oracle = getattr(reference, name)
-
-        def run_native(*args: Any) -> Any:
-            check(*args)
-            return native(*args)
-
-        def run_on_device(*args: Any) -> Any:
-            check(*args)
-            with torch.cuda.device(args[0].device):
-                return native(*args)
-
-        def run_oracle(*args: Any) -> Any:
-            check(*args)
-            return oracle(*args)
-
-        _library.define(f"{name}{schema}")
-        _library.impl(name, run_oracle, "CompositeExplicitAutograd")
-        _library.impl(name, run_native, "CPU")
-        if _has_cuda_kernels():
-            _library.impl(name, run_on_device, "CUDA")
-        torch.library.register_fake(f"{_NAMESPACE}::{name}", fake, lib=_library)
-        operator = getattr(getattr(torch.ops, _NAMESPACE), name).default
-        operator.__doc__ = oracle.__doc__
-        return operator
-
-    return register
-
-
 _FISHER = "int block_size, float num_gradients, float damping, Tensor(a!) status"
 
 
@@ -139,7 +74,7 @@ def _check_accumulate(gram: Tensor, gradients: Tensor, block_size: int) -> None:
     check_gram(gram, gradients.shape[1], block_size)
 
 
-@_operator(
+@operator(
     "(Tensor(a!) gram, Tensor gradients, int block_size) -> ()",
     _check_accumulate,
     lambda gram, gradients, block_size: None,
@@ -166,7 +101,7 @@ _MATERIALISE = (
 )
 
 
-@_operator(
+@operator(
     _MATERIALISE,
     _check_materialise,
     lambda gram, n, b, m, damping, dtype, status: gram.new_empty(gram.shape, dtype=dtype),
@@ -187,7 +122,7 @@ def gram_inverse(
     return out
 
 
-@_operator(
+@operator(
     _MATERIALISE,
     _check_materialise,
     lambda gram, n, b, m, damping, dtype, status: gram.new_empty(n, dtype=dtype),
@@ -218,7 +153,7 @@ def _check_solve(gram, right_hand_side, block_size, num_gradients, damping, stat
     check_devices(right_hand_side=right_hand_side, gram=gram)
 
 
-@_operator(
+@operator(
     f"(Tensor gram, Tensor right_hand_side, {_FISHER}) -> Tensor",
     _check_solve,
     lambda gram, v, b, m, damping, status: v.new_empty(v.shape),
@@ -244,7 +179,7 @@ def _check_scores(gram, weight, group_size, block_size, num_gradients, damping, 
     check_fisher(gram, weight.numel(), block_size, num_gradients, damping, status)
 
 
-@_operator(
+@operator(
     f"(Tensor gram, Tensor weight, int group_size, {_FISHER}) -> Tensor",
     _check_scores,
     lambda gram, weight, c, b, m, damping, status: weight.new_empty(
@@ -271,6 +206,39 @@ def gram_scores(
     return scores
 
 
+def _check_greedy(gram, weight, keep, group_size, block_size, m, damping, status):  # type: ignore[no-untyped-def]
+    _check_scores(gram, weight, group_size, block_size, m, damping, status)
+    check_keep(keep, weight)
+
+
+@operator(
+    f"(Tensor gram, Tensor weight, Tensor keep, int group_size, {_FISHER}) -> Tensor",
+    _check_greedy,
+    lambda gram, weight, keep, c, b, m, damping, status: weight.new_empty(
+        weight.shape[0] // c, dtype=torch.float32
+    ),
+)
+def gram_greedy_scores(
+    gram: Tensor,
+    weight: Tensor,
+    keep: Tensor,
+    group_size: int,
+    block_size: int,
+    num_gradients: float,
+    damping: float,
+    status: Tensor,
+) -> Tensor:
+    weight, keep = weight.contiguous(), keep.contiguous()
+    scores = weight.new_zeros(weight.numel() // group_size, dtype=torch.float32)
+    fisher = _fisher_args(gram, weight.numel(), block_size, num_gradients, damping, status)
+    core, where = _run_on(gram)
+    core.gram_greedy_scores(
+        fisher, weight.data_ptr(), _CODES[weight.dtype], keep.data_ptr(), group_size,
+        scores.data_ptr(), where,
+    )  # fmt: skip
+    return scores
+
+
 def _update_args(
     weight: Tensor, keep: Tensor, group_size: int, joint: bool, blocks: int
 ) -> tuple[Any, Tensor, Tensor, tuple[Tensor, ...]]:
@@ -289,7 +257,7 @@ def _check_update(gram, weight, keep, group_size, joint, block_size, m, damping,
     check_keep(keep, weight)
 
 
-@_operator(
+@operator(
     f"(Tensor gram, Tensor weight, Tensor keep, int group_size, bool joint, {_FISHER}) "
     "-> (Tensor, Tensor)",
     _check_update,
@@ -322,7 +290,7 @@ def _check_woodbury(inverse, gradients, num_gradients, status):  # type: ignore[
     check_positive("num_gradients", num_gradients)
 
 
-@_operator(
+@operator(
     "(Tensor(a!) inverse, Tensor gradients, float num_gradients, Tensor(b!) status) -> ()",
     _check_woodbury,
     lambda inverse, gradients, num_gradients, status: None,
@@ -344,7 +312,7 @@ def _check_inverse_scores(inverse, weight, group_size, status):  # type: ignore[
     check_inverse(inverse, weight.numel(), status)
 
 
-@_operator(
+@operator(
     "(Tensor inverse, Tensor weight, int group_size, Tensor(a!) status) -> Tensor",
     _check_inverse_scores,
     lambda inverse, weight, c, status: weight.new_empty(weight.shape[0] // c, dtype=torch.float32),
@@ -368,7 +336,7 @@ def _check_inverse_update(inverse, weight, keep, group_size, joint, with_increas
     check_keep(keep, weight)
 
 
-@_operator(
+@operator(
     "(Tensor inverse, Tensor weight, Tensor keep, int group_size, bool joint, "
     "bool with_increase, Tensor(a!) status) -> (Tensor, Tensor)",
     _check_inverse_update,

@@ -217,6 +217,51 @@ def gram_scores(
     return scores.float()
 
 
+def gram_greedy_scores(
+    gram: Tensor,
+    weight: Tensor,
+    keep: Tensor,
+    group_size: int,
+    block_size: int,
+    num_gradients: float,
+    damping: float,
+    status: Tensor,
+) -> Tensor:
+    """Scores in the order in which exact removals take the groups of a block, float32.
+
+    At each step the group with the least cost ``1/2 w_Q^T ([F_SS^-1]_QQ)^-1 w_Q`` goes, S the
+    weights left and w as they have adapted; its score is the largest cost so far.  Everything is
+    worked out anew from F at each step.
+    """
+    w, k = to_blocks(weight.double(), block_size), to_blocks(keep, block_size)
+    scores = weight.new_zeros(weight.numel() // group_size + 1, dtype=torch.float64)
+    identity = torch.eye(block_size, dtype=torch.float64, device=gram.device)
+    for blocks in _chunks(gram.shape[0], block_size):
+        fisher = unpack_fisher(gram[blocks], num_gradients, damping)
+        first = torch.arange(blocks.start, blocks.stop, device=gram.device) * block_size
+        group = (first[:, None] + torch.arange(block_size, device=gram.device)) // group_size
+        same = group[:, :, None] == group[:, None, :]
+        start = w[blocks] * k[blocks]
+        present, most = k[blocks].clone(), start.new_zeros(start.shape[0])
+        while bool(present.any()):
+            both = present[:, :, None] & present[:, None, :]
+            factor, bad = _factor(torch.where(both, fisher, identity), gram.dtype)
+            _record(status, bad, blocks.start)
+            inverse = torch.cholesky_inverse(factor)
+            gone = (k[blocks] & ~present) * start
+            pull = (fisher @ gone.unsqueeze(-1)).squeeze(-1) * present
+            now = present * (start + (inverse @ pull.unsqueeze(-1)).squeeze(-1))
+            shares = 0.5 * now * _solve_restricted(inverse, now, same & both)
+            costs = (same * shares[:, None, :]).sum(dim=2).masked_fill(~present, math.inf)
+            least, index = costs.min(dim=1)
+            left = present.any(dim=1)
+            most = torch.where(left, torch.maximum(most, least), most)
+            chosen = group.gather(1, index[:, None])
+            scores.index_add_(0, chosen[left, 0].clamp(max=len(scores) - 1), most[left])
+            present &= group != chosen
+    return scores[:-1].float()
+
+
 def _change(
     inverse: Tensor, weight: Tensor, keep: Tensor, blocks: slice, group_size: int, joint: bool
 ) -> Tensor:

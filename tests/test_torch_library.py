@@ -20,6 +20,7 @@ def samples():
         "gram_diagonal": (gram, N, *fisher, torch.float64, ops.new_status()),
         "gram_solve": (gram, weight, *fisher, ops.new_status()),
         "gram_scores": (gram, weight, 1, *fisher, ops.new_status()),
+        "gram_greedy_scores": (gram, weight, keep, 1, *fisher, ops.new_status()),
         "gram_update": (gram, weight, keep, 1, True, *fisher, ops.new_status()),
         "woodbury_update": (inverse.clone(), gradients(3, N), 3.0, ops.new_status()),
         "inverse_scores": (inverse, weight, 1, ops.new_status()),

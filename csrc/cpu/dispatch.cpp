@@ -197,6 +197,10 @@ void gram_scores(const GramScores& args, int threads) {
     run_fisher(args, threads, group_granularity(args.fisher.partition, args.group_size),
                current().load()->gram_scores);
 }
+void gram_greedy_scores(const GramGreedyScores& args, int threads) {
+    run_fisher(args, threads, group_granularity(args.fisher.partition, args.group_size),
+               current().load()->gram_greedy_scores);
+}
 void gram_update(const GramUpdate& args, int threads) {
     run_fisher(args, threads, 1, current().load()->gram_update);
 }

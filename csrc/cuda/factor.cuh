@@ -43,6 +43,11 @@ __device__ inline Workspace workspace_of(int team, int size, int group_size) {
     return w;
 }
 
+// Rounding in the sums of a Gram of that type, relative to the diagonal (n terms a pivot).
+__device__ inline double rounding_tolerance(DType type, int n) {
+    return (type == DType::f64 ? 0x1p-52 : 0x1p-23) * n;
+}
+
 template <class T, int threads>
 __device__ inline void load_fisher(const Fisher& fisher, int size, int64_t block, int n,
                                    const Workspace& w) {
@@ -51,8 +56,7 @@ __device__ inline void load_fisher(const Fisher& fisher, int size, int64_t block
     read_floats(fisher.gram_type, fisher.gram, block * packed(int64_t(size)), packed(n, 0),
                 T::rank(), threads, [=](int i, double x) { a[i] = scale * x; });
     T::sync();
-    // Rounding in the sums of a Gram of that type, relative to the diagonal (n terms a pivot).
-    const double tolerance = (fisher.gram_type == DType::f64 ? 0x1p-52 : 0x1p-23) * n;
+    const double tolerance = rounding_tolerance(fisher.gram_type, n);
 #pragma unroll 1
     for (int i = T::rank(); i < n; i += threads) {
         const double diagonal = a[packed(i, i)] + fisher.damping;
