@@ -30,6 +30,7 @@ from transformers.utils import logging as transformers_logging
 
 import obert_kernels
 from obert_kernels import checkpoints, classification
+from obert_kernels.calibration import calibration_batches, tokens_at_once
 from obert_kernels.downloads import cache_folder, demo_model_folder
 from obert_kernels.text_data import TextData, load_demo_set
 
@@ -39,6 +40,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "magnitude": {"selection": "magnitude", "update": "none"},
     "oBERT, sum update": {"selection": "diagonal", "update": "sum"},
     "oBERT, joint update": {"selection": "diagonal", "update": "joint"},
+    "greedy, joint update": {"selection": "greedy", "update": "joint"},
 }
 # Tokens; film reviews are longer than questions.
 MAX_LENGTH = {"trec": 64, "mr": 96}
@@ -115,12 +117,13 @@ def measure(dataset: str, seed: int, settings: argparse.Namespace) -> dict[str, 
     model = AutoModelForSequenceClassification.from_pretrained(folder)
     length = MAX_LENGTH[dataset]
     test = classification.make_loader(tokenizer, data.test, 64, max_length=length, by_length=True)
-    batches = classification.calibration_batches(
+    batches = calibration_batches(
         tokenizer,
         data.train,
         settings.num_grads,
         settings.grad_batch_size,
         max_length=length,
+        max_tokens=tokens_at_once(model.config.hidden_size),
         seed=seed,
     )
     dense = {name: value.clone() for name, value in model.state_dict().items()}
@@ -129,6 +132,7 @@ def measure(dataset: str, seed: int, settings: argparse.Namespace) -> dict[str, 
         model,
         batches,
         num_grads=settings.num_grads,
+        samples_per_grad=settings.grad_batch_size,
         block_size=settings.block_size,
         progress=progress,
     )

@@ -84,54 +84,14 @@ def make_loader(
         shuffle=shuffle and sampler is None,
         sampler=sampler,
         generator=generator,
-        collate_fn=_collator(transformers, tokenizer),
+        collate_fn=collator(transformers, tokenizer),
     )
 
 
-def _collator(transformers: Any, tokenizer: Any) -> Callable[[list[dict[str, Any]]], Batch]:
+def collator(transformers: Any, tokenizer: Any) -> Callable[[list[dict[str, Any]]], Batch]:
+    """Return what makes a padded batch of the rows of :func:`encode`."""
     pad = transformers.DataCollatorWithPadding(tokenizer)
     return lambda rows: dict(pad(rows))
-
-
-def calibration_batches(
-    tokenizer: Any,
-    texts: Texts,
-    num_grads: int,
-    texts_per_gradient: int,
-    *,
-    max_length: int = 128,
-    seed: int = 0,
-) -> list[Batch]:
-    """Return ``num_grads`` batches for the Fisher, in random order, every text used once
-    before any is used twice.
-
-    Args:
-        tokenizer: a Hugging Face tokenizer.
-        texts: the texts the model was fitted to.
-        num_grads: number of batches, one gradient each.
-        texts_per_gradient: texts in each batch; 4 to 16 cost less than single texts for the
-            same number of texts and serve as well.
-        max_length: longer texts are cut to this number of tokens.
-        seed: of the order.
-
-    Raises:
-        ValueError: there are fewer texts than one batch needs.
-    """
-    if texts_per_gradient > len(texts):
-        raise ValueError(
-            f"a gradient of {texts_per_gradient} texts cannot be taken from {len(texts)} texts: "
-            "use fewer texts per gradient (--grad-batch-size) or more data"
-        )
-    rows = encode(tokenizer, texts, max_length)
-    collate = _collator(import_extra("transformers"), tokenizer)
-    generator = torch.Generator().manual_seed(seed)
-    batches: list[Batch] = []
-    while len(batches) < num_grads:
-        order = torch.randperm(len(rows), generator=generator).tolist()
-        whole = len(order) - len(order) % texts_per_gradient
-        for start in range(0, whole, texts_per_gradient):
-            batches.append(collate([rows[i] for i in order[start : start + texts_per_gradient]]))
-    return batches[:num_grads]
 
 
 def runs_bfloat16_natively(device: torch.device | str = "cpu") -> bool:
@@ -314,6 +274,8 @@ def sweep(
     sparsities: Sequence[float],
     options: Mapping[str, Any],
     *,
+    num_grads: int,
+    samples_per_grad: int | None = None,
     block_size: int = 50,
     fisher_dtype: torch.dtype = torch.float64,
     max_memory: int | None = None,
@@ -328,11 +290,13 @@ def sweep(
 
     Args:
         model: what to prune.
-        batches: for the Fisher, one gradient each.
+        batches: for the Fisher.
         evaluate: called with the pruned model; returns its accuracy.
         sparsities: shares of weights to remove.
         options: further arguments of :func:`obert_kernels.prune`: pattern, damping, update,
             scope, params.
+        num_grads: m, gradients in the Fisher.
+        samples_per_grad: see :func:`obert_kernels.prune`.
         block_size: weights per Fisher block.
         fisher_dtype: type of the Gram, float64 or float32.
         max_memory: bytes, see :func:`obert_kernels.prune`.
@@ -348,12 +312,14 @@ def sweep(
     magnitude = {**shared, "params": options["params"], "selection": "magnitude", "update": "none"}
     second_order: dict[str, Any] = dict(options)
     estimation: dict[str, Any] = {
-        "num_grads": len(batches),
+        "num_grads": num_grads,
+        "samples_per_grad": samples_per_grad,
         "block_size": block_size,
         "fisher_dtype": fisher_dtype,
     }
     weights = find_weights(model, options["params"])
-    plan = plan_passes(weights, block_size, fisher_dtype, max_memory, len(batches))
+    streamed = samples_per_grad is not None
+    plan = plan_passes(weights, block_size, fisher_dtype, max_memory, num_grads, streamed)
     if len(plan.passes) == 1:
         second_order["fisher"] = estimate_fisher(
             model, batches, params=options["params"], progress=progress, **estimation

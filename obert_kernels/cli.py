@@ -41,6 +41,13 @@ class Update(str, Enum):
     none = "none"
 
 
+class Selection(str, Enum):
+    """How weights are ranked."""
+
+    greedy = "greedy"
+    diagonal = "diagonal"
+
+
 class Scope(str, Enum):
     """What one ranking of the weights covers."""
 
@@ -170,6 +177,14 @@ def run(
             rich_help_panel="Pruning",
         ),
     ] = Scope.all,
+    selection: Annotated[
+        Selection,
+        typer.Option(
+            help="greedy: each block gives up its weights one after the other, the cheapest "
+            "after the rest has adapted; diagonal is oBERT's own.",
+            rich_help_panel="Pruning",
+        ),
+    ] = Selection.greedy,
     update: Annotated[
         Update,
         typer.Option(

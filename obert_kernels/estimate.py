@@ -225,7 +225,9 @@ def _stream(
             fishers[name].accumulate(gradients)
 
     assert source.group is not None
-    groups = GroupGradients(source.model, weights, source.group, source.loss_fn)
+    groups = GroupGradients(
+        source.model, weights, source.group, source.loss_fn, plan.gradients_per_update
+    )
     used = 0
     with (
         closing(groups.run(source.batches, source.num_grads, add)) as run,

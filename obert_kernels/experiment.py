@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from . import checkpoints, classification
+from .calibration import calibration_batches, tokens_at_once
 from .downloads import demo_model_folder, import_extra
 from .estimate import Progress
 from .layers import find_weights
@@ -41,6 +42,7 @@ class Settings:
     grad_batch_size: int = 8
     damping: float = 1e-7
     fisher_dtype: str = "float64"
+    selection: str = "greedy"
     update: str = "joint"
     scope: str = "global"
     params: Sequence[str] | None = None
@@ -89,7 +91,9 @@ def prune_classifier(
     prune(model, sparsity=0.0, selection="magnitude", **options)
     weights = find_weights(model, settings.params)
     fisher_dtype = getattr(torch, settings.fisher_dtype)
-    plan_passes(weights, settings.block_size, fisher_dtype, settings.max_memory, settings.num_grads)
+    plan_passes(
+        weights, settings.block_size, fisher_dtype, settings.max_memory, settings.num_grads, True
+    )
     echo(_describe(settings, data, sum(weight.numel() for weight in weights.values())))
     test = classification.make_loader(
         tokenizer, data.test, _EVALUATION_BATCH, max_length=settings.max_length, by_length=True
@@ -97,12 +101,13 @@ def prune_classifier(
     _fine_tune(settings, model, tokenizer, data, progress)
     dense = classification.accuracy(model, test, progress=progress)
     echo(f"dense accuracy {dense:.1%}\n\nsparsity  magnitude    oBERT")
-    batches = classification.calibration_batches(
+    batches = calibration_batches(
         tokenizer,
         data.train,
         settings.num_grads,
         settings.grad_batch_size,
         max_length=settings.max_length,
+        max_tokens=tokens_at_once(model.config.hidden_size),
         seed=settings.seed,
     )
     latest: dict[str, classification.Measurement] = {}
@@ -122,7 +127,9 @@ def prune_classifier(
         batches,
         lambda pruned: classification.accuracy(pruned, test, progress=progress),
         list(folders),
-        {**options, "update": settings.update},
+        {**options, "selection": settings.selection, "update": settings.update},
+        num_grads=settings.num_grads,
+        samples_per_grad=settings.grad_batch_size,
         block_size=settings.block_size,
         fisher_dtype=fisher_dtype,
         max_memory=settings.max_memory,

@@ -67,6 +67,17 @@ def evaluation(model: nn.Module, weights: Iterable[nn.Parameter]) -> Iterator[No
             module.training = True
 
 
+def mean_loss(model: nn.Module, batches: Iterable[Any], loss_fn: LossFn | None = None) -> float:
+    """Mean loss of some batches, in eval mode, every batch with the same weight."""
+    loss_fn = loss_fn or model_loss
+    device = next(model.parameters()).device
+    losses = []
+    with evaluation(model, []), torch.no_grad():
+        for batch in batches:
+            losses.append(float(loss_fn(model, to_device(batch, device))))
+    return sum(losses) / len(losses)
+
+
 def take_batches(batches: Iterable[Any], count: int | None = None) -> Iterator[Any]:
     """Yield ``count`` batches (None: without end), starting over when the iterable ends early.
 

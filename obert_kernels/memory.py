@@ -120,34 +120,41 @@ def plan_passes(
     Raises:
         MemoryError: it does not fit; the message gives the figures and the remedies.
     """
-    k = min(STREAMED_PER_UPDATE if streamed else GRADIENTS_PER_UPDATE, num_grads)
-    gram = {name: gram_bytes(w.numel(), block_size, dtype) for name, w in weights.items()}
-    # Gathered, one gradient of the batch at hand stands beside the buffer of k.
-    held = {
-        name: w.numel() * w.element_size() * k
-        if streamed
-        else k * _row_bytes(w.numel(), w.element_size()) + w.numel() * w.element_size()
-        for name, w in weights.items()
-    }
-    together = max if streamed else sum
-    other = sum(w.numel() * (4 + 1 + w.element_size()) for w in weights.values())
     budget = max_memory
     if budget is None:
         budget = available_memory(next(iter(weights.values())).device)
-    if max_memory is None or budget is None:
-        passes = [list(weights)]
-    else:
-        passes = _fill(gram, held, together, budget - other)
-    plan = Plan(
-        passes,
-        max(sum(gram[name] for name in names) for names in passes),
-        max(together(held[name] for name in names) for names in passes),
-        other,
-        k,
-    )
-    if budget is not None and plan.total_bytes > budget:
-        _refuse(plan, budget, max_memory is None, block_size, dtype, weights)
-    return plan
+    k = min(STREAMED_PER_UPDATE if streamed else GRADIENTS_PER_UPDATE, num_grads)
+    gram = {name: gram_bytes(w.numel(), block_size, dtype) for name, w in weights.items()}
+
+    def plan(k: int) -> Plan:
+        # Gathered, one gradient of the batch at hand stands beside the buffer of k.
+        held = {
+            name: w.numel() * w.element_size() * k
+            if streamed
+            else k * _row_bytes(w.numel(), w.element_size()) + w.numel() * w.element_size()
+            for name, w in weights.items()
+        }
+        together = max if streamed else sum
+        other = sum(w.numel() * (4 + 1 + w.element_size()) for w in weights.values())
+        if max_memory is None:
+            passes = [list(weights)]
+        else:
+            passes = _fill(gram, held, together, max_memory - other)
+        return Plan(
+            passes,
+            max(sum(gram[name] for name in names) for names in passes),
+            max(together(held[name] for name in names) for names in passes),
+            other,
+            k,
+        )
+
+    found = plan(k)
+    while budget is not None and found.total_bytes > budget and k > 1:
+        k //= 2  # slower, but it may fit
+        found = plan(k)
+    if budget is not None and found.total_bytes > budget:
+        _refuse(found, budget, max_memory is None, block_size, dtype, weights)
+    return found
 
 
 def _fill(

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ._checks import check_positive
+from .damping import hold_out
 from .estimate import (
     Clock,
     FisherEstimate,
@@ -21,8 +21,9 @@ from .estimate import (
 )
 from .fisher import GramFisher
 from .gradients import LossFn
+from .job import Changes, Job, commit, from_estimate, in_passes, present_masks
 from .layers import find_weights, match_names
-from .masks import check_sparsity, group_size_of, magnitude_scores, prunes_anything, select_masks
+from .masks import check_sparsity, group_size_of, magnitude_scores
 from .memory import Plan, plan_passes
 from .report import LayerReport, PruneReport
 
@@ -41,95 +42,6 @@ class PruneResult(NamedTuple):
     report: PruneReport
 
 
-def _present_masks(weights: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-    return {name: weight.detach() != 0 for name, weight in weights.items()}
-
-
-@dataclass
-class _Job:
-    """Everything the stages of one call share."""
-
-    model: nn.Module
-    weights: dict[str, nn.Parameter]
-    keep: dict[str, Tensor]
-    sparsity: float | dict[str, float]
-    group_size: int
-    damping: float
-    update: str
-    scope: str
-    clock: Clock
-    progress: Progress
-
-    def masks(self, scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        with self.clock.stage("masks"):
-            return select_masks(scores, self.keep, self.sparsity, self.group_size, self.scope)
-
-    @property
-    def ranks_each_layer_alone(self) -> bool:
-        return self.scope == "layer" or isinstance(self.sparsity, dict)
-
-    @property
-    def prunes_anything(self) -> bool:
-        """Is any target above the present sparsity?  Otherwise there is nothing to estimate."""
-        return prunes_anything(self.keep, self.sparsity, self.group_size, self.scope)
-
-    def score(self, fishers: Mapping[str, GramFisher]) -> dict[str, Tensor]:
-        scores = {}
-        with self.clock.stage("scores"):
-            for index, (name, fisher) in enumerate(fishers.items()):
-                weight = self.weights[name].detach().flatten()
-                scores[name] = fisher.scores(weight, self.damping, self.group_size)
-                self.progress("scores", index + 1, len(fishers))
-        return scores
-
-    def apply(
-        self, fishers: Mapping[str, GramFisher] | None, masks: Mapping[str, Tensor]
-    ) -> dict[str, tuple[Tensor, float | None]]:
-        """New weights and predicted increase of the matrices with a Fisher (or with a mask)."""
-        new: dict[str, tuple[Tensor, float | None]] = {}
-        names = list(masks if fishers is None else fishers)
-        with self.clock.stage("update"):
-            for index, name in enumerate(names):
-                weight = self.weights[name].detach()
-                if fishers is None or self.update == "none":
-                    new[name] = (weight * masks[name], None)
-                else:
-                    flat, increase = fishers[name].update(
-                        weight.flatten(),
-                        masks[name].flatten(),
-                        self.damping,
-                        self.group_size,
-                        self.update,
-                    )
-                    new[name] = (flat.view(weight.shape), increase)
-                self.progress("update", index + 1, len(names))
-        return new
-
-
-def _commit(weights: Mapping[str, nn.Parameter], new: Mapping[str, Tensor]) -> None:
-    """Write all new weights, or on any interruption none."""
-    for name, value in new.items():
-        if not bool(torch.isfinite(value).all()):
-            raise ArithmeticError(
-                f"the update of {name} left the range of {value.dtype}; raise damping"
-            )
-    old: dict[str, Tensor] = {}  # in the memory of `new`, so that nothing more is needed
-    in_flight: tuple[str, Tensor] | None = None
-    try:
-        for name, value in new.items():
-            weight = weights[name].detach()
-            in_flight = (name, weight.clone())
-            weight.copy_(value)
-            value.copy_(in_flight[1])
-            old[name] = value
-    except BaseException:
-        if in_flight is not None:
-            old[in_flight[0]] = in_flight[1]
-        for name, value in old.items():
-            weights[name].detach().copy_(value)
-        raise
-
-
 def prune(
     model: nn.Module,
     batches: Iterable[Any] | None = None,
@@ -139,10 +51,11 @@ def prune(
     num_grads: int = 1024,
     samples_per_grad: int | None = None,
     block_size: int = 50,
-    damping: float = 1e-7,
+    damping: float | str = "auto",
+    calibration: Iterable[Any] | None = None,
     params: str | Iterable[str] | None = None,
     loss_fn: LossFn | None = None,
-    selection: str = "diagonal",
+    selection: str = "greedy",
     update: str | None = None,
     scope: str = "global",
     fisher: FisherEstimate | None = None,
@@ -166,11 +79,15 @@ def prune(
             gradient of every g samples of its batch, so large batches are best (64 g samples);
             the loss must be a mean over samples.
         block_size: B, 1 to 256, weights per Fisher block.
-        damping: added to the diagonal of the Fisher.
+        damping: added to the diagonal of the Fisher.  "auto": chosen by trial prunings, the one
+            with the least loss on the calibration batches (:mod:`obert_kernels.damping`).
+        calibration: batches for these trials, which the Fisher should not have seen; None: some
+            256 samples, a quarter at most, are kept back from ``batches``.
         params: names or ``re:`` patterns of the matrices; None: encoder linear layers.
         loss_fn: ``loss_fn(model, batch)`` returning the scalar task loss.
-        selection: "diagonal" ranks by the OBS saliency of each weight or group; "magnitude"
-            by its size (needs no batches unless an update is asked for).
+        selection: "greedy" ranks by what exact removals one after the other cost inside each
+            block; "diagonal" (oBERT's) by the OBS saliency of each weight or group as if it went
+            alone; "magnitude" by size (needs no batches unless an update is asked for).
         update: how survivors make up for the pruned: "joint" (exact inside each block), "sum"
             (oBERT's), or "none".  Default: "joint", and "none" for magnitude.
         scope: "global" for one ranking over all matrices, "layer" for one in each.
@@ -191,9 +108,15 @@ def prune(
         NumericalError: a Fisher block is not positive definite.
     """
     check_counts(num_grads, block_size, samples_per_grad)
-    check_positive("damping", damping)
-    if selection not in ("diagonal", "magnitude"):
-        raise ValueError(f"selection must be 'diagonal' or 'magnitude', got {selection!r}")
+    if damping != "auto":
+        if isinstance(damping, str):
+            raise ValueError(f"damping must be a positive number or 'auto', got {damping!r}")
+        damping = float(damping)
+        check_positive("damping", damping)
+    if selection not in ("greedy", "diagonal", "magnitude"):
+        raise ValueError(
+            f"selection must be 'greedy', 'diagonal' or 'magnitude', got {selection!r}"
+        )
     update = update or ("none" if selection == "magnitude" else "joint")
     if update not in ("sum", "joint", "none"):
         raise ValueError(f"update must be 'sum', 'joint' or 'none', got {update!r}")
@@ -202,34 +125,49 @@ def prune(
     group_size = group_size_of(pattern)
     weights, targets = _targets(model, sparsity, params, fisher)
     _check_groups(weights, group_size)
-    job = _Job(
+    job = Job(
         model=model,
         weights=weights,
-        keep=_present_masks(weights),
+        keep=present_masks(weights),
         sparsity=targets,
         group_size=group_size,
-        damping=damping,
+        damping=damping if isinstance(damping, float) else 0.0,
+        selection=selection,
         update=update,
         scope=scope,
         clock=Clock(),
         progress=progress or silent,
+        loss_fn=loss_fn,
     )
-    needs_fisher = (selection == "diagonal" or update != "none") and job.prunes_anything
+    needs_fisher = (selection != "magnitude" or update != "none") and job.prunes_anything
     plan: Plan | None = None
     notes: list[str] = []
     if not needs_fisher:
         masks = job.masks({name: magnitude_scores(w, group_size) for name, w in weights.items()})
         changes = job.apply(None, masks)
     elif fisher is not None:
+        if damping == "auto":
+            if calibration is None:
+                raise ValueError(
+                    "damping='auto' needs calibration batches (which the Fisher has not seen) "
+                    "beside a fisher: pass calibration, or a number"
+                )
+            job.calibration = list(calibration)
         plan, notes = fisher.plan, fisher.notes
-        masks, changes = _from_estimate(job, {n: fisher.fishers[n] for n in weights}, selection)
+        masks, changes = from_estimate(job, {n: fisher.fishers[n] for n in weights})
     else:
         if batches is None:
             raise ValueError("batches is needed: an iterable of batches, or fisher=an estimate")
+        if damping == "auto":
+            if calibration is not None:
+                job.calibration = list(calibration)
+            else:
+                job.calibration, batches, notes = hold_out(batches)
         source = open_source(model, batches, weights, num_grads, samples_per_grad, loss_fn)
         plan = plan_passes(
             weights, block_size, fisher_dtype, max_memory, num_grads, source.group is not None
         )
+        source.notes += notes
         notes = source.notes
 
         def estimate(names: list[str]) -> dict[str, GramFisher]:
@@ -245,15 +183,15 @@ def prune(
 
         if len(plan.passes) > 1:
             source.hold_batches()
-        masks, changes = _in_passes(job, plan, estimate, selection)
-    _commit(weights, {name: new for name, (new, _) in changes.items()})
+        masks, changes = in_passes(job, plan, estimate)
+    commit(weights, {name: new for name, (new, _) in changes.items()})
     settings = {
         "sparsity": dict(sparsity) if isinstance(sparsity, Mapping) else sparsity,
         "pattern": pattern,
         "num_grads": fisher.num_grads if fisher else num_grads,
         "samples_per_grad": fisher.samples_per_grad if fisher else samples_per_grad,
         "block_size": next(iter(fisher.fishers.values())).block_size if fisher else block_size,
-        "damping": damping,
+        "damping": job.damping if needs_fisher else None,
         "selection": selection,
         "update": update,
         "scope": scope,
@@ -299,59 +237,10 @@ def _check_groups(weights: Mapping[str, nn.Parameter], group_size: int) -> None:
             )
 
 
-def _rank(job: _Job, fishers: Mapping[str, GramFisher], selection: str) -> dict[str, Tensor]:
-    if selection == "magnitude":
-        return {name: magnitude_scores(job.weights[name], job.group_size) for name in fishers}
-    return job.score(fishers)
-
-
-def _from_estimate(job: _Job, fishers: Mapping[str, GramFisher], selection: str) -> tuple:
-    masks = job.masks(_rank(job, fishers, selection))
-    return masks, job.apply(fishers, masks)
-
-
-def _in_passes(
-    job: _Job,
-    plan: Plan,
-    estimate: Callable[[list[str]], dict[str, GramFisher]],
-    selection: str,
-) -> tuple[dict[str, Tensor], dict[str, tuple[Tensor, float | None]]]:
-    """Score and update pass by pass, holding the Grams of one pass at a time.
-
-    One ranking over all matrices needs every score before the first update, so the passes
-    are run again for the updates, all but the last, whose Grams are still there.
-    """
-    masks: dict[str, Tensor] = {}
-    changes: dict[str, tuple[Tensor, float | None]] = {}
-    if job.ranks_each_layer_alone:
-        for names in plan.passes:
-            fishers = estimate(names)
-            found = job.masks(_rank(job, fishers, selection))
-            masks |= found
-            changes |= job.apply(fishers, found)
-            del fishers
-        return masks, changes
-    scores: dict[str, Tensor] = {}
-    fishers = {}
-    for names in plan.passes:
-        fishers.clear()  # frees the Grams of the pass before
-        fishers.update(estimate(names))
-        scores |= _rank(job, fishers, selection)
-    masks = job.masks(scores)
-    scores.clear()
-    for index, names in enumerate(reversed(plan.passes)):
-        if index > 0 and job.update != "none":
-            fishers.clear()
-            fishers.update(estimate(names))
-        part = {name: masks[name] for name in names}
-        changes |= job.apply(None if job.update == "none" else fishers, part)
-    return masks, {name: changes[name] for name in job.weights}
-
-
 def _report(
-    job: _Job,
+    job: Job,
     masks: Mapping[str, Tensor],
-    changes: Mapping[str, tuple[Tensor, float | None]],
+    changes: Changes,
     settings: dict[str, Any],
     plan: Plan | None,
     notes: list[str],
@@ -373,4 +262,6 @@ def _report(
     notes = list(notes)
     if all(torch.equal(masks[name], job.keep[name]) for name in masks):
         notes.append("the model was at least this sparse already; nothing was pruned or revived")
-    return PruneReport(layers, settings, job.clock.seconds, memory, notes)
+    return PruneReport(
+        layers, settings, job.clock.seconds, memory, notes, [t._asdict() for t in job.trials]
+    )

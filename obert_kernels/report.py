@@ -42,6 +42,8 @@ class PruneReport:
             "update").
         memory: bytes planned ("gram", "gathered gradients", "other") and "passes".
         notes: what the user should know, one sentence each.
+        damping_trials: of damping "auto": "damping", "relative" (to the mean diagonal of the
+            Fisher) and "loss" of each trial.
     """
 
     layers: list[LayerReport]
@@ -49,6 +51,7 @@ class PruneReport:
     seconds: dict[str, float]
     memory: dict[str, int]
     notes: list[str] = field(default_factory=list)
+    damping_trials: list[dict[str, float]] = field(default_factory=list)
 
     @property
     def sparsity(self) -> float:
@@ -71,6 +74,7 @@ class PruneReport:
             "seconds": self.seconds,
             "memory": self.memory,
             "notes": self.notes,
+            "damping_trials": self.damping_trials,
             "layers": layers,
         }
 
@@ -88,6 +92,9 @@ class PruneReport:
             f"{_increase(self.predicted_increase)}"
         )
         rows.append("seconds: " + ", ".join(f"{k} {v:.1f}" for k, v in self.seconds.items()))
+        if self.damping_trials:
+            tried = ", ".join(f"{t['damping']:.2g}: {t['loss']:.4g}" for t in self.damping_trials)
+            rows.append(f"damping {self.settings['damping']:.3g}, by loss after trials: {tried}")
         rows += [f"note: {note}" for note in self.notes]
         return "\n".join(rows)
 

@@ -16,6 +16,7 @@ tokenizers = pytest.importorskip("tokenizers")
 pytest.importorskip("typer")
 
 from obert_kernels import checkpoints, classification, cli, demo, prune  # noqa: E402
+from obert_kernels.calibration import calibration_batches  # noqa: E402
 from obert_kernels.text_data import load_text_data  # noqa: E402
 
 WORDS = ["good", "fine", "nice", "bad", "poor", "awful", "film", "plot", "the", "a", "was", "and"]
@@ -274,8 +275,12 @@ def test_batches_and_training_are_seeded(tmp_path: Path, data_file: str) -> None
         before = torch.get_rng_state()
         classification.fine_tune(model, loader, 0.5, 1e-3, seed=5)
         assert torch.equal(torch.get_rng_state(), before)
-        batches = classification.calibration_batches(tokenizer, data.train, 40, 8, seed=2)
-        assert [len(batch["labels"]) for batch in batches] == [8] * 40
+        batches = calibration_batches(tokenizer, data.train, 40, 8, max_tokens=400, seed=2)
+        counts = [len(batch["labels"]) for batch in batches]
+        assert sum(counts) == 8 * 40 and 1 < len(counts) < 40
+        assert all(count % 8 == 0 for count in counts), "no gradient is cut"
+        padded = [batch["input_ids"].numel() for batch in batches]
+        assert all(size <= 400 or count == 8 for size, count in zip(padded, counts, strict=True))
         texts = torch.cat([batch["input_ids"].sum(dim=1) for batch in batches])
         return torch.cat([texts.float(), *[p.detach().flatten() for p in model.parameters()]])
 

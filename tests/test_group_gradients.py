@@ -16,8 +16,8 @@ from obert_kernels.gradients import model_loss
 from obert_kernels.group_gradients import GroupGradients, NotServed, samples_in, split_batch
 
 
-def by_hooks(model, data, weights, count, group, loss_fn=None):
-    groups = GroupGradients(model, weights, group, loss_fn)
+def by_hooks(model, data, weights, count, group, loss_fn=None, at_once=32):
+    groups = GroupGradients(model, weights, group, loss_fn, at_once)
     groups.check(data[0])
     found = {name: [] for name in weights}
     for _ in groups.run(data, count, lambda name, rows: found[name].append(rows.clone())):
@@ -58,10 +58,14 @@ def test_every_group_has_its_own_gradient(group, count):
     assert_same(model, batches(5, size=7), find_weights(model), count, group)
 
 
-def test_more_groups_than_are_made_at_once(monkeypatch):
-    monkeypatch.setattr("obert_kernels.group_gradients.STREAMED_PER_UPDATE", 2)
+def test_more_groups_than_are_made_at_once():
     model = TinyEncoder()
-    assert_same(model, batches(2, size=11), find_weights(model), 12, 2)
+    weights = find_weights(model)
+    together = by_hooks(model, batches(2, size=11), weights, 12, 2)
+    for at_once in (1, 2, 3):
+        found = by_hooks(model, batches(2, size=11), weights, 12, 2, at_once=at_once)
+        for name in weights:
+            torch.testing.assert_close(found[name], together[name])
 
 
 def bert(**kwargs):

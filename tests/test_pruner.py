@@ -7,7 +7,7 @@ import torch
 from tiny import TinyEncoder, batches, snapshot, unchanged
 from torch import nn
 
-from obert_kernels import NumericalError, estimate_fisher, find_weights, pruner
+from obert_kernels import NumericalError, estimate_fisher, find_weights, job
 from obert_kernels import prune as real_prune
 
 
@@ -236,7 +236,7 @@ def test_an_interruption_while_writing_is_rolled_back(monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(torch.Tensor, "copy_", stopping)
             with pytest.raises(_Stop):
-                pruner._commit(weights, new)
+                job.commit(weights, new)
         assert unchanged(model, before)
 
 

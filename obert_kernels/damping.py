@@ -1,0 +1,154 @@
+"""Choosing the damping by the loss that remains after a trial pruning.
+
+The best damping moves with the number of gradients, the samples in each, the model and the
+sparsity, by orders of magnitude; the loss on a few batches that the Fisher has not seen says
+which it is.  The search starts from the scale of the Fisher itself.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from itertools import islice
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .fisher import GramFisher
+from .gradients import take_batches
+from .group_gradients import samples_in
+from .ops import NumericalError
+
+# Damping over the mean diagonal of the Fisher: where to start, and the ends of the search.
+_START = 1e-2
+_LEAST, _MOST = 1e-6, 1e2
+# Samples whose loss is measured, unless the batches given are fewer than four times that.
+_SAMPLES = 256
+
+
+class Trial(NamedTuple):
+    """One trial pruning.
+
+    Attributes:
+        damping: tried.
+        relative: damping over the mean diagonal of the Fisher.
+        loss: mean loss of the calibration batches afterwards; infinite if the Fisher was not
+            positive definite.
+    """
+
+    damping: float
+    relative: float
+    loss: float
+
+
+def mean_diagonal(fishers: Mapping[str, GramFisher], keep: Mapping[str, Tensor]) -> float:
+    """Mean square of a weight's gradients, over all weights that are left."""
+    total, living = 0.0, 0
+    for name, fisher in fishers.items():
+        i = torch.arange(fisher.block_size, device=fisher.gram.device)
+        diagonal = fisher.gram[:, i * (i + 3) // 2]
+        total += float(diagonal.sum(dtype=torch.float64)) / (fisher.num_gradients or 1)
+        living += int(keep[name].sum())
+    return total / max(1, living)
+
+
+def choose_damping(
+    scale: float, loss_after: Callable[[float], float], tried: Callable[[int], object]
+) -> tuple[float, list[Trial]]:
+    """Find the damping with the least loss, in steps of 10 and then of the root of 10.
+
+    Args:
+        scale: :func:`mean_diagonal` of the Fisher.
+        loss_after: the loss after pruning with a damping.
+        tried: called with the number of trials so far.
+
+    Returns:
+        The best damping and all trials, by damping.
+
+    Raises:
+        NumericalError: the Fisher was never positive definite.
+    """
+    scale = scale if 0 < scale < math.inf else 1.0
+    trials: dict[int, Trial] = {}  # by half-decades from the start
+    last_error: NumericalError | None = None
+
+    def loss_at(step: int) -> float:
+        nonlocal last_error
+        relative = _START * 10 ** (step / 2)
+        if step not in trials:
+            try:
+                loss = loss_after(relative * scale)
+            except NumericalError as error:
+                loss, last_error = math.inf, error
+            trials[step] = Trial(
+                relative * scale, relative, loss if math.isfinite(loss) else math.inf
+            )
+            tried(len(trials))
+        return trials[step].loss
+
+    best = 0
+    for width in (2, 1):
+        while True:
+            low, high = best - width, best + width
+            neighbours = [
+                step
+                for step in (low, high)
+                if _START * 10 ** (step / 2) * 1.001 >= _LEAST
+                and _START * 10 ** (step / 2) <= _MOST * 1.001
+            ]
+            better = min([best, *neighbours], key=loss_at)
+            if better == best:
+                break
+            best = better
+    if not math.isfinite(loss_at(best)) and last_error is not None:
+        raise last_error
+    return trials[best].damping, [trials[step] for step in sorted(trials)]
+
+
+class _Rest:
+    """All batches but the first few, every time they are gone through."""
+
+    def __init__(self, batches: Iterable[Any], skip: int) -> None:
+        self.batches = batches
+        self.skip = skip
+
+    def __iter__(self) -> Iterator[Any]:
+        return islice(iter(self.batches), self.skip, None)
+
+
+class _SizedRest(_Rest):
+    def __len__(self) -> int:
+        assert isinstance(self.batches, Sized)
+        return len(self.batches) - self.skip
+
+
+def hold_out(batches: Iterable[Any]) -> tuple[list[Any], Iterable[Any], list[str]]:
+    """Take the first batches, some 256 samples or a quarter, from those for the gradients.
+
+    Returns:
+        The batches held out, the rest, and notes.
+
+    Raises:
+        ValueError: there are no batches.
+    """
+    most = max(1, len(batches) // 4) if isinstance(batches, Sized) else _SAMPLES
+    source = take_batches(batches) if isinstance(batches, Iterator) else iter(batches)
+    held: list[Any] = []
+    samples = 0
+    for batch in source:
+        held.append(batch)
+        samples += samples_in(batch) or 1
+        if samples >= _SAMPLES or len(held) >= most:
+            break
+    if not held:
+        next(take_batches(batches))  # raises, with the reason
+    if isinstance(batches, Iterator):
+        return held, source, []
+    if isinstance(batches, Sized) and len(batches) == len(held):
+        note = "the damping was chosen on the batches the Fisher was estimated from"
+        return held, batches, [note]
+    if isinstance(batches, Sequence):
+        return held, batches[len(held) :], []
+    rest = _SizedRest if isinstance(batches, Sized) else _Rest
+    return held, rest(batches, len(held)), []
