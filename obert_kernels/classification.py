@@ -109,6 +109,13 @@ def _autocast(device: torch.device, bfloat16: bool | None) -> torch.autocast:
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
 
 
+def text_loss(model: nn.Module, batch: Batch) -> Tensor:
+    """Return the model's own loss, in bfloat16 where that is faster: gradients for a Fisher and
+    the losses of trials need no more."""
+    with _autocast(batch["labels"].device, None):
+        return model(**batch).loss.float()
+
+
 def fine_tune(
     model: nn.Module,
     loader: DataLoader[Batch],
@@ -253,11 +260,12 @@ class Measurement:
     """One line of the table of a sweep.
 
     Attributes:
-        method: "magnitude" or "oBERT".
+        method: "magnitude" or "obert_kernels".
         target: the sparsity asked for.
         sparsity: share of pruned weights reached, over the pruned matrices.
         accuracy: on the test texts, as a fraction.
         predicted_increase: of the training loss, by the Fisher; None without one.
+        damping: of the Fisher; None without one.
     """
 
     method: str
@@ -265,6 +273,7 @@ class Measurement:
     sparsity: float
     accuracy: float
     predicted_increase: float | None
+    damping: float | None
 
 
 def sweep(
@@ -275,6 +284,7 @@ def sweep(
     options: Mapping[str, Any],
     *,
     num_grads: int,
+    calibration: Sequence[Batch] = (),
     samples_per_grad: int | None = None,
     block_size: int = 50,
     fisher_dtype: torch.dtype = torch.float64,
@@ -283,7 +293,7 @@ def sweep(
     on_result: Callable[[Measurement, PruneResult], None] | None = None,
     progress: Progress | None = None,
 ) -> list[Measurement]:
-    """Prune at each sparsity by magnitude and with oBERT, always from the same weights.
+    """Prune at each sparsity by magnitude and by loss, always from the same weights.
 
     The Fisher is estimated once, from ``batches``, for all sparsities (once for each where
     ``max_memory`` does not hold all of it).  The weights are put back at the end.
@@ -296,6 +306,7 @@ def sweep(
         options: further arguments of :func:`obert_kernels.prune`: pattern, damping, update,
             scope, params.
         num_grads: m, gradients in the Fisher.
+        calibration: batches that damping "auto" is chosen on.
         samples_per_grad: see :func:`obert_kernels.prune`.
         block_size: weights per Fisher block.
         fisher_dtype: type of the Gram, float64 or float32.
@@ -310,12 +321,13 @@ def sweep(
     dense = {name: value.detach().clone() for name, value in model.state_dict().items()}
     shared = {"pattern": options["pattern"], "scope": options["scope"]}
     magnitude = {**shared, "params": options["params"], "selection": "magnitude", "update": "none"}
-    second_order: dict[str, Any] = dict(options)
+    second_order = {**options, "calibration": calibration, "loss_fn": text_loss}
     estimation: dict[str, Any] = {
         "num_grads": num_grads,
         "samples_per_grad": samples_per_grad,
         "block_size": block_size,
         "fisher_dtype": fisher_dtype,
+        "loss_fn": text_loss,
     }
     weights = find_weights(model, options["params"])
     streamed = samples_per_grad is not None
@@ -329,7 +341,7 @@ def sweep(
     table = []
     try:
         for sparsity in sorted(sparsities):
-            for method, arguments in (("magnitude", magnitude), ("oBERT", second_order)):
+            for method, arguments in (("magnitude", magnitude), ("obert_kernels", second_order)):
                 model.load_state_dict(dense)
                 result = prune(model, sparsity=sparsity, progress=progress, **arguments)
                 if recover is not None:
@@ -340,6 +352,7 @@ def sweep(
                     result.report.sparsity,
                     evaluate(model),
                     result.report.predicted_increase,
+                    result.report.settings["damping"],
                 )
                 table.append(row)
                 if on_result is not None:

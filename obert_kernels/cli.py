@@ -217,9 +217,13 @@ def run(
         int, typer.Option(min=1, help="Texts in each gradient.", rich_help_panel="Fisher")
     ] = 8,
     damping: Annotated[
-        float,
-        typer.Option(help="Added to the Fisher's diagonal.", rich_help_panel="Fisher"),
-    ] = 1e-7,
+        str,
+        typer.Option(
+            help="Added to the Fisher's diagonal: a number, or auto, which tries some and takes "
+            "the one with the least loss on held-back texts.",
+            rich_help_panel="Fisher",
+        ),
+    ] = "auto",
     fisher_dtype: Annotated[
         FisherDtype,
         typer.Option(
@@ -283,14 +287,21 @@ def run(
         int, typer.Option(help="Of everything random: order, dropout, a new head.")
     ] = 0,
 ) -> None:
-    """Prune a text classifier, by magnitude and with oBERT, and compare their accuracy.
+    """Prune a text classifier, by magnitude and with second-order information, and compare.
 
     Writes to OUTPUT: one checkpoint for each sparsity (model, tokenizer, masks.safetensors,
     report.json), report.json with the whole table, and accuracy.png.
     """
     given: dict[str, Any] = locals()
     values = {name: x.value if isinstance(x, Enum) else x for name, x in given.items()}
-    _prune(Settings(**values))
+    _prune(Settings(**{**values, "damping": _number_or_word(damping)}))
+
+
+def _number_or_word(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 @app.command()

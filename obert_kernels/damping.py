@@ -133,7 +133,7 @@ def hold_out(batches: Iterable[Any]) -> tuple[list[Any], Iterable[Any], list[str
         ValueError: there are no batches.
     """
     most = max(1, len(batches) // 4) if isinstance(batches, Sized) else _SAMPLES
-    source = take_batches(batches) if isinstance(batches, Iterator) else iter(batches)
+    source = iter(batches)
     held: list[Any] = []
     samples = 0
     for batch in source:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from .text_data import DEMO_PREFIX, TextData, load_text_data
 DEMO_MODEL = DEMO_PREFIX + "minilm"
 
 _EVALUATION_BATCH = 64
+_TRIAL_TEXTS = 256
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class Settings:
     block_size: int = 50
     num_grads: int = 1024
     grad_batch_size: int = 8
-    damping: float = 1e-7
+    damping: float | str = "auto"
     fisher_dtype: str = "float64"
     selection: str = "greedy"
     update: str = "joint"
@@ -100,7 +102,7 @@ def prune_classifier(
     )
     _fine_tune(settings, model, tokenizer, data, progress)
     dense = classification.accuracy(model, test, progress=progress)
-    echo(f"dense accuracy {dense:.1%}\n\nsparsity  magnitude    oBERT")
+    echo(f"dense accuracy {dense:.1%}\n\nsparsity  magnitude  obert_kernels  damping")
     batches = calibration_batches(
         tokenizer,
         data.train,
@@ -114,8 +116,10 @@ def prune_classifier(
 
     def on_result(row: classification.Measurement, result: PruneResult) -> None:
         latest[row.method] = row
-        if row.method == "oBERT":
-            echo(f"{row.sparsity:8.1%}  {latest['magnitude'].accuracy:9.1%}  {row.accuracy:7.1%}")
+        if row.method == "obert_kernels":
+            magnitude = latest["magnitude"].accuracy
+            damping = "" if row.damping is None else f"{row.damping:.2g}"
+            echo(f"{row.sparsity:8.1%}  {magnitude:9.1%}  {row.accuracy:13.1%}  {damping:>7}")
             extra = {"accuracy": row.accuracy, "dense_accuracy": dense}
             checkpoints.save_pruned(result, tokenizer, folders[row.target], extra)
 
@@ -129,6 +133,7 @@ def prune_classifier(
         list(folders),
         {**options, "selection": settings.selection, "update": settings.update},
         num_grads=settings.num_grads,
+        calibration=_held_back(settings, tokenizer, data),
         samples_per_grad=settings.grad_batch_size,
         block_size=settings.block_size,
         fisher_dtype=fisher_dtype,
@@ -230,6 +235,15 @@ def _shorten(names: Sequence[str]) -> str:
     return f"{shown}, … ({len(names)})" if len(names) > 6 else shown
 
 
+def _held_back(settings: Settings, tokenizer: Any, data: TextData) -> list[classification.Batch]:
+    """Texts to choose the damping on."""
+    texts = data.dev if len(data.dev) else data.train
+    loader = classification.make_loader(
+        tokenizer, texts, _EVALUATION_BATCH, max_length=settings.max_length, shuffle=True
+    )
+    return list(islice(loader, _TRIAL_TEXTS // _EVALUATION_BATCH))
+
+
 def _describe(settings: Settings, data: TextData, weights: int) -> str:
     return (
         f"{settings.model}: {weights:,} weights to prune\n"
@@ -287,7 +301,7 @@ def _write_summary(
     seconds: float,
 ) -> dict[str, Any]:
     """Write ``accuracy.png`` and ``report.json`` on top of the output folder."""
-    curves: dict[str, list[tuple[float, float]]] = {"oBERT": [], "magnitude": []}
+    curves: dict[str, list[tuple[float, float]]] = {"obert_kernels": [], "magnitude": []}
     for row in table:
         curves[row.method].append((row.sparsity, row.accuracy))
     model, source = (

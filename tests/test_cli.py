@@ -97,14 +97,15 @@ def test_run_writes_checkpoints_report_and_plot(
     arguments = ("run", model, data_file, "-s", 0.5, "--sparsity", 0.75, "-o", out, *QUICK)
     code, stdout, stderr = command(*arguments)
     assert code == 0, stderr
-    assert re.search(r"50\.0% +\d+\.\d% +\d+\.\d%\n +75\.0%", stdout)
+    assert re.search(r"50\.0% +\d+\.\d% +\d+\.\d% +\d\S+\n +75\.0%", stdout)
     assert sorted(path.name for path in out.iterdir()) == [
         "accuracy.png", "report.json", "sparsity-0.5", "sparsity-0.75",
     ]  # fmt: skip
     assert (out / "accuracy.png").read_bytes().startswith(b"\x89PNG")
     report = json.loads((out / "report.json").read_text())
     assert [(row["method"], row["sparsity"]) for row in report["results"]] == [
-        ("magnitude", 0.5), ("oBERT", 0.5), ("magnitude", 0.75), ("oBERT", 0.75),
+        ("magnitude", 0.5), ("obert_kernels", 0.5),
+        ("magnitude", 0.75), ("obert_kernels", 0.75),
     ]  # fmt: skip
     for sparsity in (0.5, 0.75):
         folder = out / f"sparsity-{sparsity}"

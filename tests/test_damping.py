@@ -1,0 +1,172 @@
+"""Damping chosen by trial prunings: the search, the batches held out, the model untouched."""
+
+import math
+
+import pytest
+import torch
+from tiny import TinyEncoder, batches, snapshot, unchanged
+from torch.utils.data import DataLoader
+
+from obert_kernels import NumericalError, estimate_fisher, find_weights, job, prune
+from obert_kernels.damping import choose_damping, hold_out, mean_diagonal
+from obert_kernels.gradients import mean_loss
+
+
+def search(loss_after, scale=1.0):
+    counts = []
+    best, trials = choose_damping(scale, loss_after, counts.append)
+    assert counts == list(range(1, len(trials) + 1))
+    assert [t.damping for t in trials] == sorted(t.damping for t in trials)
+    assert all(t.damping == pytest.approx(t.relative * scale) for t in trials)
+    assert min(trials, key=lambda t: t.loss).damping == best
+    return best, trials
+
+
+@pytest.mark.parametrize("at", [1e-6, 3e-5, 1e-3, 1e-2, 0.5, 30.0])
+@pytest.mark.parametrize("scale", [1.0, 1e-9])
+def test_the_search_finds_the_least_of_a_valley(at, scale):
+    best, trials = search(lambda damping: abs(math.log10(damping / scale / at)), scale)
+    assert abs(math.log10(best / scale / at)) <= 0.25 + 1e-6
+    assert len(trials) <= 4 + 2 * abs(math.log10(at / 1e-2)) + 2
+
+
+def test_the_search_has_ends():
+    best, _ = search(lambda damping: damping)
+    assert best == pytest.approx(1e-6)
+    best, _ = search(lambda damping: -damping)
+    assert best == pytest.approx(1e2)
+
+
+def test_what_breaks_down_is_avoided():
+    def loss_after(damping):
+        if damping < 5e-2:
+            raise NumericalError("block 3 is not positive definite", 3)
+        return damping
+
+    best, trials = search(loss_after)
+    assert best == pytest.approx(0.1)
+    assert sum(math.isinf(t.loss) for t in trials) >= 2
+
+    def never(damping):
+        raise NumericalError("block 3 is not positive definite", 3)
+
+    with pytest.raises(NumericalError, match="block 3"):
+        search(never)
+    # A loss that is not a number is no better than none.
+    assert search(lambda damping: math.nan if damping < 0.05 else 1.0)[0] > 0.05
+
+
+def trained():
+    model, data = TinyEncoder(), batches(48)
+    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+    for batch in data * 10:
+        optimizer.zero_grad()
+        model(**batch)["loss"].backward()
+        optimizer.step()
+    return model, data
+
+
+def test_auto_takes_the_best_of_its_trials():
+    model, data = trained()
+    fisher = estimate_fisher(model, data[12:], num_grads=36, block_size=12)
+    before = snapshot(model)
+    stages = []
+    result = prune(
+        model, sparsity=0.6, fisher=fisher, calibration=data[:12],
+        progress=lambda stage, done, total: stages.append((stage, done, total)),
+    )  # fmt: skip
+    report = result.report
+    trials = report.damping_trials
+    best = min(trials, key=lambda trial: trial["loss"])
+    assert report.settings["damping"] == best["damping"]
+    assert ("damping", len(trials), len(trials)) in stages and "damping" in report.seconds
+    assert f"damping {best['damping']:.3g}, by loss after trials" in str(report)
+    after = snapshot(model)
+    # The loss it found is that of the model it returns, and of a call with that number.
+    assert mean_loss(model, data[:12]) == pytest.approx(best["loss"], rel=1e-4)
+    for trial in trials:
+        model.load_state_dict(before)
+        prune(model, sparsity=0.6, fisher=fisher, damping=trial["damping"])
+        assert mean_loss(model, data[:12]) == pytest.approx(trial["loss"], rel=1e-4)
+        assert unchanged(model, after) == (trial == best)
+
+
+def test_scale_of_the_fisher():
+    model, data = trained()
+    weights = find_weights(model)
+    with torch.no_grad():
+        weights["layer.0.wide.weight"][:, :6] = 0
+    estimate = estimate_fisher(model, data, num_grads=48, block_size=7)
+    keep = job.present_masks(weights)
+    total = 0.0
+    for batch in data:
+        model.eval()
+        gradients = torch.autograd.grad(model(**batch)["loss"], list(weights.values()))
+        masks = keep.values()
+        total += sum(float((g * k).square().sum()) for g, k in zip(gradients, masks, strict=True))
+    living = sum(int(mask.sum()) for mask in keep.values())
+    found = mean_diagonal(estimate.fishers, keep)
+    assert found == pytest.approx(total / 48 / living, rel=1e-4)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_an_interrupted_trial_leaves_the_model_as_it_was(error):
+    model, data = trained()
+    before = snapshot(model)
+    modes = [module.training for module in model.modules()]
+    calls = []
+
+    def loss_fn(model, batch):
+        calls.append(1)
+        if len(calls) == 30:  # after 24 gradients: inside a trial
+            assert not unchanged(model, before)
+            raise error
+        return model(**batch)["loss"]
+
+    with pytest.raises(error):
+        prune(model, data, 0.5, num_grads=24, loss_fn=loss_fn)
+    assert unchanged(model, before)
+    assert [module.training for module in model.modules()] == modes
+
+
+@pytest.mark.parametrize("max_memory", [None, 120_000])
+@pytest.mark.parametrize("scope", ["global", "layer"])
+def test_by_default_and_in_passes(max_memory, scope):
+    model, data = trained()
+    report = prune(model, data, 0.5, num_grads=36, max_memory=max_memory, scope=scope).report
+    assert (report.memory["passes"] > 1) == (max_memory is not None)
+    assert len(report.damping_trials) >= 4
+    assert report.sparsity == pytest.approx(0.5, abs=0.01)
+    assert not report.notes
+
+
+def test_batches_are_held_out():
+    data = batches(40, size=10)
+    held, rest, notes = hold_out(data)
+    assert (len(held), len(rest), notes) == (10, 30, [])
+    assert held == data[:10] and rest == data[10:]
+    held, rest, _ = hold_out(batches(400, size=10))
+    assert (len(held), len(rest)) == (26, 374), "256 samples are enough"
+    source = iter(data)
+    held, rest, _ = hold_out(source)
+    assert len(held) == 26 and len(list(rest)) == 14
+    loader = DataLoader(torch.arange(64).float().unsqueeze(1), batch_size=4)
+    held, rest, _ = hold_out(loader)
+    assert len(held) == 4 and len(rest) == 12
+    assert [len(list(rest)) for _ in range(2)] == [12, 12]
+    assert torch.equal(next(iter(rest)), torch.arange(16.0, 20).unsqueeze(1))
+    held, rest, notes = hold_out(data[:1])
+    assert held == rest == data[:1] and "the batches the Fisher was estimated from" in notes[0]
+    with pytest.raises(ValueError, match="batches is empty"):
+        hold_out([])
+
+
+def test_bad_damping_is_named():
+    model, data = TinyEncoder(), batches()
+    with pytest.raises(ValueError, match="a positive number or 'auto', got 'car'"):
+        prune(model, data, damping="car")
+    with pytest.raises(ValueError, match="damping must be positive"):
+        prune(model, data, damping=0)
+    fisher = estimate_fisher(model, data, num_grads=8)
+    with pytest.raises(ValueError, match="needs calibration batches"):
+        prune(model, fisher=fisher)
