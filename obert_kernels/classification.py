@@ -306,7 +306,7 @@ def sweep(
         options: further arguments of :func:`obert_kernels.prune`: pattern, damping, update,
             scope, params.
         num_grads: m, gradients in the Fisher.
-        calibration: batches that damping "auto" is chosen on.
+        calibration: batches that damping "auto" is chosen on, at the highest sparsity.
         samples_per_grad: see :func:`obert_kernels.prune`.
         block_size: weights per Fisher block.
         fisher_dtype: type of the Gram, float64 or float32.
@@ -338,12 +338,22 @@ def sweep(
         )
     else:
         second_order |= {"batches": batches, "max_memory": max_memory, **estimation}
+    trials: list[dict[str, float]] = []
     table = []
     try:
+        if options["damping"] == "auto" and "fisher" in second_order:
+            # Where most is removed the damping matters most; elsewhere it may be the same.
+            report = prune(
+                model, sparsity=max(sparsities), progress=progress, **second_order
+            ).report
+            second_order["damping"] = report.settings["damping"] or "auto"
+            trials = report.damping_trials
         for sparsity in sorted(sparsities):
             for method, arguments in (("magnitude", magnitude), ("obert_kernels", second_order)):
                 model.load_state_dict(dense)
                 result = prune(model, sparsity=sparsity, progress=progress, **arguments)
+                if method != "magnitude" and trials:
+                    result.report.damping_trials = trials
                 if recover is not None:
                     recover(result)
                 row = Measurement(
