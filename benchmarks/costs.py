@@ -121,6 +121,20 @@ def gram_update(blocks: int, size: int, gram_bytes: int, weight_bytes: int, join
     return Cost(blocks * moved, blocks * (joint_flops if joint else sum_flops), "float64")
 
 
+def gram_greedy_scores(
+    blocks: int, size: int, gram_bytes: int, weight_bytes: int, group: int
+) -> Cost:
+    """csrc/cuda/greedy.cu: Gram, weights and a byte of mask read, B/c float32 scores written.
+
+    The inverse as in ``gram_inverse``.  A removal that leaves n weights changes the n (n+1) / 2
+    entries of their inverse by a multiply-add: B^3 / 3 flops for all, if all are there.  Before
+    each, a Cholesky factorisation of every group left: c^3 / 3 (B/c)^2 / 2 flops.
+    """
+    moved = _triangle(size) * gram_bytes + size * (weight_bytes + 1) + 4 * size // group
+    flops = 4 * _factor_flops(size) + size**2 * group // 6
+    return Cost(blocks * moved, blocks * flops, "float64")
+
+
 def inverse_scores(blocks: int, size: int, weight_bytes: int, group: int) -> Cost:
     """csrc/cuda/inverse.cu: of the inverse only the triangles of the groups, B (c+1)/2 values.
 

@@ -154,12 +154,15 @@ def factor_kernel(
     call: GramCall,
     against_torch: bool = False,
     group: int = 1,
+    all_kept: bool = False,
 ) -> Kernel:
     """An operator that factors F = damping I + Gram / m."""
 
     def build(n: int, device: torch.device) -> Copy:
         gram = filled_gram(n, size, gram_type, device)
         weight, keep = random_weights(n, size, group, device)
+        if all_kept:
+            keep.fill_(True)
         status = ops.new_status(device)
         others = torch_factorisation(gram, size) if against_torch else {}
         return Copy(lambda: call(gram, weight, keep, status), others, status)
@@ -209,6 +212,13 @@ def gram_kernels(size: int, gram_type: torch.dtype) -> Iterator[Kernel]:
             lambda blocks, c=group: costs.gram_scores(blocks, size, element, 4, c),
             lambda gram, w, keep, status, c=group: ops.gram_scores(gram, w, c, *fisher, status),
             against_torch=group == 1,
+        )  # fmt: skip
+        yield factor_kernel(
+            "gram_greedy_scores", f"groups of {group}", size, gram_type,
+            lambda blocks, c=group: costs.gram_greedy_scores(blocks, size, element, 4, c),
+            lambda gram, w, keep, status, c=group: ops.gram_greedy_scores(
+                gram, w, keep, c, *fisher, status),
+            all_kept=True,
         )  # fmt: skip
     for joint in (False, True):
         yield factor_kernel(

@@ -109,6 +109,7 @@ def gram_checks(gram: Tensor, n: int, size: int, group: int) -> Iterator[Check]:
             yield from compare(name, (gram, n, *fisher, dtype, status), allowed)
     yield from compare("gram_solve", (gram, weight, *fisher, status), FLOAT64)
     yield from compare("gram_scores", (gram, weight, group, *fisher, status), FLOAT32)
+    yield from compare("gram_greedy_scores", (gram, weight, keep, group, *fisher, status), FLOAT32)
     for joint in (False, True):
         arguments = (gram, weight, keep, group, joint, *fisher, status)
         yield from compare("gram_update", arguments, FLOAT64)

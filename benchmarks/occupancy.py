@@ -33,7 +33,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CACHE = ROOT / "build" / "ptx"
 RESULTS = ROOT / "benchmarks" / "results"
 # Longest compilation first.
-SOURCES = ["factor", "inverse", "update", "gram", "woodbury"]
+SOURCES = ["factor", "inverse", "greedy", "update", "gram", "woodbury"]
 # What setup.py gives nvcc for device code; warnings are looked for in the output instead.
 FLAGS = ["-std=c++17", "-O3"]
 ARCHITECTURES = (80, 90)
@@ -224,6 +224,12 @@ def operators(size: int) -> dict[str, Callable[[], Any]]:
         ),
         "gram solve": lambda: ops.gram_solve(wide, weight, *fisher),
         "gram update": lambda: ops.gram_update(wide, weight, keep, 1, False, *fisher),
+        "gram greedy scores, single": lambda: ops.gram_greedy_scores(
+            wide, weight, keep, 1, *fisher
+        ),
+        "gram greedy scores, groups of 4": lambda: ops.gram_greedy_scores(
+            wide, weight, keep, 4, *fisher
+        ),
         "inverse scores, single": lambda: ops.inverse_scores(inverse, weight, 1, status),
         "inverse scores, groups of 4": lambda: ops.inverse_scores(inverse, weight, 4, status),
         "inverse update, sum": lambda: ops.inverse_update(

@@ -48,6 +48,9 @@ def operators(size: int) -> dict:
         calls |= {
             f"gram_scores {c}": lambda c=c: (ops.gram_scores(gram, weight, c, *fisher),),
             f"inverse_scores {c}": lambda c=c: (ops.inverse_scores(inverse, weight, c, status),),
+            f"gram_greedy_scores {c}": lambda c=c: (
+                ops.gram_greedy_scores(gram, weight, keep, c, *fisher),
+            ),
         }
         for joint in (False, True):
             calls |= {

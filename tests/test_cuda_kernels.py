@@ -1,6 +1,7 @@
-"""The CUDA kernels, executed on the host: bytes moved, refusals, determinism, failures.
+"""The CUDA kernels, executed on the host: specialisations, refusals, determinism, failures.
 
-That their results are right is tested with all other operators, see the fixture ``isa``.
+That their results are right is tested with all other operators, see the fixture ``isa``; what
+they read and write, in test_cuda_traffic.py.
 """
 
 from __future__ import annotations
@@ -28,11 +29,6 @@ def triangle(n: int) -> int:
     return n * (n + 1) // 2
 
 
-def lengths(n: int, size: int) -> list[int]:
-    """Weights in each block."""
-    return [min(size, n - start) for start in range(0, n, size)]
-
-
 @contextlib.contextmanager
 def shared_memory(module, limit: int):
     """On a device with that much for a thread block."""
@@ -41,14 +37,6 @@ def shared_memory(module, limit: int):
         yield
     finally:
         module.set_shared_memory_limit(231424)
-
-
-def moved(module, call) -> tuple[int, int]:
-    """Bytes of device memory a call reads and writes, and its result must be no failure."""
-    module.reset_counters()
-    call()
-    counters = module.counters()
-    return counters["load_bytes"], counters["store_bytes"]
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -71,42 +59,9 @@ def test_every_specialisation_type_and_number_of_gradients(cuda_on_host, size, k
         assert relative_error(inverse, expected) < 1e-4
 
 
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("k", [1, 40])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_gram_and_woodbury_move_every_byte_once(cuda_on_host, size, k, dtype):
-    n = 3 * size + size // 2
-    g = gradients(k, n).to(dtype)
-    blocks = reference.num_blocks(n, size)
-    read = k * n * dtype.itemsize
-    for gram_dtype in (torch.float32, torch.float64):
-        gram = torch.zeros(blocks, triangle(size), dtype=gram_dtype)
-        state = gram.numel() * gram_dtype.itemsize
-        got = moved(cuda_on_host, lambda gram=gram: ops.gram_accumulate(gram, g, size))
-        assert got == (state + read, state)
-    inverse = fresh_inverse(blocks, size)
-    state = 4 * blocks * triangle(size)
-    status = ops.new_status()
-    got = moved(cuda_on_host, lambda: ops.woodbury_update(inverse, g, float(k), status))
-    assert status.item() == -1
-    assert got == (state + read, state)
-
-
 # Block sizes whose triangles have more tiles than a thread block has threads.
 LARGE = [(129, torch.float64), (150, torch.float64), (199, torch.float64),
          (250, torch.float32), (256, torch.float32)]  # fmt: skip
-
-
-@pytest.mark.parametrize(("size", "gram_dtype"), LARGE)
-@pytest.mark.parametrize("k", [1, 40])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_gram_of_large_blocks_moves_every_byte_once(cuda_on_host, size, gram_dtype, k, dtype):
-    n = size + size // 2
-    gram = torch.zeros(2, triangle(size), dtype=gram_dtype)
-    state, read = gram.numel() * gram_dtype.itemsize, k * n * dtype.itemsize
-    g = gradients(k, n).to(dtype)
-    got = moved(cuda_on_host, lambda: ops.gram_accumulate(gram, g, size))
-    assert got == (state + read, state)
 
 
 @pytest.mark.parametrize(("size", "gram_dtype"), LARGE)
@@ -129,107 +84,6 @@ def test_the_gram_of_large_blocks(cuda_on_host, size, gram_dtype, dtype, k):
         assert gram[0] == start[0]
         allowed = 1e-14 if gram_dtype == torch.float64 else 1e-6
         assert relative_error(gram, expected) < allowed
-
-
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("gram_dtype", [torch.float32, torch.float64])
-def test_what_is_made_of_a_gram_reads_it_once(cuda_on_host, size, gram_dtype):
-    n = 3 * size + size // 2
-    gram = gram_of(gradients(30, n), size, gram_dtype)
-    weight, keep = torch.randn(n), torch.arange(n) % 2 == 0  # every block loses weights
-    status = ops.new_status()
-    fisher = (size, 30.0, DAMPING, status)
-    state = sum(map(triangle, lengths(n, size))) * gram_dtype.itemsize
-    blocks = gram.shape[0]
-    expected = {
-        "diagonal": (state, 4 * n),
-        "inverse": (state, 4 * blocks * triangle(size)),
-        "solve": (state + 4 * n, 4 * n),
-        "scores": (state + 4 * n, 4 * n),
-        "sum": (state + 5 * n, 4 * n + 8 * blocks),
-        "joint": (state + 5 * n, 4 * n + 8 * blocks),
-    }
-    made = (n, size, 30.0, DAMPING, torch.float32, status)
-    calls = {
-        "diagonal": lambda: ops.gram_diagonal(gram, *made),
-        "inverse": lambda: ops.gram_inverse(gram, *made),
-        "solve": lambda: ops.gram_solve(gram, weight, *fisher),
-        "scores": lambda: ops.gram_scores(gram, weight, 1, *fisher),
-        "sum": lambda: ops.gram_update(gram, weight, keep, 1, False, *fisher),
-        "joint": lambda: ops.gram_update(gram, weight, keep, 1, True, *fisher),
-    }
-    assert {name: moved(cuda_on_host, call) for name, call in calls.items()} == expected
-    assert status.item() == -1
-
-
-@pytest.mark.parametrize("size", [16, 48, 64])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_vectors_are_passed_over_16_bytes_at_a_time(cuda_on_host, size, dtype):
-    """Accesses, not bytes, where every block begins at a 16-byte border."""
-    n = 1536
-    gram = gram_of(gradients(30, n), size)
-    weight, keep = torch.randn(n, dtype=dtype), torch.arange(n) % 2 == 0
-    status = ops.new_status()
-    inverse = ops.gram_inverse(gram, n, size, 30.0, DAMPING, torch.float32, status)
-    fisher, made = (size, 30.0, DAMPING, status), (n, size, 30.0, DAMPING, dtype, status)
-    state, given, vector = gram.numel() // 2, inverse.numel() // 4, n * dtype.itemsize // 16
-    scores, mask, blocks = n // 4, n, n // size
-    expected = {
-        "diagonal": (state, vector),
-        "inverse": (state, gram.numel() * dtype.itemsize // 16),
-        "solve": (state + vector, vector),
-        "scores": (state + vector, scores),
-        "group scores": (state + vector, scores // 4),
-        "update": (state + vector + mask, vector + blocks),
-        "given: scores": (n + vector, scores),  # of each block the diagonal, which is short
-        "given: group scores": (n // 4 * 10 + vector, scores // 4),
-        "given: update": (given + vector + mask, vector + blocks),
-    }
-    calls = {
-        "diagonal": lambda: ops.gram_diagonal(gram, *made),
-        "inverse": lambda: ops.gram_inverse(gram, *made),
-        "solve": lambda: ops.gram_solve(gram, weight, *fisher),
-        "scores": lambda: ops.gram_scores(gram, weight, 1, *fisher),
-        "group scores": lambda: ops.gram_scores(gram, weight, 4, *fisher),
-        "update": lambda: ops.gram_update(gram, weight, keep, 1, True, *fisher),
-        "given: scores": lambda: ops.inverse_scores(inverse, weight, 1, status),
-        "given: group scores": lambda: ops.inverse_scores(inverse, weight, 4, status),
-        "given: update": lambda: ops.inverse_update(inverse, weight, keep, 1, True, True, status),
-    }
-    got = {}
-    for name, call in calls.items():
-        moved(cuda_on_host, call)
-        counters = cuda_on_host.counters()
-        got[name] = counters["load_count"], counters["store_count"]
-    assert got == expected
-    assert status.item() == -1
-
-
-@pytest.mark.parametrize("size", SIZES)
-def test_what_is_made_of_an_inverse_reads_what_it_needs(cuda_on_host, size):
-    n = 4 * size
-    inverse = reference.gram_inverse(
-        gram_of(gradients(30, n), size), n, size, 30.0, DAMPING, torch.float32, ops.new_status()
-    )
-    weight, keep = torch.randn(n), torch.zeros(n, dtype=torch.bool)
-    status = ops.new_status()
-    lower = 4 * triangle(size) * 4
-    rest = (weight, keep, 1)
-    assert moved(cuda_on_host, lambda: ops.inverse_scores(inverse, weight, 1, status)) == (
-        8 * n,
-        4 * n,
-    )
-    assert moved(cuda_on_host, lambda: ops.inverse_scores(inverse, weight, 4, status))[0] == (
-        4 * n + n // 4 * 10 * 4
-        if size % 4 == 0
-        else pytest.approx(4 * n + n // 4 * 10 * 4, rel=0.1)
-    )
-    for joint in (False, True):
-        got = moved(
-            cuda_on_host, lambda j=joint: ops.inverse_update(inverse, *rest, j, True, status)
-        )
-        assert got == (lower + 5 * n, 4 * n + 8 * 4)
-    assert status.item() == -1
 
 
 @pytest.mark.parametrize("size", [*occupancy.BLOCK_SIZES, *occupancy.GENERAL])
@@ -278,6 +132,33 @@ def test_a_gram_the_device_cannot_hold_is_refused(cuda_on_host, limit, dtype, la
         assert relative_error(gram, gram_of(g, largest)) < 1e-6
 
 
+@pytest.mark.parametrize(
+    ("limit", "group", "largest"),
+    [
+        (231424, 1, 235),  # compute 9.0
+        (231424, 4, 233),  # room for the systems of the groups
+        (64 * 1024, 1, 123),  # compute 7.5
+        (64 * 1024, 4, 121),
+    ],
+)
+def test_greedy_scores_the_device_cannot_hold_are_refused(cuda_on_host, limit, group, largest):
+    message = r"gram_greedy_scores: block size {} needs .* fits is {}$"
+    with shared_memory(cuda_on_host, limit):
+        for size in (256, largest + 1, largest):
+            n, status = size // group * group, ops.new_status()
+            gram, weight = torch.zeros(1, triangle(size), dtype=torch.float64), torch.randn(n)
+            keep = torch.ones(n, dtype=torch.bool)
+            arguments = (gram, weight, keep, group, size, 1.0, DAMPING, status)
+            if size > largest:
+                with pytest.raises(ValueError, match=message.format(size, largest)):
+                    ops.gram_greedy_scores(*arguments)
+                continue
+            scores = ops.gram_greedy_scores(*arguments)
+            expected = 0.5 * DAMPING * weight.square().view(-1, group).sum(dim=1)
+            torch.testing.assert_close(scores, expected)
+            assert status.item() == -1
+
+
 @pytest.mark.parametrize("size", [4, 16, 50, 64, 70])
 def test_order_of_threads_does_not_change_a_bit(cuda_on_host, size):
     n = 6 * size
@@ -298,6 +179,8 @@ def test_order_of_threads_does_not_change_a_bit(cuda_on_host, size):
             ops.gram_scores(gram, weight, 2, *fisher),
             *ops.gram_update(gram, weight, keep, 2, False, *fisher),
             *ops.gram_update(gram, weight, keep, 2, True, *fisher),
+            ops.gram_greedy_scores(gram, weight, keep, 1, *fisher),
+            ops.gram_greedy_scores(gram, weight, keep, 2, *fisher),
             *ops.inverse_update(inverse, weight, keep, 2, False, True, status),
         ])  # fmt: skip
         assert status.item() == -1
@@ -369,6 +252,27 @@ def test_updates_write_the_weights_of_every_block(cuda_on_host, size, joint, gro
             else:
                 assert not new[block][~kept[block]].any()
                 assert not torch.equal(new[block], old[block])
+
+
+@pytest.mark.parametrize("size", [4, 20, 50])
+@pytest.mark.parametrize("group", [1, 2])
+def test_greedy_scores_of_a_failed_block_are_zero(cuda_on_host, size, group):
+    n, fails = 40 * size, [11, 23]
+    weight, keep = torch.randn(n), torch.rand(n) < 0.7
+    gram, fisher = gram_of(gradients(30, n), size), (size, 30.0, DAMPING)
+    expected = reference.gram_greedy_scores(gram, weight, keep, group, *fisher, ops.new_status())
+    expected = expected.view(40, -1)
+    expected[fails] = 0
+    keep.view(40, size)[fails] = True
+    gram[fails[0], triangle(size - 1)] = float("inf")
+    gram[fails[1], 0] = float("nan")
+    for seed in range(3):
+        cuda_on_host.set_seed(seed)
+        status = ops.new_status()
+        scores = onto_nan(ops.gram_greedy_scores, gram, weight, keep, group, *fisher, status)
+        assert status.item() == fails[0]
+        assert not scores.view(40, -1)[fails].any()
+        assert relative_error(scores, expected.flatten()) < 1e-6
 
 
 # 1030: whole thread blocks and a part of one.

@@ -219,6 +219,20 @@ def test_gram_scores(cuda_on_host, block_size, group_size):
         assert status.item() == -1
 
 
+@pytest.mark.parametrize("group_size", [1, 4])
+@pytest.mark.parametrize("block_size", FACTORED)
+def test_gram_greedy_scores(cuda_on_host, block_size, group_size):
+    gram, weight, keep, args = problem(block_size)
+    status = ops.new_status()
+    arguments = (gram, weight, keep, group_size, *args, status)
+    expected = reference.gram_greedy_scores(*arguments)
+    for scores in replay(
+        cuda_on_host, lambda: ops.gram_greedy_scores(*arguments), gram, weight, keep, status
+    ):
+        assert relative_error(scores, expected) < F32
+        assert status.item() == -1
+
+
 @pytest.mark.parametrize(
     "block_size, dtype", [(8, torch.float64), (20, torch.float32), (50, torch.float64)], ids=str
 )

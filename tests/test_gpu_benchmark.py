@@ -30,7 +30,7 @@ import roofline
 BENCHMARKS = Path(gpu.__file__).parent
 OPERATORS = [
     "gram_accumulate", "gram_inverse", "gram_diagonal", "gram_solve", "gram_scores",
-    "gram_update", "woodbury_update", "inverse_scores", "inverse_update",
+    "gram_greedy_scores", "gram_update", "woodbury_update", "inverse_scores", "inverse_update",
 ]  # fmt: skip
 TINY = gpu.Settings(
     block_sizes=(4, 50),

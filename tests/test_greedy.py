@@ -139,6 +139,17 @@ def test_a_lost_block_is_reported(isa):
     assert int(status) == -1
 
 
+@pytest.mark.parametrize("c", [1, 2])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e200])
+def test_a_weight_whose_cost_is_no_number_is_reported(isa, c, value):
+    """1e200: its square is infinite."""
+    gram, fisher = problem(30, 10)
+    weight, keep, status = torch.randn(30).double(), torch.ones(30).bool(), ops.new_status()
+    weight[14] = value
+    ops.gram_greedy_scores(gram, weight, keep, c, *fisher, status)
+    assert int(status) == 1
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_types_alignment_and_many_blocks(isa, dtype):
     n = 37 * 16

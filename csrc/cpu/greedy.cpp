@@ -4,7 +4,7 @@
 // Removing weight q changes the inverse by -c c^T / c_q, c its column q, and the weights by
 // -c w_q / c_q.  The last of the weights left takes the place of the one removed, so that the
 // matrix shrinks.  Per block: bytes B(B+1)/2 * sizeof(gram) read; flops about B^3/3 for the
-// factor, for M = L^-1 and for M^T M each, 2/3 B^3 for the removals.
+// factor, for M = L^-1, for M^T M and for the removals each.
 #include "gram_block.h"
 
 namespace obert {

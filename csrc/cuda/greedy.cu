@@ -11,7 +11,7 @@ namespace cuda {
 namespace {
 
 // Overwrites M by the triangle of F^-1 = M^T M, row after row: a row of F^-1 needs no earlier
-// row of M.
+// row of M, and nobody waits for one that is written.  No barrier at the end.
 template <class T, int threads>
 __device__ inline void square_of_lower(double* m, int n, double* row) {
     for (int i = 0; i < n; ++i) {
@@ -20,7 +20,6 @@ __device__ inline void square_of_lower(double* m, int n, double* row) {
         T::sync();
 #pragma unroll 1
         for (int j = T::rank(); j <= i; j += threads) m[packed(i, j)] = row[j];
-        T::sync();
     }
 }
 
@@ -33,30 +32,24 @@ __device__ inline Choice cheaper(Choice a, Choice b) {
     return b.cost < a.cost || (b.cost == a.cost && b.index < a.index) ? b : a;
 }
 
-// The cheapest of the choices of all threads, in all of them; scratch has room for two numbers
-// per warp.
+// The cheapest of the choices of all threads, in all of them; also a barrier.  scratch has room
+// for two numbers per warp, and must not be used again before another barrier.
 template <class T, int threads>
 __device__ inline Choice cheapest(Choice mine, double* scratch) {
-    constexpr int lanes = threads < 32 ? threads : 32;
+    constexpr int lanes = threads < 32 ? threads : 32, warps = threads / lanes;
 #pragma unroll
     for (int step = 1; step < lanes; step *= 2) {
         const Choice other{__shfl_xor_sync(T::mask(), mine.index, step),
                            __shfl_xor_sync(T::mask(), mine.cost, step)};
         mine = cheaper(mine, other);
     }
-    if (threads <= 32) {
-        T::sync();
-        return mine;
-    }
-    constexpr int warps = threads / 32;
-    if (threadIdx.x % 32 == 0) {
+    if (warps > 1 && threadIdx.x % 32 == 0) {
         scratch[threadIdx.x / 32] = mine.cost;
         scratch[warps + threadIdx.x / 32] = mine.index;
     }
-    T::sync();
-    for (int warp = 0; warp < warps; ++warp)
+    T::sync();  // in one warp, too: shuffles order no memory
+    for (int warp = 0; warps > 1 && warp < warps; ++warp)
         mine = cheaper(mine, {int(scratch[warps + warp]), scratch[warp]});
-    T::sync();
     return mine;
 }
 
