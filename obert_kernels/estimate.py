@@ -57,18 +57,18 @@ class FisherEstimate:
     Attributes:
         fishers: parameter name to its block Fisher.
         num_grads: m.
-        samples_per_grad: as given; None: one batch each.
         seconds: "gradients" and "fisher".
         plan: memory and passes.
         notes: what the user should know about the batches.
+        samples_per_grad: as given; None: one batch each.
     """
 
     fishers: dict[str, GramFisher]
     num_grads: int
-    samples_per_grad: int | None
     seconds: dict[str, float]
     plan: Plan
     notes: list[str]
+    samples_per_grad: int | None = None
 
 
 def check_counts(num_grads: int, block_size: int, samples_per_grad: int | None) -> None:
@@ -276,7 +276,7 @@ def estimate_fisher(
         clock=clock,
         progress=progress or silent,
     )
-    return FisherEstimate(fishers, num_grads, samples_per_grad, clock.seconds, plan, source.notes)
+    return FisherEstimate(fishers, num_grads, clock.seconds, plan, source.notes, samples_per_grad)
 
 
 def repetition_notes(batches: Iterable[Any], used: int, num_grads: int) -> list[str]:
