@@ -100,8 +100,11 @@ class Job:
         return new
 
     def settle_damping(self, fishers: Mapping[str, GramFisher]) -> None:
-        """Choose the damping by trial prunings of the matrices given; weights are restored."""
-        if not self.calibration:
+        """Choose the damping by trial prunings of the matrices given; weights are restored.
+
+        Once for a call, on the first matrices, and only if there are calibration batches.
+        """
+        if not self.calibration or self.trials:
             return
 
         def loss_after(damping: float) -> float:
@@ -179,8 +182,7 @@ def in_passes(
     if job.ranks_each_layer_alone:
         for names in plan.passes:
             fishers = estimate(names)
-            if not job.trials:
-                job.settle_damping(fishers)
+            job.settle_damping(fishers)
             found = job.masks(job.score(fishers))
             masks |= found
             changes |= job.apply(fishers, found)
@@ -191,8 +193,7 @@ def in_passes(
     for names in plan.passes:
         fishers.clear()  # frees the Grams of the pass before
         fishers.update(estimate(names))
-        if not job.trials:
-            job.settle_damping(fishers)
+        job.settle_damping(fishers)
         scores |= job.score(fishers)
     masks = job.masks(scores)
     scores.clear()

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from tiny import TinyEncoder, batches, snapshot, unchanged
+from tiny import TinyEncoder, batches, snapshot, train, unchanged
 from torch.utils.data import DataLoader
 
 from obert_kernels import NumericalError, estimate_fisher, find_weights, job, prune
@@ -58,11 +58,7 @@ def test_what_breaks_down_is_avoided():
 
 def trained():
     model, data = TinyEncoder(), batches(48)
-    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
-    for batch in data * 10:
-        optimizer.zero_grad()
-        model(**batch)["loss"].backward()
-        optimizer.step()
+    train(model, data, 10)
     return model, data
 
 

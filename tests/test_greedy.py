@@ -6,7 +6,7 @@ import pytest
 import torch
 from problems import DAMPING, gradients, gram_of, onto_nan, relative_error, sizes
 from test_ops import BLOCK_SIZES, group_for, skip_if_refused
-from tiny import TinyEncoder, batches
+from tiny import TinyEncoder, batches, train
 
 from obert_kernels import GramFisher, estimate_fisher, find_weights, ops, prune, reference
 
@@ -179,11 +179,7 @@ def test_nothing_left_and_zero_weights(isa):
 def test_pruning_loses_less_than_with_the_diagonal():
     """On the loss predicted by the Fisher itself, and by default."""
     model, data = TinyEncoder(width=16), batches(40)
-    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
-    for batch in data * 10:
-        optimizer.zero_grad()
-        model(**batch)["loss"].backward()
-        optimizer.step()
+    train(model, data, 10)
     before = {k: v.clone() for k, v in model.state_dict().items()}
     fisher = estimate_fisher(model, data, num_grads=40, block_size=16)
     predicted = {}
