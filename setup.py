@@ -37,7 +37,7 @@ if IS_X86:
     ]
 
 KERNEL_SOURCES = [
-    "gram", "factor", "greedy", "woodbury", "inverse_scores", "inverse_update", "kernels",
+    "gram", "factor", "greedy", "n_of_m", "woodbury", "inverse_scores", "inverse_update", "kernels",
 ]  # fmt: skip
 CXX_FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -Wall -Wextra -Werror=return-type".split()
 # Kernels: no errno from sqrt, no exceptions; ABI notes about wide vectors do not apply, as

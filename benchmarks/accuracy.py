@@ -147,6 +147,14 @@ def measure(dataset: str, seed: int, settings: argparse.Namespace) -> dict[str, 
     return result
 
 
+def code_digest() -> str:
+    """Changes with the package, so that nothing measured with other code is taken for its own."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(obert_kernels.__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
 def measure_all(settings: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """Measure every task and seed that has not been measured with these settings before."""
     relevant = {
@@ -154,7 +162,7 @@ def measure_all(settings: argparse.Namespace) -> dict[str, dict[str, Any]]:
         for name, value in vars(settings).items()
         if name not in ("datasets", "seeds", "work")
     }
-    relevant["max_length"] = MAX_LENGTH
+    relevant |= {"max_length": MAX_LENGTH, "methods": METHODS, "code": code_digest()}
     key = hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest()[:12]
     results: dict[str, dict[str, Any]] = {}
     for dataset in settings.datasets:

@@ -19,6 +19,7 @@ namespace obert {
 enum class DType : int { f32 = 0, f64 = 1, bf16 = 2, f16 = 3 };
 
 constexpr int kMaxBlockSize = 256;
+constexpr int kMaxPattern = 16;  // M of N:M
 
 // status[0] is -1 while all is well, else the first block whose pivot or
 // denominator was not positive.  Never cleared by a kernel.
@@ -95,6 +96,18 @@ struct GramGreedyScores {
     float* scores;  // [num_weights / group_size], zero on entry
 };
 
+// new_keep: of every `group` consecutive weights at most `kept` survive.  Groups take their turn;
+// of each the set with the least exact cost goes, after what has gone before it in the block.
+struct GramNOfM {
+    Fisher fisher;  // the block size is a multiple of `group`
+    const void* weight;
+    DType weight_type;    // f32 or f64
+    const uint8_t* keep;  // [num_weights] 1: there, 0: gone
+    int kept;
+    int group;          // at most kMaxPattern
+    uint8_t* new_keep;  // [num_weights]
+};
+
 enum class UpdateRule : int { sum = 0, joint = 1 };
 
 struct Update {
@@ -162,6 +175,7 @@ struct Kernels {
     int64_t (*gram_solve)(const GramSolve&, BlockRange, char* workspace);
     int64_t (*gram_scores)(const GramScores&, BlockRange, char* workspace);
     int64_t (*gram_greedy_scores)(const GramGreedyScores&, BlockRange, char* workspace);
+    int64_t (*gram_n_of_m)(const GramNOfM&, BlockRange, char* workspace);
     int64_t (*gram_update)(const GramUpdate&, BlockRange, char* workspace);
     int64_t (*woodbury_update)(const WoodburyUpdate&, BlockRange, char* workspace);
     int64_t (*inverse_scores)(const InverseScores&, BlockRange, char* workspace);
@@ -183,6 +197,7 @@ void gram_diagonal(const GramDiagonal&, int threads);
 void gram_solve(const GramSolve&, int threads);
 void gram_scores(const GramScores&, int threads);
 void gram_greedy_scores(const GramGreedyScores&, int threads);
+void gram_n_of_m(const GramNOfM&, int threads);
 void gram_update(const GramUpdate&, int threads);
 void woodbury_update(const WoodburyUpdate&, int threads);
 void inverse_scores(const InverseScores&, int threads);

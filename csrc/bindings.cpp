@@ -32,6 +32,7 @@ Update make_update(Address weight, int weight_type, Address keep, int group_size
 
 PYBIND11_MODULE(_C, m) {
     m.attr("max_block_size") = kMaxBlockSize;
+    m.attr("max_pattern") = kMaxPattern;
     m.attr("version") = OBERT_VERSION;
 #ifdef OBERT_WITH_CUDA
     m.attr("cuda_architectures") = OBERT_CUDA_ARCHITECTURES;
@@ -59,8 +60,8 @@ PYBIND11_MODULE(_C, m) {
 
     define_operators<int>(
         m, {cpu::gram_accumulate, cpu::gram_inverse, cpu::gram_diagonal, cpu::gram_solve,
-            cpu::gram_scores, cpu::gram_greedy_scores, cpu::gram_update, cpu::woodbury_update,
-            cpu::inverse_scores, cpu::inverse_update});
+            cpu::gram_scores, cpu::gram_greedy_scores, cpu::gram_n_of_m, cpu::gram_update,
+            cpu::woodbury_update, cpu::inverse_scores, cpu::inverse_update});
 #ifdef OBERT_WITH_CUDA
     py::module_ on_device = m.def_submodule("cuda");
     define_operators<void*>(

@@ -25,6 +25,7 @@ struct Operators {
     void (*gram_solve)(const GramSolve&, Where);
     void (*gram_scores)(const GramScores&, Where);
     void (*gram_greedy_scores)(const GramGreedyScores&, Where);
+    void (*gram_n_of_m)(const GramNOfM&, Where);
     void (*gram_update)(const GramUpdate&, Where);
     void (*woodbury_update)(const WoodburyUpdate&, Where);
     void (*inverse_scores)(const InverseScores&, Where);
@@ -90,6 +91,15 @@ void define_operators(pybind11::module_& m, Operators<Where> run) {
             run.gram_greedy_scores({fisher, pointer<void>(weight), DType(weight_type),
                                     pointer<uint8_t>(keep), group_size, pointer<float>(scores)},
                                    at(where));
+        },
+        release());
+    m.def(
+        "gram_n_of_m",
+        [run, at](const Fisher& fisher, Address weight, int weight_type, Address keep, int kept,
+                  int group, Address new_keep, Python where) {
+            run.gram_n_of_m({fisher, pointer<void>(weight), DType(weight_type),
+                             pointer<uint8_t>(keep), kept, group, pointer<uint8_t>(new_keep)},
+                            at(where));
         },
         release());
     m.def(

@@ -8,6 +8,7 @@ from torch import Tensor
 from .reference import block_size_of, gram_shape
 
 MAX_BLOCK_SIZE = 256
+MAX_PATTERN = 16  # M of N:M
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 WIDE = (torch.float32, torch.float64)
 

@@ -10,6 +10,8 @@ from .classification import Batch, collator, encode
 from .downloads import import_extra
 from .text_data import Texts
 
+Rows = list[dict[str, Any]]
+
 # Tokens of a backward pass, for layers of 768: as much memory as a training step with 32 texts of
 # 128 tokens.
 _TOKENS_AT_ONCE = 4096
@@ -28,6 +30,7 @@ def calibration_batches(
     *,
     max_length: int = 128,
     max_tokens: int = _TOKENS_AT_ONCE,
+    steps: int = 1,
     seed: int = 0,
 ) -> list[Batch]:
     """Return batches of texts for the Fisher, in random order, every text used once before any
@@ -40,11 +43,12 @@ def calibration_batches(
     Args:
         tokenizer: a Hugging Face tokenizer.
         texts: the texts the model was fitted to.
-        num_grads: number of gradients in all.
+        num_grads: number of gradients, of each step.
         texts_per_gradient: texts in each; 4 to 16 cost less than single texts for the same
             number of texts and serve as well.
         max_length: longer texts are cut to this number of tokens.
         max_tokens: of a batch, padding included; one gradient at least.
+        steps: estimates that will be made, one after the other, each from its own texts.
         seed: of the order.
 
     Raises:
@@ -58,21 +62,29 @@ def calibration_batches(
     rows = encode(tokenizer, texts, max_length)
     collate = collator(import_extra("transformers"), tokenizer)
     generator = torch.Generator().manual_seed(seed)
-    gradients: list[list[dict[str, Any]]] = []
-    while len(gradients) < num_grads:
+    gradients: list[Rows] = []
+    while len(gradients) < num_grads * steps:
         order = torch.randperm(len(rows), generator=generator).tolist()
         whole = len(order) - len(order) % texts_per_gradient
         for start in range(0, whole, texts_per_gradient):
             gradients.append([rows[i] for i in order[start : start + texts_per_gradient]])
-    batches: list[list[dict[str, Any]]] = [[]]
-    for gradient in sorted(gradients[:num_grads], key=_longest):
+    batches = []
+    for first in range(0, num_grads * steps, num_grads):
+        batches += _by_length(gradients[first : first + num_grads], max_tokens)
+    return [collate(batch) for batch in batches]
+
+
+def _by_length(gradients: list[Rows], max_tokens: int) -> list[Rows]:
+    """Gradients of about the same length in one batch."""
+    batches: list[Rows] = [[]]
+    for gradient in sorted(gradients, key=_longest):
         together = [*batches[-1], *gradient]
         if batches[-1] and len(together) * _longest(gradient) > max_tokens:
             batches.append(gradient)
         else:
             batches[-1] = together
-    return [collate(batch) for batch in batches]
+    return batches
 
 
-def _longest(rows: list[dict[str, Any]]) -> int:
+def _longest(rows: Rows) -> int:
     return max(len(row["input_ids"]) for row in rows)

@@ -296,7 +296,8 @@ def sweep(
     """Prune at each sparsity by magnitude and by loss, always from the same weights.
 
     The Fisher is estimated once, from ``batches``, for all sparsities (once for each where
-    ``max_memory`` does not hold all of it).  The weights are put back at the end.
+    ``max_memory`` does not hold all of it, or where pruning takes several steps).  The weights
+    are put back at the end.
 
     Args:
         model: what to prune.
@@ -304,7 +305,7 @@ def sweep(
         evaluate: called with the pruned model; returns its accuracy.
         sparsities: shares of weights to remove.
         options: further arguments of :func:`obert_kernels.prune`: pattern, damping, update,
-            scope, params.
+            scope, params, steps, schedule.
         num_grads: m, gradients in the Fisher.
         calibration: batches that damping "auto" is chosen on, at the highest sparsity.
         samples_per_grad: see :func:`obert_kernels.prune`.
@@ -332,9 +333,14 @@ def sweep(
     weights = find_weights(model, options["params"])
     streamed = samples_per_grad is not None
     plan = plan_passes(weights, block_size, fisher_dtype, max_memory, num_grads, streamed)
-    if len(plan.passes) == 1:
+    if len(plan.passes) == 1 and options.get("steps", 1) == 1:
         second_order["fisher"] = estimate_fisher(
-            model, batches, params=options["params"], progress=progress, **estimation
+            model,
+            batches,
+            params=options["params"],
+            pattern=options["pattern"],
+            progress=progress,
+            **estimation,
         )
     else:
         second_order |= {"batches": batches, "max_memory": max_memory, **estimation}

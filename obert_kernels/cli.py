@@ -20,6 +20,7 @@ from .demo import demo_settings
 from .downloads import DownloadError, import_extra
 from .experiment import Settings, prune_classifier
 from .ops import NumericalError
+from .patterns import find_pattern
 
 # What a user can cause and cure; anything else is a bug and shows its traceback.
 _USER_ERRORS = (ValueError, OSError, MemoryError, ImportError, NumericalError, DownloadError)
@@ -53,6 +54,13 @@ class Scope(str, Enum):
 
     all = "global"
     layer = "layer"
+
+
+class Schedule(str, Enum):
+    """How much each sub-step removes."""
+
+    geometric = "geometric"
+    linear = "linear"
 
 
 class FisherDtype(str, Enum):
@@ -149,24 +157,24 @@ def run(
         ),
     ],
     sparsity: Annotated[
-        list[float],
+        list[float] | None,
         typer.Option(
             "--sparsity",
             "-s",
             min=0.0,
             max=1.0,
             help="Share of the weights to remove, 0.8 is 80 %. Repeat it for several; each "
-            "starts from the same weights and gets its own checkpoint.",
+            "starts from the same weights and gets its own checkpoint. Not needed for N:M.",
         ),
-    ],
+    ] = None,
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Folder for checkpoints, report and plot.")
     ] = Path("obert-pruned"),
     pattern: Annotated[
         str,
         typer.Option(
-            help="unstructured, or block4 (any block<c>): c consecutive weights of a row go "
-            "together.",
+            help="unstructured; block4 (any block<c>): c consecutive weights of a row go "
+            "together; block4x1: of a column; 2:4 (any N:M): at most 2 of every 4 survive.",
             rich_help_panel="Pruning",
         ),
     ] = "unstructured",
@@ -193,6 +201,22 @@ def run(
             rich_help_panel="Pruning",
         ),
     ] = Update.joint,
+    steps: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="Prune in so many sub-steps, each with a Fisher of its own from fresh texts.",
+            rich_help_panel="Pruning",
+        ),
+    ] = 1,
+    schedule: Annotated[
+        Schedule,
+        typer.Option(
+            help="geometric: each sub-step removes the same share of what is left; linear: the "
+            "same number of weights.",
+            rich_help_panel="Pruning",
+        ),
+    ] = Schedule.geometric,
     params: Annotated[
         list[str] | None,
         typer.Option(
@@ -202,16 +226,20 @@ def run(
         ),
     ] = None,
     block_size: Annotated[
-        int,
+        int | None,
         typer.Option(
             min=1,
             max=256,
-            help="Weights per Fisher block; time and memory grow with it.",
+            help="Weights per Fisher block; time and memory grow with it. Default: 50, or the "
+            "multiple of M below for N:M.",
             rich_help_panel="Fisher",
         ),
-    ] = 50,
+    ] = None,
     num_grads: Annotated[
-        int, typer.Option(min=1, help="Gradients in the Fisher.", rich_help_panel="Fisher")
+        int,
+        typer.Option(
+            min=1, help="Gradients in the Fisher, of each sub-step.", rich_help_panel="Fisher"
+        ),
     ] = 1024,
     grad_batch_size: Annotated[
         int, typer.Option(min=1, help="Texts in each gradient.", rich_help_panel="Fisher")
@@ -294,7 +322,15 @@ def run(
     """
     given: dict[str, Any] = locals()
     values = {name: x.value if isinstance(x, Enum) else x for name, x in given.items()}
+    values["sparsity"] = sparsity or [_prescribed_sparsity(pattern)]
     _prune(Settings(**{**values, "damping": _number_or_word(damping)}))
+
+
+def _prescribed_sparsity(pattern: str) -> float:
+    shape = find_pattern(pattern)
+    if shape.kept is None:
+        raise typer.BadParameter("is needed, for example --sparsity 0.8", param_hint="--sparsity")
+    return float(shape.prescribed(None))
 
 
 def _number_or_word(text: str) -> float | str:

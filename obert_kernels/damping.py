@@ -12,12 +12,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Siz
 from itertools import islice
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
-from .fisher import GramFisher
 from .gradients import take_batches
 from .group_gradients import samples_in
+from .live import BlockFisher
 from .ops import NumericalError
 
 # Damping over the mean diagonal of the Fisher: where to start, and the ends of the search.
@@ -42,19 +41,17 @@ class Trial(NamedTuple):
     loss: float
 
 
-def mean_diagonal(fishers: Mapping[str, GramFisher], keep: Mapping[str, Tensor]) -> float:
+def mean_diagonal(fishers: Mapping[str, BlockFisher], keep: Mapping[str, Tensor]) -> float:
     """Mean square of a weight's gradients, over all weights that are left."""
-    total, living = 0.0, 0
-    for name, fisher in fishers.items():
-        i = torch.arange(fisher.block_size, device=fisher.gram.device)
-        diagonal = fisher.gram[:, i * (i + 3) // 2]
-        total += float(diagonal.sum(dtype=torch.float64)) / (fisher.num_gradients or 1)
-        living += int(keep[name].sum())
-    return total / max(1, living)
+    living = sum(int(keep[name].sum()) for name in fishers)
+    return sum(fisher.mean_squares() for fisher in fishers.values()) / max(1, living)
 
 
 def choose_damping(
-    scale: float, loss_after: Callable[[float], float], tried: Callable[[int], object]
+    scale: float,
+    loss_after: Callable[[float], float],
+    tried: Callable[[int], object],
+    start: float | None = None,
 ) -> tuple[float, list[Trial]]:
     """Find the damping with the least loss, in steps of 10 and then of the root of 10.
 
@@ -62,6 +59,7 @@ def choose_damping(
         scale: :func:`mean_diagonal` of the Fisher.
         loss_after: the loss after pruning with a damping.
         tried: called with the number of trials so far.
+        start: damping over ``scale`` to begin with.
 
     Returns:
         The best damping and all trials, by damping.
@@ -70,12 +68,13 @@ def choose_damping(
         NumericalError: the Fisher was never positive definite.
     """
     scale = scale if 0 < scale < math.inf else 1.0
+    start = min(max(start or _START, _LEAST), _MOST)
     trials: dict[int, Trial] = {}  # by half-decades from the start
     last_error: NumericalError | None = None
 
     def loss_at(step: int) -> float:
         nonlocal last_error
-        relative = _START * 10 ** (step / 2)
+        relative = start * 10 ** (step / 2)
         if step not in trials:
             try:
                 loss = loss_after(relative * scale)
@@ -94,8 +93,8 @@ def choose_damping(
             neighbours = [
                 step
                 for step in (low, high)
-                if _START * 10 ** (step / 2) * 1.001 >= _LEAST
-                and _START * 10 ** (step / 2) <= _MOST * 1.001
+                if start * 10 ** (step / 2) * 1.001 >= _LEAST
+                and start * 10 ** (step / 2) <= _MOST * 1.001
             ]
             better = min([best, *neighbours], key=loss_at)
             if better == best:

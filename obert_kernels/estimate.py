@@ -5,19 +5,19 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ._checks import check_block_size
-from .fisher import GramFisher
 from .gradients import LossFn, batch_gradients, take_batches
 from .group_gradients import GroupGradients, NotServed, SplitBatches, split_batch
 from .layers import find_weights
+from .live import BlockFisher, LiveFisher, block_fisher
 from .memory import Plan, gradient_buffer, plan_passes
+from .patterns import UNSTRUCTURED, Pattern, find_pattern
 
 Progress = Callable[[str, int, int], None]
 
@@ -61,23 +61,29 @@ class FisherEstimate:
         plan: memory and passes.
         notes: what the user should know about the batches.
         samples_per_grad: as given; None: one batch each.
+        pattern: the order of the weights in a block, and the groups that can be scored.
     """
 
-    fishers: dict[str, GramFisher]
+    fishers: dict[str, BlockFisher]
     num_grads: int
     seconds: dict[str, float]
     plan: Plan
     notes: list[str]
     samples_per_grad: int | None = None
+    pattern: Pattern = UNSTRUCTURED
+
+    @property
+    def block_size(self) -> int:
+        """B."""
+        return next(iter(self.fishers.values())).block_size
 
 
-def check_counts(num_grads: int, block_size: int, samples_per_grad: int | None) -> None:
-    """Raise ValueError for a number of gradients or samples or a block size out of range."""
+def check_counts(num_grads: int, samples_per_grad: int | None) -> None:
+    """Raise ValueError for a number of gradients or samples out of range."""
     if num_grads < 1:
         raise ValueError(f"num_grads must be at least 1, got {num_grads}")
     if samples_per_grad is not None and samples_per_grad < 1:
         raise ValueError(f"samples_per_grad must be at least 1, or None, got {samples_per_grad}")
-    check_block_size(block_size)
 
 
 @dataclass
@@ -89,35 +95,47 @@ class Source:
         batches: iterable of batches.
         num_grads: m, gradients in all.
         loss_fn: as for :func:`prune`.
+        pattern: the order of the weights in a gradient.
         group: samples per gradient where hooks give many gradients a batch; None: a batch gives
             one.
         notes: what the user should know about the batches.
+        origin: the batches as they were given.
+        used: batches taken so far.
+        held: the batches are kept for several passes, and counted.
     """
 
     model: nn.Module
     batches: Iterable[Any]
     num_grads: int
     loss_fn: LossFn | None
+    pattern: Pattern
     group: int | None
     notes: list[str]
+    origin: Iterable[Any]
+    used: int = 0
+    held: bool = False
 
-    def hold_batches(self) -> None:
-        """Keep the batches, so that several passes see the same."""
-        if self.group is None:
-            self.batches = list(take_batches(self.batches, self.num_grads))
-            return
-        held, grads = [], 0
+    def with_held_batches(self) -> Source:
+        """The same for several passes, which see the same batches."""
+        held: list[Any] = []
+        grads = 0
         for batch in take_batches(self.batches):
             held.append(batch)
-            grads += len(split_batch(batch, self.group))
+            grads += 1 if self.group is None else len(split_batch(batch, self.group))
             if grads >= self.num_grads:
                 break
-        self.note_repetition(len(held))
-        self.batches = held
+        self.used += len(held)
+        return replace(self, batches=held, held=True)
 
-    def note_repetition(self, used: int) -> None:
-        """Note that ``used`` batches are more than there are."""
-        self.notes += repetition_notes(self.batches, used, self.num_grads)
+    def all_notes(self, estimates: int = 1) -> list[str]:
+        """Notes, also on batches that had to serve several times, after so many estimates."""
+        if not (isinstance(self.origin, Sized) and 0 < len(self.origin) < self.used):
+            return self.notes
+        return [
+            *self.notes,
+            f"{self.num_grads * estimates} gradients were taken from {len(self.origin)} batches, "
+            f"gone through {self.used / len(self.origin):.1f} times",
+        ]
 
 
 def open_source(
@@ -127,28 +145,37 @@ def open_source(
     num_grads: int,
     samples_per_grad: int | None,
     loss_fn: LossFn | None,
+    pattern: Pattern = UNSTRUCTURED,
+    *,
+    goes_on: bool = False,
 ) -> Source:
     """Find out, on the first batch, how gradients of ``samples_per_grad`` samples can be had.
+
+    Args:
+        model, batches, weights, num_grads, samples_per_grad, loss_fn: as for :func:`prune`.
+        pattern: the order of the weights in a gradient.
+        goes_on: there will be several estimates, each of which takes up the batches where the
+            one before it left them.
 
     Raises:
         ValueError: batches are needed and cannot be cut into samples, or give no loss.
     """
+    origin, batches = batches, take_batches(batches) if goes_on else batches
+    source = Source(model, batches, num_grads, loss_fn, pattern, samples_per_grad, [], origin)
     if samples_per_grad is None:
-        notes = repetition_notes(batches, num_grads, num_grads)
-        return Source(model, batches, num_grads, loss_fn, None, notes)
+        return source
+    first = next(take_batches(batches))
     if isinstance(batches, Iterator):
-        first = next(take_batches(batches))
-        batches = chain([first], batches)
-    else:
-        first = next(take_batches(batches))
+        source.batches = chain([first], batches)
     try:
-        GroupGradients(model, weights, samples_per_grad, loss_fn).check(first)
+        GroupGradients(model, weights, samples_per_grad, loss_fn, pattern=pattern).check(first)
     except NotServed as error:
-        notes = [f"every gradient took a backward pass of its own: {error}"]
-        pieces = SplitBatches(batches, samples_per_grad)
-        source = iter(pieces) if isinstance(batches, Iterator) else pieces
-        return Source(model, source, num_grads, loss_fn, None, notes)
-    return Source(model, batches, num_grads, loss_fn, samples_per_grad, [])
+        source.notes.append(f"every gradient took a backward pass of its own: {error}")
+        pieces = SplitBatches(source.batches, samples_per_grad)
+        source.batches = iter(pieces) if isinstance(batches, Iterator) else pieces
+        source.origin = pieces
+        source.group = None
+    return source
 
 
 def accumulate(
@@ -160,14 +187,16 @@ def accumulate(
     dtype: torch.dtype,
     clock: Clock,
     progress: Progress,
-) -> dict[str, GramFisher]:
-    """Add the gradients of some matrices to their Grams."""
-    fishers = {
-        name: GramFisher(w.numel(), block_size, dtype=dtype, device=w.device, name=name)
-        for name, w in weights.items()
-    }
-    # A pruned weight has no gradient: its row and column stay zero.
-    dead = {name: w.detach().flatten() == 0 for name, w in weights.items() if not w.detach().all()}
+) -> dict[str, BlockFisher]:
+    """Add the gradients of some matrices to Fishers of the weights that are left in them."""
+    fishers: dict[str, BlockFisher] = {}
+    dead: dict[str, Tensor] = {}
+    for name, weight in weights.items():
+        alive = source.pattern.flat(weight.detach() != 0)
+        fisher = block_fisher(alive, block_size, source.pattern.span, dtype=dtype, name=name)
+        fishers[name] = fisher
+        if not isinstance(fisher, LiveFisher) and not bool(alive.all()):
+            dead[name] = ~alive  # no gradient: their rows and columns stay zero
     add_all = _gather if source.group is None else _stream
     progress("gradients", 0, source.num_grads)
     add_all(source, weights, plan, fishers, dead, clock, progress)
@@ -178,7 +207,7 @@ def _gather(
     source: Source,
     weights: Mapping[str, nn.Parameter],
     plan: Plan,
-    fishers: Mapping[str, GramFisher],
+    fishers: Mapping[str, BlockFisher],
     dead: Mapping[str, Tensor],
     clock: Clock,
     progress: Progress,
@@ -195,7 +224,7 @@ def _gather(
         for index in range(source.num_grads):
             with clock.stage("gradients"):
                 for name, gradient in next(gradients).items():
-                    row = buffers[name][gathered].copy_(gradient.flatten())
+                    row = buffers[name][gathered].copy_(source.pattern.flat(gradient))
                     if name in dead:
                         row.masked_fill_(dead[name], 0)
             gathered += 1
@@ -205,13 +234,15 @@ def _gather(
                         fisher.accumulate(buffers[name][:gathered])
                 gathered = 0
             progress("gradients", index + 1, source.num_grads)
+    if not source.held:
+        source.used += source.num_grads
 
 
 def _stream(
     source: Source,
     weights: Mapping[str, nn.Parameter],
     plan: Plan,
-    fishers: Mapping[str, GramFisher],
+    fishers: Mapping[str, BlockFisher],
     dead: Mapping[str, Tensor],
     clock: Clock,
     progress: Progress,
@@ -226,17 +257,20 @@ def _stream(
 
     assert source.group is not None
     groups = GroupGradients(
-        source.model, weights, source.group, source.loss_fn, plan.gradients_per_update
+        source.model,
+        weights,
+        source.group,
+        source.loss_fn,
+        plan.gradients_per_update,
+        source.pattern,
     )
-    used = 0
     with (
         closing(groups.run(source.batches, source.num_grads, add)) as run,
         clock.stage_without("gradients", "fisher"),
     ):
         for done in run:
-            used += 1
+            source.used += not source.held
             progress("gradients", done, source.num_grads)
-    source.note_repetition(used)
 
 
 def estimate_fisher(
@@ -245,26 +279,36 @@ def estimate_fisher(
     *,
     num_grads: int = 1024,
     samples_per_grad: int | None = None,
-    block_size: int = 50,
+    block_size: int | None = None,
     params: str | Iterable[str] | None = None,
     loss_fn: LossFn | None = None,
     fisher_dtype: torch.dtype = torch.float64,
+    pattern: str = "unstructured",
     progress: Progress | None = None,
 ) -> FisherEstimate:
     """Estimate the block Fisher of a model's weight matrices from mini-batch gradients.
 
-    The result serves :func:`prune` for several sparsities, dampings and rules.
+    The result serves :func:`prune` for several sparsities, dampings and rules; that of a dense
+    model also for all patterns whose groups run along the same dimension.
 
     Args: as for :func:`prune`.
 
     Raises:
         ValueError, TypeError, MemoryError: as for :func:`prune`.
     """
-    check_counts(num_grads, block_size, samples_per_grad)
+    check_counts(num_grads, samples_per_grad)
+    shape = find_pattern(pattern)
+    block_size = shape.block_size(block_size)
     weights = find_weights(model, params)
-    source = open_source(model, batches, weights, num_grads, samples_per_grad, loss_fn)
+    source = open_source(model, batches, weights, num_grads, samples_per_grad, loss_fn, shape)
     plan = plan_passes(
-        weights, block_size, fisher_dtype, None, num_grads, streamed=source.group is not None
+        weights,
+        block_size,
+        fisher_dtype,
+        None,
+        num_grads,
+        streamed=source.group is not None,
+        living_for=shape,
     )
     clock = Clock()
     fishers = accumulate(
@@ -276,14 +320,6 @@ def estimate_fisher(
         clock=clock,
         progress=progress or silent,
     )
-    return FisherEstimate(fishers, num_grads, clock.seconds, plan, source.notes, samples_per_grad)
-
-
-def repetition_notes(batches: Iterable[Any], used: int, num_grads: int) -> list[str]:
-    """Say so when the same batches had to serve several times."""
-    if isinstance(batches, Sized) and 0 < len(batches) < used:
-        return [
-            f"{num_grads} gradients were taken from {len(batches)} batches, gone through "
-            f"{used / len(batches):.1f} times"
-        ]
-    return []
+    return FisherEstimate(
+        fishers, num_grads, clock.seconds, plan, source.all_notes(), samples_per_grad, shape
+    )

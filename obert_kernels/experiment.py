@@ -20,6 +20,7 @@ from .estimate import Progress
 from .layers import find_weights
 from .masks import check_sparsity
 from .memory import plan_passes
+from .patterns import find_pattern
 from .plots import plot_accuracy
 from .pruner import PruneResult, prune
 from .text_data import DEMO_PREFIX, TextData, load_text_data
@@ -39,7 +40,7 @@ class Settings:
     sparsity: Sequence[float]
     output: Path
     pattern: str = "unstructured"
-    block_size: int = 50
+    block_size: int | None = None
     num_grads: int = 1024
     grad_batch_size: int = 8
     damping: float | str = "auto"
@@ -47,6 +48,8 @@ class Settings:
     selection: str = "greedy"
     update: str = "joint"
     scope: str = "global"
+    steps: int = 1
+    schedule: str = "geometric"
     params: Sequence[str] | None = None
     text_column: str | None = None
     pair_column: str | None = None
@@ -78,6 +81,11 @@ def prune_classifier(
             about the settings, files or installation; the message names it and the remedy.
     """
     started = time.perf_counter()
+    shape = find_pattern(settings.pattern)
+    shape.check_steps(settings.steps)
+    block_size = shape.block_size(settings.block_size)
+    for sparsity in settings.sparsity:
+        shape.prescribed(sparsity)
     folders = _check(settings)
     data = load_text_data(
         settings.data, settings.text_column, settings.pair_column, settings.label_column
@@ -88,14 +96,16 @@ def prune_classifier(
         "damping": settings.damping,
         "scope": settings.scope,
         "params": settings.params,
+        "steps": settings.steps,
+        "schedule": settings.schedule,
     }
     # Removes nothing, but finds fault with the options before the long work does.
-    prune(model, sparsity=0.0, selection="magnitude", **options)
+    prune(model, sparsity=0.0, selection="magnitude", **{**options, "pattern": "unstructured"})
     weights = find_weights(model, settings.params)
+    for name, weight in weights.items():
+        shape.check(name, weight)
     fisher_dtype = getattr(torch, settings.fisher_dtype)
-    plan_passes(
-        weights, settings.block_size, fisher_dtype, settings.max_memory, settings.num_grads, True
-    )
+    plan_passes(weights, block_size, fisher_dtype, settings.max_memory, settings.num_grads, True)
     echo(_describe(settings, data, sum(weight.numel() for weight in weights.values())))
     test = classification.make_loader(
         tokenizer, data.test, _EVALUATION_BATCH, max_length=settings.max_length, by_length=True
@@ -110,6 +120,7 @@ def prune_classifier(
         settings.grad_batch_size,
         max_length=settings.max_length,
         max_tokens=tokens_at_once(model.config.hidden_size),
+        steps=settings.steps,
         seed=settings.seed,
     )
     latest: dict[str, classification.Measurement] = {}
@@ -135,7 +146,7 @@ def prune_classifier(
         num_grads=settings.num_grads,
         calibration=_held_back(settings, tokenizer, data),
         samples_per_grad=settings.grad_batch_size,
-        block_size=settings.block_size,
+        block_size=block_size,
         fisher_dtype=fisher_dtype,
         max_memory=settings.max_memory,
         recover=recover if settings.recovery_epochs else None,
@@ -153,7 +164,7 @@ def prune_classifier(
 
 def _check(settings: Settings) -> dict[float, Path]:
     """Check what can be checked before any work; return the folder of each sparsity."""
-    for name in ("num_grads", "grad_batch_size", "batch_size", "max_length"):
+    for name in ("num_grads", "grad_batch_size", "batch_size", "max_length", "steps"):
         if getattr(settings, name) < 1:
             option = name.replace("_", "-")
             raise ValueError(f"--{option} must be at least 1, got {getattr(settings, name)}")

@@ -23,7 +23,7 @@ def gram_bytes(num_weights: int, block_size: int, dtype: torch.dtype = torch.flo
     return math.prod(gram_shape(num_weights, block_size)) * dtype.itemsize
 
 
-def _as_rows(gradients: Tensor, num_weights: int) -> Tensor:
+def as_rows(gradients: Tensor, num_weights: int) -> Tensor:
     """``[n]`` or ``[k, n]`` to ``[k, n]``."""
     rows = gradients.unsqueeze(0) if gradients.dim() == 1 else gradients
     if rows.dim() != 2 or rows.shape[1] != num_weights:
@@ -83,7 +83,7 @@ class GramFisher:
 
     def accumulate(self, gradients: Tensor) -> None:
         """Add gradients ``[n]`` or ``[k, n]``, any floating type; many at once are cheaper."""
-        rows = _as_rows(gradients, self.num_weights)
+        rows = as_rows(gradients, self.num_weights)
         ops.gram_accumulate(self.gram, rows, self.block_size)
         self.num_gradients += rows.shape[0]
 
@@ -96,6 +96,17 @@ class GramFisher:
             )
         self.gram += other.gram.to(self.gram)
         self.num_gradients += other.num_gradients
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory it takes."""
+        return self.gram.nbytes
+
+    def mean_squares(self) -> float:
+        """Sum over the weights of the mean square of their gradients."""
+        i = torch.arange(self.block_size, device=self.gram.device)
+        total = self.gram[:, i * (i + 3) // 2].sum(dtype=torch.float64)
+        return float(total) / (self.num_gradients or 1)
 
     def _checked(self, status: Tensor, damping: float) -> None:
         if int(status.item()) < 0:
@@ -168,6 +179,27 @@ class GramFisher:
         """
         problem = self._problem(damping)
         out = ops.gram_greedy_scores(self.gram, _wide(weight), keep, group_size, *problem)
+        self._checked(problem[-1], damping)
+        return out
+
+    def n_of_m(self, weight: Tensor, keep: Tensor, damping: float, kept: int, group: int) -> Tensor:
+        """Return a mask with at most ``kept`` of every ``group`` consecutive weights.
+
+        Groups take their turn in each block; of each the set Q goes whose removal costs least,
+        ``1/2 w_Q^T ([F^-1]_QQ)^-1 w_Q``, and the rest of the block adapts.
+
+        Args:
+            weight: ``[n]``.
+            keep: ``[n]`` bool, False for weights that are gone already.
+            damping: of F.
+            kept: N.
+            group: M, at most 16; the block size is a multiple of it.
+
+        Returns:
+            ``[n]`` bool.
+        """
+        problem = self._problem(damping)
+        out = ops.gram_n_of_m(self.gram, _wide(weight), keep, kept, group, *problem)
         self._checked(problem[-1], damping)
         return out
 
@@ -252,7 +284,7 @@ class WoodburyFisher:
         Raises:
             NumericalError: a denominator was not positive, or the diagonal is not any more.
         """
-        rows = _as_rows(gradients, self.num_weights)
+        rows = as_rows(gradients, self.num_weights)
         ops.woodbury_update(self.packed, rows, float(self.num_gradients), self._status)
         self._checked()
 

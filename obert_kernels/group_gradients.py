@@ -26,6 +26,7 @@ from .gradients import (
     to_device,
 )
 from .memory import STREAMED_PER_UPDATE
+from .patterns import UNSTRUCTURED, Pattern
 
 Receive = Callable[[str, Tensor], None]
 
@@ -133,8 +134,10 @@ class _Recorder:
         group: int,
         groups_at_once: int,
         receive: Receive,
+        pattern: Pattern,
     ) -> None:
         self.weights = weights
+        self.pattern = pattern
         self.group = group
         self.groups_at_once = groups_at_once
         self.receive = receive
@@ -203,18 +206,22 @@ class _Recorder:
         """Gradients of the mean loss of ``groups`` groups of ``size`` samples from ``first`` on."""
         # The loss is a mean over all samples of the batch, so each has a share of 1 in it.
         scale = self.samples / size
-        gradient = self._space(groups, self.weights[name].shape, pairs[0][1])
+        rows, columns = self.weights[name].shape
+        by_column = self.pattern.by_column
+        shape = (columns, rows) if by_column else (rows, columns)
+        gradient = self._space(groups, shape, pairs[0][1])
         for use, (inputs, grad) in enumerate(pairs):
             a, d = (
                 x[first : first + groups * size].reshape(groups, -1, x.shape[-1])
                 for x in (inputs, grad)
             )
-            torch.baddbmm(gradient, d.mT, a, beta=min(use, 1), alpha=scale, out=gradient)
+            left, right = (a, d) if by_column else (d, a)
+            torch.baddbmm(gradient, left.mT, right, beta=min(use, 1), alpha=scale, out=gradient)
         self.receive(name, gradient.flatten(1))
 
-    def _space(self, groups: int, shape: torch.Size, like: Tensor) -> Tensor:
+    def _space(self, groups: int, shape: tuple[int, int], like: Tensor) -> Tensor:
         """Room for gradients; the same for all layers: fresh memory costs as much as the sum."""
-        size = groups * shape.numel()
+        size = groups * shape[0] * shape[1]
         if self.space is None or self.space.numel() < size or self.space.dtype != like.dtype:
             self.space = None  # freed first
             self.space = like.new_empty(size)
@@ -233,9 +240,10 @@ def _recording(
     group: int,
     groups_at_once: int,
     receive: Receive,
+    pattern: Pattern,
 ) -> Iterator[_Recorder]:
     """Taps at every linear layer that owns one of the weights; the model frozen, in eval mode."""
-    recorder = _Recorder(weights, group, groups_at_once, receive)
+    recorder = _Recorder(weights, group, groups_at_once, receive, pattern)
     names = {weight: name for name, weight in weights.items()}
     anchor = _anchor(weights)
 
@@ -257,6 +265,7 @@ class GroupGradients:
         samples_per_grad: g, samples of a group; what is left of a batch makes a smaller one.
         loss_fn: ``loss_fn(model, batch)``, the mean of a loss of each sample.
         groups_at_once: gradients of a matrix that exist together.
+        pattern: says in which order the gradients of a matrix are handed on.
     """
 
     def __init__(
@@ -266,8 +275,10 @@ class GroupGradients:
         samples_per_grad: int,
         loss_fn: LossFn | None = None,
         groups_at_once: int = STREAMED_PER_UPDATE,
+        pattern: Pattern = UNSTRUCTURED,
     ) -> None:
         self.model = model
+        self.pattern = pattern
         self.weights = weights
         self.group = samples_per_grad
         self.groups_at_once = groups_at_once
@@ -289,7 +300,7 @@ class GroupGradients:
         """
         done = 0
         with _recording(
-            self.model, self.weights, self.group, self.groups_at_once, receive
+            self.model, self.weights, self.group, self.groups_at_once, receive, self.pattern
         ) as recorder:
             for index, batch in enumerate(take_batches(batches)):
                 samples = samples_in(batch)
@@ -323,7 +334,7 @@ class GroupGradients:
             nonlocal tolerance
             if gradients.dtype.itemsize < 4:
                 tolerance = 5e-2
-            found[name] = _projection(gradients[0].view_as(self.weights[name]))
+            found[name] = _projection(self.pattern.matrix(gradients[0], self.weights[name]))
 
         for _ in self.run([batch], 1, compare):
             pass

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -12,28 +12,32 @@ from torch import Tensor, nn
 
 from .damping import Trial, choose_damping, mean_diagonal
 from .estimate import Clock, Progress, silent
-from .fisher import GramFisher
 from .gradients import LossFn, mean_loss
-from .masks import magnitude_scores, prunes_anything, select_masks
-from .memory import Plan
+from .live import BlockFisher
+from .masks import alive_groups, magnitude_scores, n_of_m_mask, prunes_anything, select_masks
+from .patterns import Pattern
+from .schedule import sub_targets
 
 Changes = dict[str, tuple[Tensor, float | None]]
 
 
-def present_masks(weights: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-    """Weights that are zero now count as pruned."""
-    return {name: weight.detach() != 0 for name, weight in weights.items()}
+def present_masks(weights: Mapping[str, nn.Parameter], pattern: Pattern) -> dict[str, Tensor]:
+    """Weights that are zero now count as pruned; flat, in the order of the pattern."""
+    return {name: pattern.flat(weight.detach() != 0) for name, weight in weights.items()}
 
 
 @dataclass
 class Job:
-    """Everything the stages of one call share."""
+    """Everything the stages of one call share.
+
+    Masks and scores are flat, in the order of the pattern; new weights have their shapes.
+    """
 
     model: nn.Module
     weights: dict[str, nn.Parameter]
     keep: dict[str, Tensor]
     sparsity: float | dict[str, float]
-    group_size: int
+    pattern: Pattern
     damping: float  # set by settle_damping() if there are calibration batches
     selection: str
     update: str
@@ -42,64 +46,112 @@ class Job:
     progress: Progress
     calibration: Sequence[Any] = ()
     loss_fn: LossFn | None = None
+    start: float | None = None  # where the search for a damping begins, over the mean diagonal
     trials: list[Trial] = field(default_factory=list)
 
     def masks(self, scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Choose the survivors among the matrices scored."""
         with self.clock.stage("masks"):
-            return select_masks(scores, self.keep, self.sparsity, self.group_size, self.scope)
+            if (kept := self.pattern.kept) is not None:
+                return {
+                    name: n_of_m_mask(found, self.keep[name], kept, self.pattern.span)
+                    for name, found in scores.items()
+                }
+            return select_masks(
+                scores, self.keep, self.sparsity, self.pattern.group_size, self.scope
+            )
 
     @property
     def ranks_each_layer_alone(self) -> bool:
         """Does the mask of a matrix depend on no other matrix?"""
-        return self.scope == "layer" or isinstance(self.sparsity, dict)
+        many = self.pattern.kept is None and not isinstance(self.sparsity, dict)
+        return self.scope == "layer" or not many
 
     @property
     def prunes_anything(self) -> bool:
         """Is any target above the present sparsity?  Otherwise there is nothing to estimate."""
-        return prunes_anything(self.keep, self.sparsity, self.group_size, self.scope)
+        if (kept := self.pattern.kept) is not None:
+            groups = (mask.view(-1, self.pattern.span) for mask in self.keep.values())
+            return any(bool((group.sum(dim=1) > kept).any()) for group in groups)
+        return prunes_anything(self.keep, self.sparsity, self.pattern.group_size, self.scope)
 
-    def score(self, fishers: Mapping[str, GramFisher]) -> dict[str, Tensor]:
-        """Saliencies of the matrices given."""
+    def score(self, fishers: Mapping[str, BlockFisher]) -> dict[str, Tensor]:
+        """Saliencies of the matrices given; for greedy N:M one for survivors and zero."""
         if self.selection == "magnitude":
-            return {name: magnitude_scores(self.weights[name], self.group_size) for name in fishers}
+            return self.magnitudes(fishers)
         scores = {}
+        c, kept = self.pattern.group_size, self.pattern.kept
         with self.clock.stage("scores"):
             for index, (name, fisher) in enumerate(fishers.items()):
-                weight = self.weights[name].detach().flatten()
-                if self.selection == "greedy":
-                    keep = self.keep[name].flatten()
-                    found = fisher.greedy_scores(weight, keep, self.damping, self.group_size)
+                weight = self.flat_weight(name)
+                if self.selection == "greedy" and kept is not None:
+                    found = fisher.n_of_m(
+                        weight, self.keep[name], self.damping, kept, self.pattern.span
+                    ).float()
+                elif self.selection == "greedy":
+                    found = fisher.greedy_scores(weight, self.keep[name], self.damping, c)
                 else:
-                    found = fisher.scores(weight, self.damping, self.group_size)
+                    found = fisher.scores(weight, self.damping, c)
                 scores[name] = found
                 self.progress("scores", index + 1, len(fishers))
         return scores
 
+    def sub_sparsities(self, steps: int, schedule: str) -> list[float | dict[str, float]]:
+        """Targets of each sub-step, from what is pruned now to the job's own.
+
+        Raises:
+            ValueError: no such steps.
+        """
+        self.pattern.check_steps(steps)
+        c = self.pattern.group_size
+        alive = {name: alive_groups(keep, c) for name, keep in self.keep.items()}
+        if not self.ranks_each_layer_alone:
+            assert isinstance(self.sparsity, float)
+            groups = sum(a.numel() for a in alive.values())
+            present = 1 - sum(int(a.sum()) for a in alive.values()) / groups
+            return list(sub_targets(present, self.sparsity, steps, schedule))
+        by_name = {
+            name: sub_targets(
+                1 - float(a.double().mean()),
+                self.sparsity[name] if isinstance(self.sparsity, dict) else self.sparsity,
+                steps,
+                schedule,
+            )
+            for name, a in alive.items()
+        }
+        return [{name: found[i] for name, found in by_name.items()} for i in range(steps)]
+
+    def flat_weight(self, name: str) -> Tensor:
+        """A matrix in the order of the pattern."""
+        return self.pattern.flat(self.weights[name].detach())
+
+    def magnitudes(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Sums of squares of the groups of some matrices."""
+        return {
+            name: magnitude_scores(self.flat_weight(name), self.pattern.group_size)
+            for name in names
+        }
+
     def apply(
-        self, fishers: Mapping[str, GramFisher] | None, masks: Mapping[str, Tensor]
+        self, fishers: Mapping[str, BlockFisher] | None, masks: Mapping[str, Tensor]
     ) -> Changes:
         """New weights and predicted increase of the matrices with a Fisher (or with a mask)."""
         new: Changes = {}
         names = list(masks if fishers is None else fishers)
         with self.clock.stage("update"):
             for index, name in enumerate(names):
-                weight = self.weights[name].detach()
+                weight, increase = self.flat_weight(name), None
                 if fishers is None or self.update == "none":
-                    new[name] = (weight * masks[name], None)
+                    flat = weight * masks[name]
                 else:
                     flat, increase = fishers[name].update(
-                        weight.flatten(),
-                        masks[name].flatten(),
-                        self.damping,
-                        self.group_size,
-                        self.update,
+                        weight, masks[name], self.damping, self.pattern.group_size, self.update
                     )
-                    new[name] = (flat.view(weight.shape), increase)
+                new[name] = (self.pattern.matrix(flat, self.weights[name]), increase)
                 self.progress("update", index + 1, len(names))
         return new
 
-    def settle_damping(self, fishers: Mapping[str, GramFisher]) -> None:
+    def settle_damping(self, fishers: Mapping[str, BlockFisher]) -> None:
         """Choose the damping by trial prunings of the matrices given; weights are restored.
 
         Once for a call, on the first matrices, and only if there are calibration batches.
@@ -119,7 +171,7 @@ class Job:
 
         with self.clock.stage("damping"):
             scale = mean_diagonal(fishers, self.keep)
-            self.damping, self.trials = choose_damping(scale, loss_after, tried)
+            self.damping, self.trials = choose_damping(scale, loss_after, tried, self.start)
         self.progress("damping", len(self.trials), len(self.trials))
 
 
@@ -158,49 +210,3 @@ def commit(weights: Mapping[str, nn.Parameter], new: Mapping[str, Tensor]) -> No
         for name, value in old.items():
             weights[name].detach().copy_(value)
         raise
-
-
-def from_estimate(job: Job, fishers: Mapping[str, GramFisher]) -> tuple[dict[str, Tensor], Changes]:
-    """Damping, masks and new weights from Fishers that are all there."""
-    job.settle_damping(fishers)
-    masks = job.masks(job.score(fishers))
-    return masks, job.apply(fishers, masks)
-
-
-def in_passes(
-    job: Job,
-    plan: Plan,
-    estimate: Callable[[list[str]], dict[str, GramFisher]],
-) -> tuple[dict[str, Tensor], Changes]:
-    """Score and update pass by pass, holding the Grams of one pass at a time.
-
-    One ranking over all matrices needs every score before the first update, so the passes
-    are run again for the updates, all but the last, whose Grams are still there.
-    """
-    masks: dict[str, Tensor] = {}
-    changes: Changes = {}
-    if job.ranks_each_layer_alone:
-        for names in plan.passes:
-            fishers = estimate(names)
-            job.settle_damping(fishers)
-            found = job.masks(job.score(fishers))
-            masks |= found
-            changes |= job.apply(fishers, found)
-            del fishers
-        return masks, changes
-    scores: dict[str, Tensor] = {}
-    fishers = {}
-    for names in plan.passes:
-        fishers.clear()  # frees the Grams of the pass before
-        fishers.update(estimate(names))
-        job.settle_damping(fishers)
-        scores |= job.score(fishers)
-    masks = job.masks(scores)
-    scores.clear()
-    for index, names in enumerate(reversed(plan.passes)):
-        if index > 0 and job.update != "none":
-            fishers.clear()
-            fishers.update(estimate(names))
-        part = {name: masks[name] for name in names}
-        changes |= job.apply(None if job.update == "none" else fishers, part)
-    return masks, {name: changes[name] for name in job.weights}

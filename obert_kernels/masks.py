@@ -1,33 +1,18 @@
 """Saliencies to masks: how many groups go, and which.
 
-Everything here speaks of groups of c consecutive weights (c = 1: single weights).  A mask is
-True where a weight survives.  Weights that are zero when pruning starts count as pruned and
-stay so; a group counts as pruned when all its weights are.
+Everything here speaks of groups of c consecutive weights (c = 1: single weights) of a matrix
+flattened by its :class:`obert_kernels.patterns.Pattern`.  A mask is True where a weight
+survives.  Weights that are zero when pruning starts count as pruned and stay so; a group counts
+as pruned when all its weights are.
 """
 
 from __future__ import annotations
 
-import re
+import math
 from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor
-
-
-def group_size_of(pattern: str) -> int:
-    """Weights per group of a pattern: 1 for "unstructured", c for "block<c>".
-
-    Raises:
-        ValueError: no such pattern.
-    """
-    if pattern == "unstructured":
-        return 1
-    match = re.fullmatch(r"block([1-9]\d*)", pattern)
-    if not match:
-        raise ValueError(
-            f"pattern must be 'unstructured' or 'block<c>' such as 'block4', got {pattern!r}"
-        )
-    return int(match.group(1))
 
 
 def check_sparsity(sparsity: float) -> float:
@@ -123,6 +108,24 @@ def _prune_to(
         name: keep[name] & ~gone[name].repeat_interleave(group_size).view_as(keep[name])
         for name in scores
     }
+
+
+def n_of_m_mask(scores: Tensor, keep: Tensor, kept: int, span: int) -> Tensor:
+    """Keep the ``kept`` living weights of the highest score in every ``span`` consecutive ones.
+
+    Of equal scores the first goes first.
+
+    Args:
+        scores: ``[n]``.
+        keep: present mask, bool ``[n]``.
+        kept: N.
+        span: M.
+    """
+    living = scores.double().masked_fill(~keep, -math.inf).view(-1, span)
+    order = living.argsort(dim=1, stable=True)
+    lowest = torch.zeros_like(living, dtype=torch.bool)
+    lowest.scatter_(1, order[:, : span - kept], True)
+    return keep & ~lowest.flatten()
 
 
 def select_masks(

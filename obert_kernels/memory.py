@@ -11,6 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from .fisher import gram_bytes
+from .live import fisher_bytes
+from .masks import alive_groups
+from .patterns import Pattern
 
 # Gradients gathered before one call of the native core.  More of them amortise reading and
 # writing the Gram, but all matrices of a pass are gathered at once: 16 float32 gradients are
@@ -58,7 +61,8 @@ class Plan:
         gram_bytes: Gram of the largest pass.
         buffer_bytes: gathered gradients of the largest pass, or of the largest matrix where
             gradients are streamed.
-        other_bytes: gradient of one batch, scores, masks and new weights (all matrices).
+        other_bytes: gradient of one batch, scores, masks and new weights (all matrices), and
+            gradients of the living weights of one.
         gradients_per_update: k.
     """
 
@@ -105,6 +109,7 @@ def plan_passes(
     max_memory: int | None,
     num_grads: int,
     streamed: bool = False,
+    living_for: Pattern | None = None,
 ) -> Plan:
     """Split the matrices into passes that fit.
 
@@ -116,6 +121,7 @@ def plan_passes(
             what is free now.
         num_grads: m; no more than these are gathered.
         streamed: gradients come one matrix at a time and need not be gathered.
+        living_for: the Fisher holds the living weights alone, for this pattern; None: all.
 
     Raises:
         MemoryError: it does not fit; the message gives the figures and the remedies.
@@ -124,7 +130,14 @@ def plan_passes(
     if budget is None:
         budget = available_memory(next(iter(weights.values())).device)
     k = min(STREAMED_PER_UPDATE if streamed else GRADIENTS_PER_UPDATE, num_grads)
-    gram = {name: gram_bytes(w.numel(), block_size, dtype) for name, w in weights.items()}
+    gram, most_living = {}, 0  # bytes of one gradient of the living, gathered from the others
+    for name, w in weights.items():
+        gram[name] = gram_bytes(w.numel(), block_size, dtype)
+        if living_for is not None and not w.detach().all():
+            alive, c = living_for.flat(w.detach() != 0), living_for.span
+            gram[name] = fisher_bytes(alive, block_size, c, dtype)
+            places = int(alive_groups(alive, c).sum()) * c
+            most_living = max(most_living, places * w.element_size())
 
     def plan(k: int) -> Plan:
         # Gathered, one gradient of the batch at hand stands beside the buffer of k.
@@ -136,6 +149,7 @@ def plan_passes(
         }
         together = max if streamed else sum
         other = sum(w.numel() * (4 + 1 + w.element_size()) for w in weights.values())
+        other += k * most_living
         if max_memory is None:
             passes = [list(weights)]
         else:

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from . import _lib, reference
 from ._checks import (
+    MAX_PATTERN,
     WIDE,
     check_devices,
     check_dtype,
@@ -237,6 +238,47 @@ def gram_greedy_scores(
         scores.data_ptr(), where,
     )  # fmt: skip
     return scores
+
+
+def _check_n_of_m(gram, weight, keep, kept, group, block_size, m, damping, status):  # type: ignore[no-untyped-def]
+    _check_scores(gram, weight, group, block_size, m, damping, status)
+    check_keep(keep, weight)
+    require(
+        0 < kept < group <= MAX_PATTERN,
+        f"kept must be at least 1 and less than group, group at most {MAX_PATTERN}; got {kept} "
+        f"of {group}",
+    )
+    require(
+        block_size % group == 0,
+        f"block_size must be a multiple of the group of {group}, got {block_size}",
+    )
+
+
+@operator(
+    f"(Tensor gram, Tensor weight, Tensor keep, int kept, int group, {_FISHER}) -> Tensor",
+    _check_n_of_m,
+    lambda gram, weight, keep, kept, group, b, m, damping, status: keep.new_empty(keep.shape),
+)
+def gram_n_of_m(
+    gram: Tensor,
+    weight: Tensor,
+    keep: Tensor,
+    kept: int,
+    group: int,
+    block_size: int,
+    num_gradients: float,
+    damping: float,
+    status: Tensor,
+) -> Tensor:
+    weight, keep = weight.contiguous(), keep.contiguous()
+    new_keep = torch.empty_like(keep)
+    fisher = _fisher_args(gram, weight.numel(), block_size, num_gradients, damping, status)
+    core, where = _run_on(gram)
+    core.gram_n_of_m(
+        fisher, weight.data_ptr(), _CODES[weight.dtype], keep.data_ptr(), kept, group,
+        new_keep.data_ptr(), where,
+    )  # fmt: skip
+    return new_keep
 
 
 def _update_args(

@@ -10,22 +10,14 @@ from torch import Tensor, nn
 
 from ._checks import check_positive
 from .damping import hold_out
-from .estimate import (
-    Clock,
-    FisherEstimate,
-    Progress,
-    accumulate,
-    check_counts,
-    open_source,
-    silent,
-)
-from .fisher import GramFisher
+from .estimate import Clock, FisherEstimate, Progress, check_counts, open_source, silent
 from .gradients import LossFn
-from .job import Changes, Job, commit, from_estimate, in_passes, present_masks
+from .job import Job, present_masks
 from .layers import find_weights, match_names
-from .masks import check_sparsity, group_size_of, magnitude_scores
-from .memory import Plan, plan_passes
+from .masks import check_sparsity
+from .patterns import find_pattern
 from .report import LayerReport, PruneReport
+from .steps import Limits, Step, from_estimate, in_steps, without_fisher
 
 
 class PruneResult(NamedTuple):
@@ -45,12 +37,12 @@ class PruneResult(NamedTuple):
 def prune(
     model: nn.Module,
     batches: Iterable[Any] | None = None,
-    sparsity: float | Mapping[str, float] = 0.8,
+    sparsity: float | Mapping[str, float] | None = None,
     pattern: str = "unstructured",
     *,
     num_grads: int = 1024,
     samples_per_grad: int | None = None,
-    block_size: int = 50,
+    block_size: int | None = None,
     damping: float | str = "auto",
     calibration: Iterable[Any] | None = None,
     params: str | Iterable[str] | None = None,
@@ -58,6 +50,8 @@ def prune(
     selection: str = "greedy",
     update: str | None = None,
     scope: str = "global",
+    steps: int = 1,
+    schedule: str = "geometric",
     fisher: FisherEstimate | None = None,
     fisher_dtype: torch.dtype = torch.float64,
     max_memory: int | None = None,
@@ -71,14 +65,18 @@ def prune(
             ``num_grads``.  Mappings are passed as ``model(**batch)`` and must give ``.loss``;
             anything else needs ``loss_fn``.
         sparsity: share of weights to be zero, counted over all pruned matrices; or a mapping
-            from name or ``re:`` pattern to the sparsity of each matrix it matches.
-        pattern: "unstructured", or "block4" (any "block<c>"): c consecutive weights along the
-            input dimension live or die together.
+            from name or ``re:`` pattern to the sparsity of each matrix it matches.  Default 0.8,
+            or what an N:M pattern prescribes.
+        pattern: "unstructured"; "block4" (any "block<c>"): c consecutive weights along the input
+            dimension live or die together; "block4x1" (any "block<c>x1"): c along the output
+            dimension, along which the Fisher blocks then run, too; "2:4" (any N:M up to 16): at
+            most 2 of every 4 weights along the input dimension survive.
         num_grads: m, number of gradients.
         samples_per_grad: None: each batch gives one gradient.  g: one backward pass gives a
             gradient of every g samples of its batch, so large batches are best (64 g samples);
             the loss must be a mean over samples.
-        block_size: B, 1 to 256, weights per Fisher block.
+        block_size: B, 1 to 256, weights per Fisher block; a multiple of M for N:M patterns.
+            Default 50, or the multiple of M below.
         damping: added to the diagonal of the Fisher.  "auto": chosen by trial prunings, the one
             with the least loss on the calibration batches (:mod:`obert_kernels.damping`).
         calibration: batches for these trials, which the Fisher should not have seen; None: some
@@ -86,11 +84,16 @@ def prune(
         params: names or ``re:`` patterns of the matrices; None: encoder linear layers.
         loss_fn: ``loss_fn(model, batch)`` returning the scalar task loss.
         selection: "greedy" ranks by what exact removals one after the other cost inside each
-            block; "diagonal" (oBERT's) by the OBS saliency of each weight or group as if it went
-            alone; "magnitude" by size (needs no batches unless an update is asked for).
+            block (for N:M: removes from each M-group the set that costs least); "diagonal"
+            (oBERT's) by the OBS saliency of each weight or group as if it went alone; "magnitude"
+            by size (needs no batches unless an update is asked for).
         update: how survivors make up for the pruned: "joint" (exact inside each block), "sum"
             (oBERT's), or "none".  Default: "joint", and "none" for magnitude.
         scope: "global" for one ranking over all matrices, "layer" for one in each.
+        steps: sub-steps R; in each the Fisher of the weights that are left is estimated anew,
+            from ``num_grads`` further gradients of the model as it is by then.
+        schedule: "geometric" takes the same share of what is left in each sub-step, "linear"
+            the same number of weights.
         fisher: an :func:`estimate_fisher` of this model to use instead of batches.
         fisher_dtype: type of the Gram, float64 or float32.
         max_memory: bytes the call may use on top of the model; matrices are then worked on in
@@ -107,7 +110,7 @@ def prune(
         MemoryError: the call would not fit; the message gives the figures and the remedies.
         NumericalError: a Fisher block is not positive definite.
     """
-    check_counts(num_grads, block_size, samples_per_grad)
+    check_counts(num_grads, samples_per_grad)
     if damping != "auto":
         if isinstance(damping, str):
             raise ValueError(f"damping must be a positive number or 'auto', got {damping!r}")
@@ -122,15 +125,20 @@ def prune(
         raise ValueError(f"update must be 'sum', 'joint' or 'none', got {update!r}")
     if scope not in ("global", "layer"):
         raise ValueError(f"scope must be 'global' or 'layer', got {scope!r}")
-    group_size = group_size_of(pattern)
+    shape = find_pattern(pattern)
+    if fisher is not None:
+        block_size = fisher.block_size
+    block_size = shape.block_size(block_size)
+    sparsity = shape.prescribed(sparsity)
     weights, targets = _targets(model, sparsity, params, fisher)
-    _check_groups(weights, group_size)
+    for name, weight in weights.items():
+        shape.check(name, weight)
     job = Job(
         model=model,
         weights=weights,
-        keep=present_masks(weights),
+        keep=present_masks(weights, shape),
         sparsity=targets,
-        group_size=group_size,
+        pattern=shape,
         damping=damping if isinstance(damping, float) else 0.0,
         selection=selection,
         update=update,
@@ -139,13 +147,19 @@ def prune(
         progress=progress or silent,
         loss_fn=loss_fn,
     )
-    needs_fisher = (selection != "magnitude" or update != "none") and job.prunes_anything
-    plan: Plan | None = None
+    job.sub_sparsities(steps, schedule)  # finds fault with them
     notes: list[str] = []
+    needs_fisher = (selection != "magnitude" or update != "none") and job.prunes_anything
     if not needs_fisher:
-        masks = job.masks({name: magnitude_scores(w, group_size) for name, w in weights.items()})
-        changes = job.apply(None, masks)
+        done = [without_fisher(job)]
     elif fisher is not None:
+        if steps != 1:
+            raise ValueError("steps needs batches for a new Fisher in each; leave fisher out")
+        if fisher.pattern.by_column != shape.by_column:
+            raise ValueError(
+                f"the blocks of fisher run along another dimension than pattern {pattern}; "
+                f"call estimate_fisher with pattern={pattern!r}"
+            )
         if damping == "auto":
             if calibration is None:
                 raise ValueError(
@@ -153,50 +167,38 @@ def prune(
                     "beside a fisher: pass calibration, or a number"
                 )
             job.calibration = list(calibration)
-        plan, notes = fisher.plan, fisher.notes
-        masks, changes = from_estimate(job, {n: fisher.fishers[n] for n in weights})
+        done, notes = [from_estimate(job, fisher)], fisher.notes
     else:
         if batches is None:
             raise ValueError("batches is needed: an iterable of batches, or fisher=an estimate")
+        held_notes: list[str] = []
         if damping == "auto":
             if calibration is not None:
                 job.calibration = list(calibration)
             else:
-                job.calibration, batches, notes = hold_out(batches)
-        source = open_source(model, batches, weights, num_grads, samples_per_grad, loss_fn)
-        plan = plan_passes(
-            weights, block_size, fisher_dtype, max_memory, num_grads, source.group is not None
+                job.calibration, batches, held_notes = hold_out(batches)
+        source = open_source(
+            model, batches, weights, num_grads, samples_per_grad, loss_fn, shape, goes_on=steps > 1
         )
-        source.notes += notes
-        notes = source.notes
-
-        def estimate(names: list[str]) -> dict[str, GramFisher]:
-            return accumulate(
-                source,
-                {name: weights[name] for name in names},
-                plan,
-                block_size=block_size,
-                dtype=fisher_dtype,
-                clock=job.clock,
-                progress=job.progress,
-            )
-
-        if len(plan.passes) > 1:
-            source.hold_batches()
-        masks, changes = in_passes(job, plan, estimate)
-    commit(weights, {name: new for name, (new, _) in changes.items()})
+        source.notes += held_notes
+        limits = Limits(block_size, fisher_dtype, max_memory)
+        done = in_steps(job, source, limits, steps, schedule)
+        notes = source.all_notes(len(done))
     settings = {
         "sparsity": dict(sparsity) if isinstance(sparsity, Mapping) else sparsity,
         "pattern": pattern,
         "num_grads": fisher.num_grads if fisher else num_grads,
         "samples_per_grad": fisher.samples_per_grad if fisher else samples_per_grad,
-        "block_size": next(iter(fisher.fishers.values())).block_size if fisher else block_size,
-        "damping": job.damping if needs_fisher else None,
+        "block_size": block_size,
+        "damping": done[-1].damping,
         "selection": selection,
         "update": update,
         "scope": scope,
+        "steps": steps,
+        "schedule": schedule if steps > 1 else None,
     }
-    return PruneResult(model, masks, _report(job, masks, changes, settings, plan, notes))
+    masks = {name: shape.matrix(done[-1].masks[name], w) for name, w in weights.items()}
+    return PruneResult(model, masks, _report(job, done, settings, notes))
 
 
 def _targets(
@@ -228,30 +230,18 @@ def _targets(
     return weights, result
 
 
-def _check_groups(weights: Mapping[str, nn.Parameter], group_size: int) -> None:
-    for name, weight in weights.items():
-        if weight.shape[1] % group_size:
-            raise ValueError(
-                f"pattern block{group_size}: the {weight.shape[1]} columns of {name} are not "
-                f"divisible by {group_size}; use another pattern or leave it out with params"
-            )
+def _report(job: Job, steps: list[Step], settings: dict[str, Any], notes: list[str]) -> PruneReport:
+    def increase(name: str) -> float | None:
+        parts = [step.increase[name] for step in steps]
+        return None if None in parts else float(sum(part or 0.0 for part in parts))
 
-
-def _report(
-    job: Job,
-    masks: Mapping[str, Tensor],
-    changes: Changes,
-    settings: dict[str, Any],
-    plan: Plan | None,
-    notes: list[str],
-) -> PruneReport:
+    masks = steps[-1].masks
     layers = [
-        LayerReport(
-            name, list(w.shape), w.numel(), w.numel() - int(masks[name].sum()), changes[name][1]
-        )
+        LayerReport(name, list(w.shape), w.numel(), int((~masks[name]).sum()), increase(name))
         for name, w in job.weights.items()
     ]
     memory = {}
+    plan = steps[0].plan
     if plan is not None:
         memory = {
             "gram": plan.gram_bytes,
@@ -259,9 +249,14 @@ def _report(
             "other": plan.other_bytes,
             "passes": len(plan.passes),
         }
-    notes = list(notes)
     if all(torch.equal(masks[name], job.keep[name]) for name in masks):
-        notes.append("the model was at least this sparse already; nothing was pruned or revived")
-    return PruneReport(
-        layers, settings, job.clock.seconds, memory, notes, [t._asdict() for t in job.trials]
-    )
+        notes = [
+            *notes,
+            "the model was at least this sparse already; nothing was pruned or revived",
+        ]
+    trials = [
+        {"step": index + 1, **trial._asdict()}
+        for index, step in enumerate(steps)
+        for trial in step.trials
+    ]
+    return PruneReport(layers, settings, job.clock.seconds, memory, notes, trials)

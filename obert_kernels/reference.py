@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from itertools import combinations
 
 import torch
 from torch import Tensor
@@ -260,6 +261,52 @@ def gram_greedy_scores(
             scores.index_add_(0, chosen[left, 0].clamp(max=len(scores) - 1), most[left])
             present &= group != chosen
     return scores[:-1].float()
+
+
+def gram_n_of_m(
+    gram: Tensor,
+    weight: Tensor,
+    keep: Tensor,
+    kept: int,
+    group: int,
+    block_size: int,
+    num_gradients: float,
+    damping: float,
+    status: Tensor,
+) -> Tensor:
+    """Mask under which of every ``group`` consecutive weights at most ``kept`` survive, bool.
+
+    The groups of a block take their turn from the first to the last.  Of each the set Q goes whose
+    removal costs least, ``1/2 w_Q^T ([F_SS^-1]_QQ)^-1 w_Q``, S the weights left by then and w as
+    they have adapted.  Groups with ``kept`` weights or fewer stay as they are.
+    """
+    w, new = to_blocks(weight.double(), block_size), to_blocks(keep, block_size).clone()
+    sets = torch.tensor(
+        list(combinations(range(group), group - kept)), dtype=torch.long, device=gram.device
+    )
+    identity = torch.eye(block_size, dtype=torch.float64, device=gram.device)
+    for blocks in _chunks(gram.shape[0], block_size):
+        fisher = unpack_fisher(gram[blocks], num_gradients, damping)
+        first, left = new[blocks].clone(), new[blocks]
+        start = w[blocks] * first
+        for begin in range(0, block_size, group):
+            both = left[:, :, None] & left[:, None, :]
+            factor, bad = _factor(torch.where(both, fisher, identity), gram.dtype)
+            _record(status, bad, blocks.start)
+            inverse = torch.cholesky_inverse(factor)
+            gone = (first & ~left) * start
+            pull = (fisher @ gone.unsqueeze(-1)).squeeze(-1) * left
+            now = left * (start + (inverse @ pull.unsqueeze(-1)).squeeze(-1))
+            q = begin + sets
+            solved = torch.linalg.solve(inverse[:, q[:, :, None], q[:, None, :]], now[:, q])
+            # Weights that are gone already are part of every set, and cost nothing in it.
+            here = left[:, begin : begin + group]
+            other = here.sum(1, keepdim=True) - here[:, sets].sum(2) != kept
+            costs = (0.5 * now[:, q] * solved).sum(2).masked_fill(other, math.inf)
+            choice = q[costs.argmin(1)]
+            prunes = (here.sum(1) > kept) & ~bad
+            left.scatter_(1, choice, left.gather(1, choice) & ~prunes[:, None])
+    return new.flatten()[: weight.numel()]
 
 
 def _change(

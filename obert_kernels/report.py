@@ -42,8 +42,8 @@ class PruneReport:
             "update").
         memory: bytes planned ("gram", "gathered gradients", "other") and "passes".
         notes: what the user should know, one sentence each.
-        damping_trials: of damping "auto": "damping", "relative" (to the mean diagonal of the
-            Fisher) and "loss" of each trial.
+        damping_trials: of damping "auto": "step" (1 for the first sub-step), "damping",
+            "relative" (to the mean diagonal of the Fisher) and "loss" of each trial.
     """
 
     layers: list[LayerReport]
@@ -92,9 +92,11 @@ class PruneReport:
             f"{_increase(self.predicted_increase)}"
         )
         rows.append("seconds: " + ", ".join(f"{k} {v:.1f}" for k, v in self.seconds.items()))
-        if self.damping_trials:
-            tried = ", ".join(f"{t['damping']:.2g}: {t['loss']:.4g}" for t in self.damping_trials)
-            rows.append(f"damping {self.settings['damping']:.3g}, by loss after trials: {tried}")
+        for step in sorted({int(t["step"]) for t in self.damping_trials}):
+            trials = [t for t in self.damping_trials if t["step"] == step]
+            best = min(trials, key=lambda t: t["loss"])["damping"]
+            tried = ", ".join(f"{t['damping']:.2g}: {t['loss']:.4g}" for t in trials)
+            rows.append(f"damping {best:.3g}, by loss after trials: {tried}")
         rows += [f"note: {note}" for note in self.notes]
         return "\n".join(rows)
 

@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader
 from obert_kernels import NumericalError, estimate_fisher, find_weights, job, prune
 from obert_kernels.damping import choose_damping, hold_out, mean_diagonal
 from obert_kernels.gradients import mean_loss
+from obert_kernels.patterns import UNSTRUCTURED
 
 
 def search(loss_after, scale=1.0):
@@ -93,13 +94,15 @@ def test_scale_of_the_fisher():
     with torch.no_grad():
         weights["layer.0.wide.weight"][:, :6] = 0
     estimate = estimate_fisher(model, data, num_grads=48, block_size=7)
-    keep = job.present_masks(weights)
+    keep = job.present_masks(weights, UNSTRUCTURED)
     total = 0.0
     for batch in data:
         model.eval()
         gradients = torch.autograd.grad(model(**batch)["loss"], list(weights.values()))
         masks = keep.values()
-        total += sum(float((g * k).square().sum()) for g, k in zip(gradients, masks, strict=True))
+        total += sum(
+            float((g.flatten() * k).square().sum()) for g, k in zip(gradients, masks, strict=True)
+        )
     living = sum(int(mask.sum()) for mask in keep.values())
     found = mean_diagonal(estimate.fishers, keep)
     assert found == pytest.approx(total / 48 / living, rel=1e-4)

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from obert_kernels import magnitude_scores, select_masks
-from obert_kernels.masks import group_size_of
 
 
 def layers(*shapes):
@@ -109,13 +108,6 @@ def test_bad_input_is_named():
     scores["layer0"][3] = float("nan")
     with pytest.raises(ValueError, match="layer0 hold NaN or negative"):
         select_masks(scores, keep, 0.5)
-
-
-def test_patterns():
-    assert [group_size_of(p) for p in ("unstructured", "block4", "block16")] == [1, 4, 16]
-    for bad in ("block0", "4block", "block", "blocks", ""):
-        with pytest.raises(ValueError, match="pattern must be"):
-            group_size_of(bad)
 
 
 def test_magnitude_of_groups():

@@ -159,7 +159,7 @@ def test_bad_arguments_are_named_before_anything_happens():
     before = snapshot(model)
     cases = [
         ("sparsity must be between 0 and 1", {"sparsity": 80}),
-        ("pattern must be", {"pattern": "2:4"}),
+        ("pattern must be", {"pattern": "rows"}),
         ("divisible by 5", {"pattern": "block5"}),
         ("num_grads must be at least 1", {"num_grads": 0}),
         ("block_size must be between 1 and 256", {"block_size": 512}),

@@ -201,6 +201,9 @@ void gram_greedy_scores(const GramGreedyScores& args, int threads) {
     run_fisher(args, threads, group_granularity(args.fisher.partition, args.group_size),
                current().load()->gram_greedy_scores);
 }
+void gram_n_of_m(const GramNOfM& args, int threads) {
+    run_fisher(args, threads, 1, current().load()->gram_n_of_m);
+}
 void gram_update(const GramUpdate& args, int threads) {
     run_fisher(args, threads, 1, current().load()->gram_update);
 }

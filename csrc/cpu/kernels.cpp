@@ -13,6 +13,7 @@ int64_t gram_diagonal(const GramDiagonal&, cpu::BlockRange, char*);
 int64_t gram_solve(const GramSolve&, cpu::BlockRange, char*);
 int64_t gram_scores(const GramScores&, cpu::BlockRange, char*);
 int64_t gram_greedy_scores(const GramGreedyScores&, cpu::BlockRange, char*);
+int64_t gram_n_of_m(const GramNOfM&, cpu::BlockRange, char*);
 int64_t gram_update(const GramUpdate&, cpu::BlockRange, char*);
 int64_t woodbury_update(const WoodburyUpdate&, cpu::BlockRange, char*);
 int64_t inverse_scores(const InverseScores&, cpu::BlockRange, char*);
@@ -22,8 +23,8 @@ extern const cpu::Kernels kernels;
 const cpu::Kernels kernels = {
     OBERT_STRING(OBERT_ISA), gram_accumulate, gram_inverse,
     gram_diagonal,           gram_solve,      gram_scores,
-    gram_greedy_scores,      gram_update,     woodbury_update,
-    inverse_scores,          inverse_update,
+    gram_greedy_scores,      gram_n_of_m,     gram_update,
+    woodbury_update,         inverse_scores,  inverse_update,
 };
 
 }  // namespace OBERT_ISA

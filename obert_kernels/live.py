@@ -1,0 +1,294 @@
+"""Block Fisher of the weights that are left: pruned rows and columns are not even stored.
+
+The gradient of a pruned weight does not matter any more, and its row of the Fisher block is
+zero but for the damping.  So the blocks keep their borders and hold only the weights that are
+left; what comes out is the same.  Blocks are sorted into a few sizes by what is left of them,
+and each size is a :class:`GramFisher` of its own on gathered gradients.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._checks import MAX_BLOCK_SIZE
+from ._registry import NumericalError
+from .fisher import GramFisher, as_rows, gram_bytes
+
+# Sizes that blocks are rounded up to; each is one more call for every batch of gradients.
+_SIZES = (4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, MAX_BLOCK_SIZE)
+# Of a place: where its weight stands in the matrix (int32), and whether there is one (bool).
+_PLACE_BYTES = 5
+
+
+@dataclass
+class _Living:
+    """The living weights of a matrix and the blocks that have any.
+
+    A group of c weights takes c places of its block, also where weights of it are pruned or lie
+    in the next block, so that groups stay groups.
+    """
+
+    weight: Tensor  # [living], in order
+    block: Tensor  # [living], counted among the blocks with any
+    place: Tensor  # [living], in what is left of its block
+    needed: Tensor  # [blocks with any], places
+
+
+def _changes(x: Tensor) -> Tensor:
+    """True at the first element and wherever one differs from that before it."""
+    return torch.cat([x.new_ones(min(1, len(x)), dtype=torch.bool), x[1:] != x[:-1]])
+
+
+def _living(alive: Tensor, block_size: int, group_size: int) -> _Living:
+    weight = alive.flatten().nonzero().flatten()
+    new_block = _changes(weight // block_size)
+    new_group = new_block | _changes(weight // group_size)
+    block = torch.cumsum(new_block, 0) - 1
+    group = torch.cumsum(new_group, 0) - 1
+    groups = torch.bincount(block[new_group])
+    first_group = torch.cumsum(groups, 0) - groups
+    place = (group - first_group[block]) * group_size + weight % group_size
+    return _Living(weight, block, place, groups * group_size)
+
+
+def _sizes(needed: Tensor, group_size: int) -> list[int]:
+    """The sizes to use, multiples of the group, up to what the fullest block needs."""
+    most = int(needed.max()) if len(needed) else 0
+    rounded = {-(-size // group_size) * group_size for size in _SIZES}
+    return sorted({size for size in rounded if size < most} | {most})
+
+
+def _places(needed: Tensor, group_size: int) -> dict[int, int]:
+    """How many places there are in blocks of each size."""
+    sizes = torch.tensor(_sizes(needed, group_size), device=needed.device)
+    blocks = torch.bincount(torch.searchsorted(sizes, needed), minlength=len(sizes))
+    return {size: size * count for size, count in zip(sizes.tolist(), blocks.tolist(), strict=True)}
+
+
+def fisher_bytes(
+    alive: Tensor, block_size: int, group_size: int = 1, dtype: torch.dtype = torch.float64
+) -> int:
+    """Memory that :func:`block_fisher` will take."""
+    full = gram_bytes(alive.numel(), block_size, dtype)
+    return (
+        full if bool(alive.all()) else min(full, _live_bytes(alive, block_size, group_size, dtype))
+    )
+
+
+def _live_bytes(alive: Tensor, block_size: int, group_size: int, dtype: torch.dtype) -> float:
+    places = _places(_living(alive, block_size, group_size).needed, group_size)
+    if max(places) > MAX_BLOCK_SIZE:  # whole groups make it larger than the block they come from
+        return float("inf")
+    return sum(gram_bytes(p, size, dtype) + _PLACE_BYTES * p for size, p in places.items() if p)
+
+
+def block_fisher(
+    alive: Tensor,
+    block_size: int,
+    group_size: int = 1,
+    *,
+    dtype: torch.dtype = torch.float64,
+    name: str = "weights",
+) -> GramFisher | LiveFisher:
+    """Return a Fisher of the living weights alone if it takes less memory, else of all weights.
+
+    Args:
+        alive: bool, the weights that are left.
+        block_size, group_size, dtype, name: as for :class:`LiveFisher`.
+    """
+    full = gram_bytes(alive.numel(), block_size, dtype)
+    if fisher_bytes(alive, block_size, group_size, dtype) < full:
+        return LiveFisher(alive, block_size, group_size, dtype=dtype, name=name)
+    return GramFisher(alive.numel(), block_size, dtype=dtype, device=alive.device, name=name)
+
+
+@dataclass
+class _Part:
+    """The blocks of one size."""
+
+    size: int
+    index: Tensor  # [places] int32, the weight that stands there
+    empty: Tensor  # [places] bool, none does
+    fisher: GramFisher = field(repr=False)
+
+    def gathered(self, values: Tensor) -> Tensor:
+        """``[..., n]`` to ``[..., places]``, zero where no weight stands."""
+        return torch.index_select(values, -1, self.index).masked_fill_(self.empty, 0)
+
+    def spread(self, values: Tensor, out: Tensor) -> None:
+        """``[places]`` into ``[n]``."""
+        out[self.index[~self.empty]] = values[~self.empty].to(out.dtype)
+
+    def groups(self, group_size: int) -> tuple[Tensor, Tensor]:
+        """Of every ``group_size`` places the group they belong to, and whether any is taken."""
+        member = torch.where(self.empty, -1, self.index).view(-1, group_size).amax(1)
+        return member // group_size, member >= 0
+
+
+class LiveFisher:
+    """Block Fisher of the living weights of a matrix; does what :class:`GramFisher` does.
+
+    Args:
+        alive: ``[n]`` bool, the weights that are left.
+        block_size: B, of the blocks that the living weights are taken from.
+        group_size: c, if groups of consecutive weights are to be scored.
+        dtype: type of the Grams.
+        name: used in error messages.
+
+    Raises:
+        ValueError: a block with whole groups is larger than the largest there can be.
+    """
+
+    def __init__(
+        self,
+        alive: Tensor,
+        block_size: int = 50,
+        group_size: int = 1,
+        *,
+        dtype: torch.dtype = torch.float64,
+        name: str = "weights",
+    ) -> None:
+        self.num_weights = alive.numel()
+        self.block_size = block_size
+        self.group_size = group_size
+        self.name = name
+        self.device = alive.device
+        self._num_gradients: float = 0
+        living = _living(alive, block_size, group_size)
+        self._parts: list[_Part] = []
+        taken = 0
+        for size, places in _places(living.needed, group_size).items():
+            here = (living.needed > taken) & (living.needed <= size)
+            taken = size
+            if places:
+                self._parts.append(self._part(living, here, size, places, dtype))
+
+    def _part(
+        self, living: _Living, here: Tensor, size: int, places: int, dtype: torch.dtype
+    ) -> _Part:
+        rank = torch.cumsum(here, 0) - 1
+        mine = here[living.block]
+        at = rank[living.block[mine]] * size + living.place[mine]
+        index = torch.zeros(places, dtype=torch.int32, device=self.device)
+        index[at] = living.weight[mine].int()
+        empty = torch.ones(places, dtype=torch.bool, device=self.device)
+        empty[at] = False
+        fisher = GramFisher(places, size, dtype=dtype, device=self.device, name=self.name)
+        return _Part(size, index, empty, fisher)
+
+    @property
+    def num_gradients(self) -> float:
+        """m, gradients seen so far; may be set to give the sum another weight."""
+        return self._num_gradients
+
+    @num_gradients.setter
+    def num_gradients(self, m: float) -> None:
+        self._num_gradients = m
+        for part in self._parts:
+            part.fisher.num_gradients = m
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory it takes."""
+        return sum(p.fisher.num_bytes + _PLACE_BYTES * len(p.index) for p in self._parts)
+
+    def accumulate(self, gradients: Tensor) -> None:
+        """Add gradients ``[n]`` or ``[k, n]``; those of pruned weights are not looked at."""
+        rows = as_rows(gradients, self.num_weights)
+        for part in self._parts:
+            part.fisher.accumulate(part.gathered(rows))
+        self._num_gradients += rows.shape[0]
+
+    def merge(self, other: LiveFisher) -> None:
+        """Add the gradients another process or run has seen of the same weights."""
+        same = len(self._parts) == len(other._parts) and all(
+            torch.equal(a.index, b.index) and torch.equal(a.empty, b.empty)
+            for a, b in zip(self._parts, other._parts, strict=True)
+        )
+        if not same:
+            raise ValueError(f"cannot merge {self.name}: other weights were left there")
+        for mine, theirs in zip(self._parts, other._parts, strict=True):
+            mine.fisher.merge(theirs.fisher)
+        self._num_gradients += other.num_gradients
+
+    def mean_squares(self) -> float:
+        """Sum over the weights of the mean square of their gradients."""
+        return sum(part.fisher.mean_squares() for part in self._parts)
+
+    def _ask(self, part: _Part, method: str, *args: Any) -> Any:
+        """Call a method of a part's Fisher; a failed block gets the number it has in the matrix."""
+        try:
+            return getattr(part.fisher, method)(*args)
+        except NumericalError as error:
+            places = slice(error.block * part.size, (error.block + 1) * part.size)
+            weight = part.index[places][~part.empty[places]][0]
+            block = int(weight) // self.block_size
+            text = str(error).replace(f"block {error.block} ", f"block {block} ", 1)
+            raise NumericalError(text, block) from None
+
+    def _check_groups(self, group_size: int) -> None:
+        if self.group_size % group_size:
+            raise ValueError(
+                f"the weights left of {self.name} are kept in groups of {self.group_size}: "
+                f"group_size must divide that, got {group_size}"
+            )
+
+    def diagonal(self, damping: float, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Diagonal of ``F^-1``, ``[n]``; ``1/damping`` for the pruned."""
+        out = torch.full((self.num_weights,), 1.0 / damping, dtype=dtype, device=self.device)
+        for part in self._parts:
+            part.spread(self._ask(part, "diagonal", damping, dtype), out)
+        return out
+
+    def _scores(self, method: str, inputs: tuple[Tensor, ...], damping: float, c: int) -> Tensor:
+        self._check_groups(c)
+        scores = torch.zeros(self.num_weights // c, device=self.device)
+        for part in self._parts:
+            found = self._ask(part, method, *map(part.gathered, inputs), damping, c)
+            group, taken = part.groups(c)
+            scores.index_add_(0, group[taken], found[taken])
+        return scores
+
+    def scores(self, weight: Tensor, damping: float, group_size: int = 1) -> Tensor:
+        """As :meth:`GramFisher.scores`; zero for groups that are gone."""
+        return self._scores("scores", (weight,), damping, group_size)
+
+    def greedy_scores(
+        self, weight: Tensor, keep: Tensor, damping: float, group_size: int = 1
+    ) -> Tensor:
+        """As :meth:`GramFisher.greedy_scores`."""
+        return self._scores("greedy_scores", (weight, keep), damping, group_size)
+
+    def n_of_m(self, weight: Tensor, keep: Tensor, damping: float, kept: int, group: int) -> Tensor:
+        """As :meth:`GramFisher.n_of_m`."""
+        self._check_groups(group)
+        new = torch.zeros_like(keep)
+        for part in self._parts:
+            here = (part.gathered(weight), part.gathered(keep))
+            part.spread(self._ask(part, "n_of_m", *here, damping, kept, group), new)
+        return new
+
+    def update(
+        self,
+        weight: Tensor,
+        keep: Tensor,
+        damping: float,
+        group_size: int = 1,
+        rule: str = "joint",
+    ) -> tuple[Tensor, float]:
+        """As :meth:`GramFisher.update`."""
+        self._check_groups(group_size)
+        new, increase = torch.zeros_like(weight), 0.0
+        for part in self._parts:
+            here = (part.gathered(weight), part.gathered(keep))
+            found, cost = self._ask(part, "update", *here, damping, group_size, rule)
+            part.spread(found, new)
+            increase += cost
+        return new, increase
+
+
+BlockFisher = GramFisher | LiveFisher

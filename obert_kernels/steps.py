@@ -1,0 +1,168 @@
+"""The sub-steps of one pruning call: Fisher -> masks -> weights, in passes over the matrices."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .damping import Trial
+from .estimate import FisherEstimate, Progress, Source, accumulate
+from .job import Changes, Job, commit, present_masks
+from .live import BlockFisher
+from .memory import Plan, plan_passes
+
+
+class Step(NamedTuple):
+    """What a sub-step did.
+
+    Attributes:
+        masks: of all matrices, flat in the order of the pattern.
+        increase: predicted loss increase by matrix; None without a Fisher.
+        damping: of the Fisher, if there was one.
+        trials: by which it was chosen.
+        plan: memory and passes, if there was a Fisher.
+    """
+
+    masks: dict[str, Tensor]
+    increase: dict[str, float | None]
+    damping: float | None
+    trials: list[Trial]
+    plan: Plan | None
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Size and type of the Fisher, and the memory it may take (None: what is free)."""
+
+    block_size: int
+    dtype: torch.dtype
+    max_memory: int | None
+
+
+def _finish(job: Job, masks: dict[str, Tensor], changes: Changes, plan: Plan | None) -> Step:
+    """Write the new weights."""
+    commit(job.weights, {name: new for name, (new, _) in changes.items()})
+    increase = {name: predicted for name, (_, predicted) in changes.items()}
+    damping = None if plan is None else job.damping
+    return Step(masks, increase, damping, job.trials, plan)
+
+
+def without_fisher(job: Job) -> Step:
+    """Prune by magnitude, or nothing."""
+    masks = job.masks(job.magnitudes(job.weights))
+    return _finish(job, masks, job.apply(None, masks), None)
+
+
+def from_estimate(job: Job, estimate: FisherEstimate) -> Step:
+    """Prune with Fishers that are all there."""
+    fishers = {name: estimate.fishers[name] for name in job.weights}
+    job.settle_damping(fishers)
+    masks = job.masks(job.score(fishers))
+    return _finish(job, masks, job.apply(fishers, masks), estimate.plan)
+
+
+def in_steps(job: Job, source: Source, limits: Limits, steps: int, schedule: str) -> list[Step]:
+    """Estimate and prune, ``steps`` times; a failure in any leaves the weights of before all."""
+    before = {name: w.detach().clone() for name, w in job.weights.items()} if steps > 1 else {}
+    done: list[Step] = []
+    try:
+        for index, sparsity in enumerate(job.sub_sparsities(steps, schedule)):
+            here = replace(
+                job,
+                keep=present_masks(job.weights, job.pattern),
+                sparsity=sparsity,
+                progress=_numbered(job.progress, index, steps),
+                start=_relative_damping(done),
+                trials=[],
+            )
+            if here.prunes_anything:
+                done.append(_one_step(here, source, limits))
+    except BaseException:
+        for name, weight in before.items():
+            job.weights[name].detach().copy_(weight)
+        raise
+    return done
+
+
+def _numbered(progress: Progress, index: int, steps: int) -> Progress:
+    if steps == 1:
+        return progress
+    return lambda stage, done, total: progress(f"{index + 1}/{steps} {stage}", done, total)
+
+
+def _relative_damping(done: list[Step]) -> float | None:
+    """The damping chosen last, over the mean diagonal."""
+    for trial in done[-1].trials if done else ():
+        if trial.damping == done[-1].damping:
+            return trial.relative
+    return None
+
+
+def _one_step(job: Job, source: Source, limits: Limits) -> Step:
+    plan = plan_passes(
+        job.weights,
+        limits.block_size,
+        limits.dtype,
+        limits.max_memory,
+        source.num_grads,
+        streamed=source.group is not None,
+        living_for=job.pattern,
+    )
+    if len(plan.passes) > 1:
+        source = source.with_held_batches()
+
+    def estimate(names: list[str]) -> dict[str, BlockFisher]:
+        return accumulate(
+            source,
+            {name: job.weights[name] for name in names},
+            plan,
+            block_size=limits.block_size,
+            dtype=limits.dtype,
+            clock=job.clock,
+            progress=job.progress,
+        )
+
+    return _finish(job, *_in_passes(job, plan, estimate), plan)
+
+
+def _in_passes(
+    job: Job,
+    plan: Plan,
+    estimate: Callable[[list[str]], dict[str, BlockFisher]],
+) -> tuple[dict[str, Tensor], Changes]:
+    """Score and update pass by pass, holding the Grams of one pass at a time.
+
+    One ranking over all matrices needs every score before the first update, so the passes
+    are run again for the updates, all but the last, whose Grams are still there.
+    """
+    masks: dict[str, Tensor] = {}
+    changes: Changes = {}
+    if job.ranks_each_layer_alone:
+        for names in plan.passes:
+            fishers = estimate(names)
+            job.settle_damping(fishers)
+            found = job.masks(job.score(fishers))
+            masks |= found
+            changes |= job.apply(fishers, found)
+            del fishers
+        return masks, changes
+    scores: dict[str, Tensor] = {}
+    fishers: dict[str, BlockFisher] = {}
+    for names in plan.passes:
+        fishers.clear()  # frees the Grams of the pass before
+        fishers.update(estimate(names))
+        job.settle_damping(fishers)
+        scores |= job.score(fishers)
+    masks = job.masks(scores)
+    scores.clear()
+    for index, names in enumerate(reversed(plan.passes)):
+        if index > 0 and job.update != "none":
+            fishers.clear()
+            fishers.update(estimate(names))
+        part = {name: masks[name] for name in names}
+        changes |= job.apply(None if job.update == "none" else fishers, part)
+    return masks, {name: changes[name] for name in job.weights}

@@ -1,0 +1,129 @@
+"""Fisher blocks that hold only the weights that are left: the same results from less."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from problems import DAMPING, gradients, relative_error
+
+from obert_kernels import GramFisher, NumericalError
+from obert_kernels.live import LiveFisher, block_fisher, fisher_bytes
+
+
+def masked_problem(n: int, share: float, c: int = 1, k: int = 40):
+    """Gradients, weights and a mask under which ``share`` of the groups of c is left."""
+    alive = (torch.rand(n // c) < share).repeat_interleave(c)
+    return gradients(k, n), torch.randn(n) * alive, alive
+
+
+def both(g, alive, size, c, dtype=torch.float64):
+    """The Fisher of all weights, pruned ones without gradient, and that of the living."""
+    full = GramFisher(len(alive), size, dtype=dtype)
+    full.accumulate(g * alive)
+    live = LiveFisher(alive, size, c, dtype=dtype)
+    live.accumulate(g[:7])  # pruned weights have gradients, which are left aside
+    live.accumulate(g[7:])
+    return full, live
+
+
+@pytest.mark.parametrize(("size", "c"), [(50, 1), (32, 1), (50, 4), (16, 16), (10, 4), (256, 2)])
+@pytest.mark.parametrize("share", [0.5, 0.1, 0.003])
+def test_results_are_those_of_the_full_blocks(size, c, share):
+    n = 12 * size + 16 * c
+    n -= n % c
+    g, weight, alive = masked_problem(n, share, c)
+    if c > 1:  # single weights of a group may be gone as well
+        alive &= torch.rand(n) < 0.8
+        weight *= alive
+    alive[0] = True
+    full, live = both(g, alive, size, c)
+    assert live.num_gradients == full.num_gradients == len(g)
+    assert live.mean_squares() == pytest.approx(full.mean_squares(), rel=1e-12)
+    assert relative_error(live.diagonal(DAMPING), full.diagonal(DAMPING)) < 1e-6
+    assert relative_error(live.scores(weight, DAMPING, c), full.scores(weight, DAMPING, c)) < 1e-6
+    greedy = full.greedy_scores(weight, alive, DAMPING, c)
+    assert relative_error(live.greedy_scores(weight, alive, DAMPING, c), greedy) < 1e-6
+    keep = alive & (greedy > greedy.median()).repeat_interleave(c)
+    for rule in ("joint", "sum"):
+        new, increase = full.update(weight, keep, DAMPING, c, rule)
+        found, predicted = live.update(weight, keep, DAMPING, c, rule)
+        assert relative_error(found, new) < 1e-6
+        assert predicted == pytest.approx(increase, rel=1e-6)
+        assert not found[~keep].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_gradients_may_be_of_any_type_and_lie_apart(dtype):
+    g, weight, alive = masked_problem(170, 0.3)
+    apart = torch.randn(40, 200).to(dtype)[:, :170]
+    apart.copy_(g)
+    full, live = both(apart, alive, 50, 1)
+    assert relative_error(live.scores(weight, DAMPING), full.scores(weight, DAMPING)) < 1e-6
+
+
+def test_at_ninety_per_cent_an_eighth_of_the_memory_is_not_needed():
+    alive = torch.rand(768 * 768) < 0.1
+    full = GramFisher(len(alive), 50)
+    live = block_fisher(alive, 50)
+    assert isinstance(live, LiveFisher)
+    assert live.num_bytes == fisher_bytes(alive, 50)
+    assert live.num_bytes < full.num_bytes / 8
+
+
+@pytest.mark.parametrize("c", [1, 4, 16])
+def test_the_smaller_of_both_is_taken(c):
+    for share in (1.0, 0.95, 0.5, 0.2):
+        alive = (torch.rand(1600 // c) < share).repeat_interleave(c)
+        fisher = block_fisher(alive, 50, c)
+        assert fisher.num_bytes == fisher_bytes(alive, 50, c)
+        assert fisher.num_bytes <= GramFisher(1600, 50).num_bytes
+    assert isinstance(fisher, LiveFisher)
+    assert isinstance(block_fisher(torch.ones(1600, dtype=torch.bool), 50, c), GramFisher)
+
+
+def test_groups_that_outgrow_the_largest_block_take_full_blocks():
+    alive = torch.ones(255 * 4, dtype=torch.bool)
+    alive[-5:] = False
+    assert isinstance(block_fisher(alive, 255, 4), GramFisher)
+
+
+def test_one_weight_or_none_may_be_left():
+    g, weight = gradients(40, 130), torch.randn(130)
+    for living in ([], [129]):
+        alive = torch.zeros(130, dtype=torch.bool)
+        alive[living] = True
+        full, live = both(g, alive, 50, 1)
+        assert torch.equal(live.scores(weight * alive, DAMPING) > 0, alive)
+        new, _ = live.update(weight * alive, alive, DAMPING)
+        assert torch.equal(new, weight * alive)
+        assert live.mean_squares() == pytest.approx(full.mean_squares())
+
+
+def test_sums_of_two_workers_merge():
+    g, weight, alive = masked_problem(170, 0.3)
+    whole, one, two = (LiveFisher(alive, 50) for _ in range(3))
+    whole.accumulate(g)
+    one.accumulate(g[:15])
+    two.accumulate(g[15:])
+    one.merge(two)
+    assert one.num_gradients == 40
+    assert relative_error(one.scores(weight, DAMPING), whole.scores(weight, DAMPING)) < 1e-6
+    with pytest.raises(ValueError, match="other weights were left"):
+        one.merge(LiveFisher(~alive, 50))
+
+
+def test_a_failed_block_has_the_number_it_has_in_the_matrix():
+    g, weight, alive = masked_problem(500, 0.3)
+    g[3, 317] = torch.nan
+    alive[310:320] = True
+    live = LiveFisher(alive, 50, name="the.layer")
+    live.accumulate(g)
+    with pytest.raises(NumericalError, match=r"the\.layer: block 6 is not .* NaN") as caught:
+        live.scores(weight, DAMPING)
+    assert caught.value.block == 6
+
+
+def test_groups_must_be_known_from_the_start():
+    live = LiveFisher(torch.arange(200) % 4 == 0, 50, 2)
+    with pytest.raises(ValueError, match="groups of 2: group_size must divide that, got 4"):
+        live.scores(torch.ones(200), DAMPING, 4)
