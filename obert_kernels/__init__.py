@@ -9,29 +9,40 @@ from importlib.metadata import version as _version
 
 from .compat import EmpiricalBlockFisherInverse
 from .estimate import FisherEstimate, estimate_fisher
-from .fisher import GramFisher, WoodburyFisher
+from .estimators import register_fisher
+from .fisher import Fisher, GramFisher, WoodburyFisher
 from .gradients import batch_gradients
 from .layers import find_weights
 from .masks import magnitude_scores, select_masks
 from .ops import NumericalError
+from .patterns import Pattern, register_pattern
 from .pruner import PruneResult, prune
+from .registry import load_plugin
 from .report import LayerReport, PruneReport
+from .saliencies import Problem, register_saliency
 
 __version__ = _version("obert-kernels")
 
 __all__ = [
     "EmpiricalBlockFisherInverse",
+    "Fisher",
     "FisherEstimate",
     "GramFisher",
     "LayerReport",
     "NumericalError",
+    "Pattern",
+    "Problem",
     "PruneReport",
     "PruneResult",
     "WoodburyFisher",
     "batch_gradients",
     "estimate_fisher",
     "find_weights",
+    "load_plugin",
     "magnitude_scores",
     "prune",
+    "register_fisher",
+    "register_pattern",
+    "register_saliency",
     "select_masks",
 ]

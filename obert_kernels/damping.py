@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from .fisher import Fisher
 from .gradients import take_batches
 from .group_gradients import samples_in
-from .live import BlockFisher
 from .ops import NumericalError
 
 # Damping over the mean diagonal of the Fisher: where to start, and the ends of the search.
@@ -41,7 +41,7 @@ class Trial(NamedTuple):
     loss: float
 
 
-def mean_diagonal(fishers: Mapping[str, BlockFisher], keep: Mapping[str, Tensor]) -> float:
+def mean_diagonal(fishers: Mapping[str, Fisher], keep: Mapping[str, Tensor]) -> float:
     """Mean square of a weight's gradients, over all weights that are left."""
     living = sum(int(keep[name].sum()) for name in fishers)
     return sum(fisher.mean_squares() for fisher in fishers.values()) / max(1, living)

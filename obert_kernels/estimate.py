@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .estimators import Estimator, estimators
+from .fisher import Fisher
 from .gradients import LossFn, batch_gradients, take_batches
 from .group_gradients import GroupGradients, NotServed, SplitBatches, split_batch
 from .layers import find_weights
-from .live import BlockFisher, LiveFisher, block_fisher
 from .memory import Plan, gradient_buffer, plan_passes
 from .patterns import UNSTRUCTURED, Pattern, find_pattern
 
@@ -62,20 +63,17 @@ class FisherEstimate:
         notes: what the user should know about the batches.
         samples_per_grad: as given; None: one batch each.
         pattern: the order of the weights in a block, and the groups that can be scored.
+        block_size: B.
     """
 
-    fishers: dict[str, BlockFisher]
+    fishers: dict[str, Fisher]
     num_grads: int
     seconds: dict[str, float]
     plan: Plan
     notes: list[str]
     samples_per_grad: int | None = None
     pattern: Pattern = UNSTRUCTURED
-
-    @property
-    def block_size(self) -> int:
-        """B."""
-        return next(iter(self.fishers.values())).block_size
+    block_size: int = 50
 
 
 def check_counts(num_grads: int, samples_per_grad: int | None) -> None:
@@ -187,15 +185,17 @@ def accumulate(
     dtype: torch.dtype,
     clock: Clock,
     progress: Progress,
-) -> dict[str, BlockFisher]:
+    estimator: Estimator,
+) -> dict[str, Fisher]:
     """Add the gradients of some matrices to Fishers of the weights that are left in them."""
-    fishers: dict[str, BlockFisher] = {}
+    fishers: dict[str, Fisher] = {}
     dead: dict[str, Tensor] = {}
     for name, weight in weights.items():
         alive = source.pattern.flat(weight.detach() != 0)
-        fisher = block_fisher(alive, block_size, source.pattern.span, dtype=dtype, name=name)
-        fishers[name] = fisher
-        if not isinstance(fisher, LiveFisher) and not bool(alive.all()):
+        fishers[name] = estimator.create(
+            alive, block_size, source.pattern.span, dtype=dtype, name=name
+        )
+        if fishers[name].looks_at_pruned and not bool(alive.all()):
             dead[name] = ~alive  # no gradient: their rows and columns stay zero
     add_all = _gather if source.group is None else _stream
     progress("gradients", 0, source.num_grads)
@@ -207,7 +207,7 @@ def _gather(
     source: Source,
     weights: Mapping[str, nn.Parameter],
     plan: Plan,
-    fishers: Mapping[str, BlockFisher],
+    fishers: Mapping[str, Fisher],
     dead: Mapping[str, Tensor],
     clock: Clock,
     progress: Progress,
@@ -242,7 +242,7 @@ def _stream(
     source: Source,
     weights: Mapping[str, nn.Parameter],
     plan: Plan,
-    fishers: Mapping[str, BlockFisher],
+    fishers: Mapping[str, Fisher],
     dead: Mapping[str, Tensor],
     clock: Clock,
     progress: Progress,
@@ -284,6 +284,7 @@ def estimate_fisher(
     loss_fn: LossFn | None = None,
     fisher_dtype: torch.dtype = torch.float64,
     pattern: str = "unstructured",
+    estimator: str = "gram",
     progress: Progress | None = None,
 ) -> FisherEstimate:
     """Estimate the block Fisher of a model's weight matrices from mini-batch gradients.
@@ -299,6 +300,7 @@ def estimate_fisher(
     check_counts(num_grads, samples_per_grad)
     shape = find_pattern(pattern)
     block_size = shape.block_size(block_size)
+    kind = estimators.find(estimator)
     weights = find_weights(model, params)
     source = open_source(model, batches, weights, num_grads, samples_per_grad, loss_fn, shape)
     plan = plan_passes(
@@ -309,6 +311,7 @@ def estimate_fisher(
         num_grads,
         streamed=source.group is not None,
         living_for=shape,
+        estimator=kind,
     )
     clock = Clock()
     fishers = accumulate(
@@ -319,7 +322,9 @@ def estimate_fisher(
         dtype=fisher_dtype,
         clock=clock,
         progress=progress or silent,
+        estimator=kind,
     )
+    notes = source.all_notes()
     return FisherEstimate(
-        fishers, num_grads, clock.seconds, plan, source.all_notes(), samples_per_grad, shape
+        fishers, num_grads, clock.seconds, plan, notes, samples_per_grad, shape, block_size
     )

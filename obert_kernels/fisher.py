@@ -9,12 +9,14 @@ updates it gradient by gradient.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor
 
 from . import ops
 from ._checks import check_block_size, check_positive
+from .masks import n_of_m_mask
 from .reference import gram_shape, unpack_inverse
 
 
@@ -45,7 +47,65 @@ def _wide(weight: Tensor) -> Tensor:
     return weight if weight.dtype in (torch.float32, torch.float64) else weight.float()
 
 
-class GramFisher:
+class Fisher(ABC):
+    """An estimate of the Fisher of one weight matrix; :func:`register_fisher` takes others.
+
+    Weights, masks and gradients are flat, in the order of the mask's pattern.
+
+    Args:
+        alive: bool ``[n]``, the weights that are left.  Others are never asked for.
+        block_size: B.
+        group_size: consecutive weights that belong together in some way.
+        dtype: the Gram's, or whatever is wide enough for sums over gradients.
+        name: used in error messages.
+    """
+
+    num_weights: int
+    num_gradients: float
+    # Gradients of pruned weights are set to zero before it gets them.
+    looks_at_pruned = True
+
+    @abstractmethod
+    def __init__(
+        self,
+        alive: Tensor,
+        block_size: int,
+        group_size: int,
+        *,
+        dtype: torch.dtype,
+        name: str,
+    ) -> None: ...
+
+    @abstractmethod
+    def accumulate(self, gradients: Tensor) -> None:
+        """Add gradients ``[k, n]``."""
+
+    @abstractmethod
+    def mean_squares(self) -> float:
+        """Sum over the weights of the mean square of their gradients; damping starts there."""
+
+    @abstractmethod
+    def scores(self, weight: Tensor, damping: float, group_size: int = 1) -> Tensor:
+        """Saliency of each group as if it went alone, ``[n / group_size]``."""
+
+    @abstractmethod
+    def update(
+        self, weight: Tensor, keep: Tensor, damping: float, group_size: int = 1, rule: str = "joint"
+    ) -> tuple[Tensor, float]:
+        """New weights under a mask, and the predicted loss increase."""
+
+    def greedy_scores(
+        self, weight: Tensor, keep: Tensor, damping: float, group_size: int = 1
+    ) -> Tensor:
+        """Saliencies in the order of exact removals; here, of removals that do not interact."""
+        return self.scores(weight, damping, group_size) * keep.view(-1, group_size).any(dim=1)
+
+    def n_of_m(self, weight: Tensor, keep: Tensor, damping: float, kept: int, group: int) -> Tensor:
+        """Mask with at most ``kept`` of every ``group`` weights; here, the best single ones."""
+        return n_of_m_mask(self.scores(weight, damping), keep, kept, group)
+
+
+class GramFisher(Fisher):
     """Block Fisher of ``num_weights`` weights as the Gram of their gradients.
 
     Args:

@@ -217,7 +217,8 @@ class _Recorder:
             )
             left, right = (a, d) if by_column else (d, a)
             torch.baddbmm(gradient, left.mT, right, beta=min(use, 1), alpha=scale, out=gradient)
-        self.receive(name, gradient.flatten(1))
+        order = UNSTRUCTURED if by_column else self.pattern  # which the product gave already
+        self.receive(name, order.flat(gradient))
 
     def _space(self, groups: int, shape: tuple[int, int], like: Tensor) -> Tensor:
         """Room for gradients; the same for all layers: fresh memory costs as much as the sum."""

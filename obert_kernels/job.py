@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from .damping import Trial, choose_damping, mean_diagonal
 from .estimate import Clock, Progress, silent
+from .fisher import Fisher
 from .gradients import LossFn, mean_loss
-from .live import BlockFisher
-from .masks import alive_groups, magnitude_scores, n_of_m_mask, prunes_anything, select_masks
+from .masks import alive_groups, n_of_m_mask, prunes_anything, select_masks
 from .patterns import Pattern
+from .saliencies import Problem, saliencies
 from .schedule import sub_targets
 
 Changes = dict[str, tuple[Tensor, float | None]]
@@ -45,6 +46,7 @@ class Job:
     clock: Clock
     progress: Progress
     calibration: Sequence[Any] = ()
+    batches: Iterable[Any] | None = None  # for saliencies that look at them
     loss_fn: LossFn | None = None
     start: float | None = None  # where the search for a damping begins, over the mean diagonal
     trials: list[Trial] = field(default_factory=list)
@@ -75,26 +77,22 @@ class Job:
             return any(bool((group.sum(dim=1) > kept).any()) for group in groups)
         return prunes_anything(self.keep, self.sparsity, self.pattern.group_size, self.scope)
 
-    def score(self, fishers: Mapping[str, BlockFisher]) -> dict[str, Tensor]:
-        """Saliencies of the matrices given; for greedy N:M one for survivors and zero."""
-        if self.selection == "magnitude":
-            return self.magnitudes(fishers)
-        scores = {}
-        c, kept = self.pattern.group_size, self.pattern.kept
+    def score(self, fishers: Mapping[str, Fisher]) -> dict[str, Tensor]:
+        """Saliencies of the matrices with a Fisher, or of all where none has any."""
+        names = list(fishers) or list(self.weights)
+        problem = Problem(
+            model=self.model,
+            weights={name: self.weights[name] for name in names},
+            keep=self.keep,
+            pattern=self.pattern,
+            fishers=fishers,
+            damping=self.damping,
+            batches=self.batches,
+            loss_fn=self.loss_fn,
+            progress=self.progress,
+        )
         with self.clock.stage("scores"):
-            for index, (name, fisher) in enumerate(fishers.items()):
-                weight = self.flat_weight(name)
-                if self.selection == "greedy" and kept is not None:
-                    found = fisher.n_of_m(
-                        weight, self.keep[name], self.damping, kept, self.pattern.span
-                    ).float()
-                elif self.selection == "greedy":
-                    found = fisher.greedy_scores(weight, self.keep[name], self.damping, c)
-                else:
-                    found = fisher.scores(weight, self.damping, c)
-                scores[name] = found
-                self.progress("scores", index + 1, len(fishers))
-        return scores
+            return saliencies.find(self.selection).scores(problem)
 
     def sub_sparsities(self, steps: int, schedule: str) -> list[float | dict[str, float]]:
         """Targets of each sub-step, from what is pruned now to the job's own.
@@ -125,16 +123,7 @@ class Job:
         """A matrix in the order of the pattern."""
         return self.pattern.flat(self.weights[name].detach())
 
-    def magnitudes(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Sums of squares of the groups of some matrices."""
-        return {
-            name: magnitude_scores(self.flat_weight(name), self.pattern.group_size)
-            for name in names
-        }
-
-    def apply(
-        self, fishers: Mapping[str, BlockFisher] | None, masks: Mapping[str, Tensor]
-    ) -> Changes:
+    def apply(self, fishers: Mapping[str, Fisher] | None, masks: Mapping[str, Tensor]) -> Changes:
         """New weights and predicted increase of the matrices with a Fisher (or with a mask)."""
         new: Changes = {}
         names = list(masks if fishers is None else fishers)
@@ -151,7 +140,7 @@ class Job:
                 self.progress("update", index + 1, len(names))
         return new
 
-    def settle_damping(self, fishers: Mapping[str, BlockFisher]) -> None:
+    def settle_damping(self, fishers: Mapping[str, Fisher]) -> None:
         """Choose the damping by trial prunings of the matrices given; weights are restored.
 
         Once for a call, on the first matrices, and only if there are calibration batches.

@@ -8,6 +8,7 @@ and each size is a :class:`GramFisher` of its own on gathered gradients.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,10 +17,12 @@ from torch import Tensor
 
 from ._checks import MAX_BLOCK_SIZE
 from ._registry import NumericalError
-from .fisher import GramFisher, as_rows, gram_bytes
+from .fisher import Fisher, GramFisher, as_rows, gram_bytes
 
 # Sizes that blocks are rounded up to; each is one more call for every batch of gradients.
-_SIZES = (4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, MAX_BLOCK_SIZE)
+_SIZES = (4, 8, 12, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224)
+# Gathering gradients takes time and room of its own: not for less than a quarter of the Gram.
+_WORTHWHILE = 0.75
 # Of a place: where its weight stands in the matrix (int32), and whether there is one (bool).
 _PLACE_BYTES = 5
 
@@ -69,21 +72,28 @@ def _places(needed: Tensor, group_size: int) -> dict[int, int]:
     return {size: size * count for size, count in zip(sizes.tolist(), blocks.tolist(), strict=True)}
 
 
+def _live_bytes(alive: Tensor, block_size: int, group_size: int, dtype: torch.dtype) -> float:
+    places = _places(_living(alive, block_size, group_size).needed, group_size)
+    if max(places) > MAX_BLOCK_SIZE:  # whole groups make it larger than the block they come from
+        return math.inf
+    return sum(gram_bytes(p, size, dtype) + _PLACE_BYTES * p for size, p in places.items() if p)
+
+
+def _size(alive: Tensor, block_size: int, group_size: int, dtype: torch.dtype) -> tuple[int, bool]:
+    """Memory of a Fisher, and whether it is one of the living weights alone."""
+    full = gram_bytes(alive.numel(), block_size, dtype)
+    if not bool(alive.all()):
+        live = _live_bytes(alive, block_size, group_size, dtype)
+        if live <= _WORTHWHILE * full:
+            return int(live), True
+    return full, False
+
+
 def fisher_bytes(
     alive: Tensor, block_size: int, group_size: int = 1, dtype: torch.dtype = torch.float64
 ) -> int:
     """Memory that :func:`block_fisher` will take."""
-    full = gram_bytes(alive.numel(), block_size, dtype)
-    return (
-        full if bool(alive.all()) else min(full, _live_bytes(alive, block_size, group_size, dtype))
-    )
-
-
-def _live_bytes(alive: Tensor, block_size: int, group_size: int, dtype: torch.dtype) -> float:
-    places = _places(_living(alive, block_size, group_size).needed, group_size)
-    if max(places) > MAX_BLOCK_SIZE:  # whole groups make it larger than the block they come from
-        return float("inf")
-    return sum(gram_bytes(p, size, dtype) + _PLACE_BYTES * p for size, p in places.items() if p)
+    return _size(alive, block_size, group_size, dtype)[0]
 
 
 def block_fisher(
@@ -94,14 +104,13 @@ def block_fisher(
     dtype: torch.dtype = torch.float64,
     name: str = "weights",
 ) -> GramFisher | LiveFisher:
-    """Return a Fisher of the living weights alone if it takes less memory, else of all weights.
+    """Return a Fisher of the living weights alone if that is worthwhile, else of all weights.
 
     Args:
         alive: bool, the weights that are left.
         block_size, group_size, dtype, name: as for :class:`LiveFisher`.
     """
-    full = gram_bytes(alive.numel(), block_size, dtype)
-    if fisher_bytes(alive, block_size, group_size, dtype) < full:
+    if _size(alive, block_size, group_size, dtype)[1]:
         return LiveFisher(alive, block_size, group_size, dtype=dtype, name=name)
     return GramFisher(alive.numel(), block_size, dtype=dtype, device=alive.device, name=name)
 
@@ -129,7 +138,7 @@ class _Part:
         return member // group_size, member >= 0
 
 
-class LiveFisher:
+class LiveFisher(Fisher):
     """Block Fisher of the living weights of a matrix; does what :class:`GramFisher` does.
 
     Args:
@@ -142,6 +151,8 @@ class LiveFisher:
     Raises:
         ValueError: a block with whole groups is larger than the largest there can be.
     """
+
+    looks_at_pruned = False
 
     def __init__(
         self,
@@ -289,6 +300,3 @@ class LiveFisher:
             part.spread(found, new)
             increase += cost
         return new, increase
-
-
-BlockFisher = GramFisher | LiveFisher

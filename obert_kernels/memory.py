@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .fisher import gram_bytes
+from .estimators import Estimator
 from .live import fisher_bytes
 from .masks import alive_groups
 from .patterns import Pattern
@@ -110,6 +110,7 @@ def plan_passes(
     num_grads: int,
     streamed: bool = False,
     living_for: Pattern | None = None,
+    estimator: Estimator | None = None,
 ) -> Plan:
     """Split the matrices into passes that fit.
 
@@ -122,6 +123,7 @@ def plan_passes(
         num_grads: m; no more than these are gathered.
         streamed: gradients come one matrix at a time and need not be gathered.
         living_for: the Fisher holds the living weights alone, for this pattern; None: all.
+        estimator: of the Fisher; None: a Gram.
 
     Raises:
         MemoryError: it does not fit; the message gives the figures and the remedies.
@@ -130,12 +132,15 @@ def plan_passes(
     if budget is None:
         budget = available_memory(next(iter(weights.values())).device)
     k = min(STREAMED_PER_UPDATE if streamed else GRADIENTS_PER_UPDATE, num_grads)
+    num_bytes = fisher_bytes if estimator is None else estimator.num_bytes
     gram, most_living = {}, 0  # bytes of one gradient of the living, gathered from the others
     for name, w in weights.items():
-        gram[name] = gram_bytes(w.numel(), block_size, dtype)
-        if living_for is not None and not w.detach().all():
-            alive, c = living_for.flat(w.detach() != 0), living_for.span
-            gram[name] = fisher_bytes(alive, block_size, c, dtype)
+        c = 1 if living_for is None else living_for.span
+        alive = torch.ones_like(w.detach(), dtype=torch.bool)
+        if living_for is not None:
+            alive = living_for.flat(w.detach() != 0)
+        gram[name] = num_bytes(alive, block_size, c, dtype)
+        if gram[name] < num_bytes(torch.ones_like(alive), block_size, c, dtype):
             places = int(alive_groups(alive, c).sum()) * c
             most_living = max(most_living, places * w.element_size())
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ._checks import MAX_PATTERN, check_block_size
+from .registry import Registry
 
 _BLOCK = re.compile(r"block(?:([1-9]\d*)x)?([1-9]\d*)")
 _N_OF_M = re.compile(r"([1-9]\d*):([1-9]\d*)")
@@ -21,23 +22,32 @@ class Pattern:
     Matrices are flattened so that weights that go together, and the Fisher blocks, are runs of
     consecutive weights: row by row, or column by column for groups along the output dimension.
 
+    A subclass may put the weights in another order: it overrides :meth:`flat`, :meth:`matrix` and
+    ``order``.
+
     Attributes:
         name: as users write it.
         group_size: c, consecutive weights that live or die together.
-        by_column: groups and Fisher blocks run along the output dimension.
+        order: "rows", "columns", or the name of a subclass's own; Fishers of one order serve no
+            other.
         kept: N of N:M, how many weights survive in every ``span``; None: any number.
         span: M of N:M, else c; consecutive weights that belong together in some way.
     """
 
     name: str = "unstructured"
     group_size: int = 1
-    by_column: bool = False
+    order: str = "rows"
     kept: int | None = None
     span: int = 1
 
+    @property
+    def by_column(self) -> bool:
+        """Do groups and Fisher blocks run along the output dimension?"""
+        return self.order == "columns"
+
     def flat(self, matrix: Tensor) -> Tensor:
-        """``[rows, columns]`` to ``[n]`` in the order of the groups."""
-        return (matrix.mT if self.by_column else matrix).flatten()
+        """``[..., rows, columns]`` to ``[..., n]`` in the order of the groups."""
+        return (matrix.mT if self.by_column else matrix).flatten(-2)
 
     def matrix(self, flat: Tensor, like: Tensor) -> Tensor:
         """``[n]`` back to the shape of ``like``."""
@@ -101,6 +111,14 @@ class Pattern:
 
 UNSTRUCTURED = Pattern()
 
+_patterns: Registry[Pattern] = Registry("pattern")
+_patterns.add(UNSTRUCTURED.name, UNSTRUCTURED)
+
+
+def register_pattern(pattern: Pattern) -> Pattern:
+    """Register a pattern by the name it has."""
+    return _patterns.add(pattern.name, pattern)
+
 
 def find_pattern(name: str) -> Pattern:
     """Return the pattern of a name.
@@ -108,11 +126,13 @@ def find_pattern(name: str) -> Pattern:
     "unstructured"; "block4" (or "block1x4"): groups along the input dimension; "block4x1": along
     the output dimension; "2:4" (any N:M): at most 2 of every 4 weights along the input dimension.
 
+    Others as :func:`register_pattern` was given them.
+
     Raises:
         ValueError: no such pattern.
     """
-    if name == "unstructured":
-        return UNSTRUCTURED
+    if name in _patterns:
+        return _patterns.find(name)
     if match := _N_OF_M.fullmatch(name):
         kept, span = int(match[1]), int(match[2])
         if kept < span <= MAX_PATTERN:
@@ -126,8 +146,8 @@ def find_pattern(name: str) -> Pattern:
     if min(rows, columns) != 1:
         raise ValueError(
             "pattern must be 'unstructured', 'block<c>' such as 'block4' for c weights of a row, "
-            "'block<c>x1' for c weights of a column, or '<N>:<M>' such as '2:4', got "
-            f"{name!r}"
+            "'block<c>x1' for c weights of a column, '<N>:<M>' such as '2:4', or a registered "
+            f"name, got {name!r}"
         )
     size = max(rows, columns)
-    return Pattern(name, group_size=size, by_column=rows > 1, span=size)
+    return Pattern(name, group_size=size, order="columns" if rows > 1 else "rows", span=size)

@@ -11,12 +11,14 @@ from torch import Tensor, nn
 from ._checks import check_positive
 from .damping import hold_out
 from .estimate import Clock, FisherEstimate, Progress, check_counts, open_source, silent
+from .estimators import estimators
 from .gradients import LossFn
 from .job import Job, present_masks
 from .layers import find_weights, match_names
 from .masks import check_sparsity
 from .patterns import find_pattern
 from .report import LayerReport, PruneReport
+from .saliencies import saliencies
 from .steps import Limits, Step, from_estimate, in_steps, without_fisher
 
 
@@ -52,6 +54,7 @@ def prune(
     scope: str = "global",
     steps: int = 1,
     schedule: str = "geometric",
+    estimator: str = "gram",
     fisher: FisherEstimate | None = None,
     fisher_dtype: torch.dtype = torch.float64,
     max_memory: int | None = None,
@@ -86,14 +89,17 @@ def prune(
         selection: "greedy" ranks by what exact removals one after the other cost inside each
             block (for N:M: removes from each M-group the set that costs least); "diagonal"
             (oBERT's) by the OBS saliency of each weight or group as if it went alone; "magnitude"
-            by size (needs no batches unless an update is asked for).
+            by size (needs no batches unless an update is asked for); or what
+            :func:`register_saliency` was given.
         update: how survivors make up for the pruned: "joint" (exact inside each block), "sum"
-            (oBERT's), or "none".  Default: "joint", and "none" for magnitude.
+            (oBERT's), or "none".  Default: "joint", and "none" for magnitude and others that use
+            no Fisher.
         scope: "global" for one ranking over all matrices, "layer" for one in each.
         steps: sub-steps R; in each the Fisher of the weights that are left is estimated anew,
             from ``num_grads`` further gradients of the model as it is by then.
         schedule: "geometric" takes the same share of what is left in each sub-step, "linear"
             the same number of weights.
+        estimator: "gram", or what :func:`register_fisher` was given.
         fisher: an :func:`estimate_fisher` of this model to use instead of batches.
         fisher_dtype: type of the Gram, float64 or float32.
         max_memory: bytes the call may use on top of the model; matrices are then worked on in
@@ -111,16 +117,14 @@ def prune(
         NumericalError: a Fisher block is not positive definite.
     """
     check_counts(num_grads, samples_per_grad)
+    estimators.find(estimator)
     if damping != "auto":
         if isinstance(damping, str):
             raise ValueError(f"damping must be a positive number or 'auto', got {damping!r}")
         damping = float(damping)
         check_positive("damping", damping)
-    if selection not in ("greedy", "diagonal", "magnitude"):
-        raise ValueError(
-            f"selection must be 'greedy', 'diagonal' or 'magnitude', got {selection!r}"
-        )
-    update = update or ("none" if selection == "magnitude" else "joint")
+    uses_fisher = saliencies.find(selection).uses_fisher
+    update = update or ("joint" if uses_fisher else "none")
     if update not in ("sum", "joint", "none"):
         raise ValueError(f"update must be 'sum', 'joint' or 'none', got {update!r}")
     if scope not in ("global", "layer"):
@@ -145,19 +149,20 @@ def prune(
         scope=scope,
         clock=Clock(),
         progress=progress or silent,
+        batches=batches,
         loss_fn=loss_fn,
     )
     job.sub_sparsities(steps, schedule)  # finds fault with them
     notes: list[str] = []
-    needs_fisher = (selection != "magnitude" or update != "none") and job.prunes_anything
+    needs_fisher = (uses_fisher or update != "none") and job.prunes_anything
     if not needs_fisher:
         done = [without_fisher(job)]
     elif fisher is not None:
         if steps != 1:
             raise ValueError("steps needs batches for a new Fisher in each; leave fisher out")
-        if fisher.pattern.by_column != shape.by_column:
+        if fisher.pattern.order != shape.order:
             raise ValueError(
-                f"the blocks of fisher run along another dimension than pattern {pattern}; "
+                f"the blocks of fisher have their weights in another order than pattern {pattern}; "
                 f"call estimate_fisher with pattern={pattern!r}"
             )
         if damping == "auto":
@@ -181,7 +186,7 @@ def prune(
             model, batches, weights, num_grads, samples_per_grad, loss_fn, shape, goes_on=steps > 1
         )
         source.notes += held_notes
-        limits = Limits(block_size, fisher_dtype, max_memory)
+        limits = Limits(estimators.find(estimator), block_size, fisher_dtype, max_memory)
         done = in_steps(job, source, limits, steps, schedule)
         notes = source.all_notes(len(done))
     settings = {

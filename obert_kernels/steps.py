@@ -11,8 +11,9 @@ from torch import Tensor
 
 from .damping import Trial
 from .estimate import FisherEstimate, Progress, Source, accumulate
+from .estimators import Estimator
+from .fisher import Fisher
 from .job import Changes, Job, commit, present_masks
-from .live import BlockFisher
 from .memory import Plan, plan_passes
 
 
@@ -36,8 +37,9 @@ class Step(NamedTuple):
 
 @dataclass(frozen=True)
 class Limits:
-    """Size and type of the Fisher, and the memory it may take (None: what is free)."""
+    """Kind, size and type of the Fisher, and the memory it may take (None: what is free)."""
 
+    estimator: Estimator
     block_size: int
     dtype: torch.dtype
     max_memory: int | None
@@ -52,8 +54,8 @@ def _finish(job: Job, masks: dict[str, Tensor], changes: Changes, plan: Plan | N
 
 
 def without_fisher(job: Job) -> Step:
-    """Prune by magnitude, or nothing."""
-    masks = job.masks(job.magnitudes(job.weights))
+    """Prune by a saliency that needs none, or nothing."""
+    masks = job.masks(job.score({})) if job.prunes_anything else dict(job.keep)
     return _finish(job, masks, job.apply(None, masks), None)
 
 
@@ -73,7 +75,7 @@ def in_steps(job: Job, source: Source, limits: Limits, steps: int, schedule: str
         for index, sparsity in enumerate(job.sub_sparsities(steps, schedule)):
             here = replace(
                 job,
-                keep=present_masks(job.weights, job.pattern),
+                keep=present_masks(job.weights, job.pattern) if done else job.keep,
                 sparsity=sparsity,
                 progress=_numbered(job.progress, index, steps),
                 start=_relative_damping(done),
@@ -111,11 +113,12 @@ def _one_step(job: Job, source: Source, limits: Limits) -> Step:
         source.num_grads,
         streamed=source.group is not None,
         living_for=job.pattern,
+        estimator=limits.estimator,
     )
     if len(plan.passes) > 1:
         source = source.with_held_batches()
 
-    def estimate(names: list[str]) -> dict[str, BlockFisher]:
+    def estimate(names: list[str]) -> dict[str, Fisher]:
         return accumulate(
             source,
             {name: job.weights[name] for name in names},
@@ -124,6 +127,7 @@ def _one_step(job: Job, source: Source, limits: Limits) -> Step:
             dtype=limits.dtype,
             clock=job.clock,
             progress=job.progress,
+            estimator=limits.estimator,
         )
 
     return _finish(job, *_in_passes(job, plan, estimate), plan)
@@ -132,7 +136,7 @@ def _one_step(job: Job, source: Source, limits: Limits) -> Step:
 def _in_passes(
     job: Job,
     plan: Plan,
-    estimate: Callable[[list[str]], dict[str, BlockFisher]],
+    estimate: Callable[[list[str]], dict[str, Fisher]],
 ) -> tuple[dict[str, Tensor], Changes]:
     """Score and update pass by pass, holding the Grams of one pass at a time.
 
@@ -151,7 +155,7 @@ def _in_passes(
             del fishers
         return masks, changes
     scores: dict[str, Tensor] = {}
-    fishers: dict[str, BlockFisher] = {}
+    fishers: dict[str, Fisher] = {}
     for names in plan.passes:
         fishers.clear()  # frees the Grams of the pass before
         fishers.update(estimate(names))

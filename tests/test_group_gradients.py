@@ -11,7 +11,7 @@ from tiny import TinyEncoder, batches, snapshot, unchanged
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from obert_kernels import estimate_fisher, find_weights, prune
+from obert_kernels import GramFisher, estimate_fisher, find_weights, prune
 from obert_kernels.gradients import model_loss
 from obert_kernels.group_gradients import GroupGradients, NotServed, samples_in, split_batch
 
@@ -267,12 +267,13 @@ def test_pruned_weights_stay_out_of_the_fisher():
     model = TinyEncoder()
     weight = model.layer[0]["wide"].weight
     with torch.no_grad():
-        weight[:, 3] = 0
+        weight[:, 3:9] = 0
     fisher = estimate_fisher(
         model, batches(2), num_grads=4, samples_per_grad=2, block_size=12
     ).fishers["layer.0.wide.weight"]
-    rows = fisher.gram[:, [6, 7, 8, 9]]  # row 3 of each packed triangle
-    assert not rows.any() and fisher.gram.any()
+    apart = fisher.diagonal(0.5).view_as(weight)[:, 3:9]
+    assert (apart == 2).all() and (fisher.diagonal(0.5) < 2).any()
+    assert fisher.num_bytes < GramFisher(weight.numel(), 12).num_bytes
 
 
 def test_repetition_is_noted_and_iterators_are_used_up():

@@ -71,12 +71,13 @@ def test_at_ninety_per_cent_an_eighth_of_the_memory_is_not_needed():
 
 
 @pytest.mark.parametrize("c", [1, 4, 16])
-def test_the_smaller_of_both_is_taken(c):
+def test_living_rows_alone_where_they_save_a_quarter(c):
     for share in (1.0, 0.95, 0.5, 0.2):
         alive = (torch.rand(1600 // c) < share).repeat_interleave(c)
         fisher = block_fisher(alive, 50, c)
         assert fisher.num_bytes == fisher_bytes(alive, 50, c)
-        assert fisher.num_bytes <= GramFisher(1600, 50).num_bytes
+        full = GramFisher(1600, 50).num_bytes
+        assert fisher.num_bytes == full or fisher.num_bytes <= 0.75 * full
     assert isinstance(fisher, LiveFisher)
     assert isinstance(block_fisher(torch.ones(1600, dtype=torch.bool), 50, c), GramFisher)
 
