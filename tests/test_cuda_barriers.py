@@ -33,6 +33,7 @@ def results(size: int) -> dict[str, list[torch.Tensor]]:
     g, weight, keep = gradients(20, n), torch.randn(n), torch.rand(n) < 0.5
     last_goes_first = weight.clone()  # the group whose inverse is ready last
     last_goes_first[-4:] *= 0.01
+    last_goes_first[-8:-4] *= 100  # goes last, and its score is not written by thread 0
     exact = gram_of(g, size)
     inverse, start = fresh_inverse(blocks, size), fresh_inverse(blocks, size)
     status = ops.new_status()
@@ -49,7 +50,8 @@ def results(size: int) -> dict[str, list[torch.Tensor]]:
         "inverse": lambda: [ops.gram_inverse(exact, *made)],
         "solve": lambda: [ops.gram_solve(exact, weight, *fisher)],
         "update": lambda: [*ops.gram_update(exact, weight, keep, 1, False, *fisher)],
-        # Such a block is left alone: nobody looks at its Gram.
+        "group update": lambda: [*ops.gram_update(exact, weight, keep, 4, False, *fisher)],
+        # Such a block is left alone: nobody looks at its Gram, or at its inverse.
         "update, nothing to remove": lambda: [
             *ops.gram_update(exact * float("nan"), weight * keep, keep, 1, False, *fisher)
         ],
@@ -59,6 +61,9 @@ def results(size: int) -> dict[str, list[torch.Tensor]]:
         ],
         "given: group scores": lambda: [ops.inverse_scores(given, weight, 4, status)],
         "given: update": lambda: [*ops.inverse_update(given, weight, keep, 4, True, True, status)],
+        "given: update, nothing to remove": lambda: [
+            *ops.inverse_update(given * float("nan"), weight * keep, keep, 1, False, True, status)
+        ],
     }
     if size == LARGE:
         calls = {"gram": calls["gram"]}
@@ -95,6 +100,7 @@ TRUE: dict[int, dict[str, list[torch.Tensor]]] = {}
 GREEDY = {"greedy", "greedy groups"}
 CHOLESKY = GREEDY | {"scores", "group scores", "inverse", "solve", "update", "given: update"}
 GROUPS = {"group scores", "given: group scores"}
+NOTHING = {"update, nothing to remove", "given: update, nothing to remove"}
 
 
 # Not shown: the same barriers of the tile kernel and of the greedy choice where a team is part of
@@ -123,22 +129,25 @@ GROUPS = {"group scores", "given: group scores"}
         ("woodbury.cu", "__syncthreads();", 8, SIZE, {"woodbury"}),
         ("triangle.cuh", "T::sync();", 0, COMPILED, CHOLESKY),
         ("triangle.cuh", "T::sync();", 0, SIZE, CHOLESKY),
+        ("factor.cuh", "T::sync();", 0, COMPILED, CHOLESKY - {"given: update"}),
         ("factor.cuh", "T::sync();", 2, COMPILED, GROUPS | {"greedy groups"}),
+        ("factor.cuh", "T::sync();", 3, COMPILED, {"group update"}),
         ("factor.cuh", "T::sync();", 4, COMPILED, GROUPS),
-        ("factor.cuh", "T::sync();", 5, COMPILED, {"update, nothing to remove"}),
+        ("factor.cuh", "T::sync();", 5, COMPILED, NOTHING),
+        ("factor.cuh", "T::sync();", 5, SIZE, NOTHING),
         ("factor.cu", "T::sync();", 0, COMPILED, {"scores"}),
         ("factor.cu", "T::sync();", 1, COMPILED, {"scores"}),
         ("greedy.cu", "T::sync();", 0, COMPILED, GREEDY),
         ("greedy.cu", "T::sync();", 1, COMPILED, GREEDY),
         ("greedy.cu", "T::sync();", 2, COMPILED, GREEDY),
         ("greedy.cu", "T::sync();", 3, COMPILED, GREEDY),
-        ("greedy.cu", "T::sync();", 4, COMPILED, {"greedy"}),
-        ("greedy.cu", "T::sync();", 5, COMPILED, {"greedy groups"}),
+        ("greedy.cu", "T::sync();", 4, COMPILED, {"greedy groups"}),
+        ("greedy.cu", "T::sync();", 5, COMPILED, GREEDY),
         ("greedy.cu", "T::sync();", 0, SIZE, GREEDY),
         ("greedy.cu", "T::sync();", 2, SIZE, GREEDY),
         ("greedy.cu", "T::sync();", 3, SIZE, GREEDY),
-        ("greedy.cu", "T::sync();", 4, SIZE, {"greedy"}),
-        ("greedy.cu", "T::sync();", 5, SIZE, {"greedy groups"}),
+        ("greedy.cu", "T::sync();", 4, SIZE, {"greedy groups"}),
+        ("greedy.cu", "T::sync();", 5, SIZE, GREEDY),
         ("inverse.cu", "T::sync();", 0, COMPILED, {"given: update"}),
         ("inverse.cu", "T::sync();", 1, COMPILED, {"given: group scores"}),
     ],

@@ -23,6 +23,13 @@ def moved(module, call) -> tuple[int, int]:
     return counters["load_bytes"], counters["store_bytes"]
 
 
+def count(module, call) -> tuple[int, int]:
+    """Its reads and writes, of however many bytes."""
+    moved(module, call)
+    counters = module.counters()
+    return counters["load_count"], counters["store_count"]
+
+
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("k", [1, 40])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -100,7 +107,7 @@ def test_vectors_are_passed_over_16_bytes_at_a_time(cuda_on_host, size, dtype):
     inverse = ops.gram_inverse(gram, n, size, 30.0, DAMPING, torch.float32, status)
     fisher, made = (size, 30.0, DAMPING, status), (n, size, 30.0, DAMPING, dtype, status)
     state, given, vector = gram.numel() // 2, inverse.numel() // 4, n * dtype.itemsize // 16
-    scores, mask, blocks = n // 4, n, n // size
+    scores, mask, blocks = n // 4, n // 16, n // size
     expected = {
         "diagonal": (state, vector),
         "inverse": (state, gram.numel() * dtype.itemsize // 16),
@@ -109,9 +116,10 @@ def test_vectors_are_passed_over_16_bytes_at_a_time(cuda_on_host, size, dtype):
         "group scores": (state + vector, scores // 4),
         "update": (state + vector + mask, vector + blocks),
         "greedy": (state + vector + mask, scores),
-        "greedy groups": (state + vector + mask, n // 4),  # one by one, as they are removed
-        "given: scores": (n + vector, scores),  # of each block the diagonal, which is short
-        "given: group scores": (n // 4 * 10 + vector, scores // 4),
+        "greedy groups": (state + vector + mask, scores // 4),
+        "given: scores": (n // 4 + vector, scores),  # of each block the diagonal
+        # Of each group six entries below the diagonal, in runs of one to three.
+        "given: group scores": (n // 4 + n // 4 * 6 + vector, scores // 4),
         "given: update": (given + vector + mask, vector + blocks),
     }
     calls = {
@@ -127,12 +135,55 @@ def test_vectors_are_passed_over_16_bytes_at_a_time(cuda_on_host, size, dtype):
         "given: group scores": lambda: ops.inverse_scores(inverse, weight, 4, status),
         "given: update": lambda: ops.inverse_update(inverse, weight, keep, 1, True, True, status),
     }
-    got = {}
-    for name, call in calls.items():
-        moved(cuda_on_host, call)
-        counters = cuda_on_host.counters()
-        got[name] = counters["load_count"], counters["store_count"]
-    assert got == expected
+    assert {name: count(cuda_on_host, call) for name, call in calls.items()} == expected
+    assert status.item() == -1
+
+
+def accesses(data: torch.Tensor, runs: list[int]) -> int:
+    """To consecutive runs: 16 bytes where alignment allows, single elements before and after."""
+    per_vector = 16 // data.itemsize
+    count, address = 0, data.data_ptr()
+    for length in runs:
+        head = min(length, -address % 16 // data.itemsize)
+        vectors, tail = divmod(length - head, per_vector)
+        count += head + vectors + tail
+        address += length * data.itemsize
+    return count
+
+
+@pytest.mark.parametrize("size", [4, 20, 37, 50, 64])
+@pytest.mark.parametrize("offset", [0, 1, 13])
+def test_runs_that_begin_anywhere_are_passed_over_16_bytes_at_a_time(cuda_on_host, size, offset):
+    n, blocks = 9 * size + size // 2, 10
+    runs, triangles = lengths(n, size), [triangle(size)] * blocks
+    gram, status = gram_of(gradients(30, n), size), ops.new_status()
+    inverse = ops.gram_inverse(gram, n, size, 30.0, DAMPING, torch.float32, status)
+    weight, keep = torch.randn(n + offset)[offset:], (torch.arange(n + offset) % 2 == 0)[offset:]
+    assert keep.data_ptr() % 16 == offset
+    fisher = (size, 30.0, DAMPING, status)
+    given = accesses(weight, runs) + accesses(keep, runs)
+    # The short block's packed triangle ends where its weights do.
+    state = accesses(gram, triangles[1:]) + accesses(gram[-1], [triangle(runs[-1])])
+    written = accesses(torch.empty(n), runs)
+    # Of single scores four at a time, with their diagonals at once if one block has them all.
+    fours = [4] * (n // 4) + [1] * (n % 4)
+    places = [divmod(i, size) for i in range(0, n - 3, 4)]
+    diagonal = n % 4 + sum(
+        accesses(inverse[block, i:], [4]) if i + 4 <= size else 4 for block, i in places
+    )
+    expected = {
+        "update": (given + state, written + blocks),
+        "greedy": (given + state, written),
+        "given: update": (given + accesses(inverse, triangles), written + blocks),
+        "given: scores": (accesses(weight, fours) + diagonal, accesses(torch.empty(n), fours)),
+    }
+    calls = {
+        "update": lambda: ops.gram_update(gram, weight, keep, 1, False, *fisher),
+        "greedy": lambda: ops.gram_greedy_scores(gram, weight, keep, 1, *fisher),
+        "given: update": lambda: ops.inverse_update(inverse, weight, keep, 1, True, True, status),
+        "given: scores": lambda: ops.inverse_scores(inverse, weight, 1, status),
+    }
+    assert {name: count(cuda_on_host, call) for name, call in calls.items()} == expected
     assert status.item() == -1
 
 

@@ -111,27 +111,38 @@ __device__ inline bool solve_groups(const Workspace& w, int size, int64_t start,
     return bad;
 }
 
-// Scores of the groups from their L^-1 w in `vector`; `weight` is overwritten.  The parts of a
-// group that borders cut are added as they come: from three parts on (groups longer than a block)
-// the last bit may differ from run to run.
+// Writes score(p) of every part p of a block.  The parts of a group that borders cut are added as
+// they come: from three parts on (groups longer than a block) the last bit may differ from run to
+// run.
+template <class T, int threads, class Score>
+__device__ inline void write_parts(int64_t start, int n, int group_size, float* scores,
+                                   Score score) {
+    const int last = parts_in_block(start, n, group_size) - 1;
+    const Part front = part_of_block(start, n, group_size, 0);
+    const Part back = part_of_block(start, n, group_size, last);
+    if (T::rank() == 0) {  // the rest of a group lies in other blocks
+        if (!front.whole) atomicAdd(scores + front.group, float(score(0)));
+        if (!back.whole && last > 0) atomicAdd(scores + back.group, float(score(last)));
+    }
+    const int first = front.whole ? 0 : 1, end = back.whole ? last + 1 : last;
+    write_run(scores + front.group + first, max(end - first, 0), T::rank(), threads,
+              [=](int i) { return score(first + i); });
+}
+
+// Scores of the groups from their L^-1 w in `vector`; `weight` is overwritten.
 template <class T, int threads>
 __device__ inline void write_group_scores(const Workspace& w, int64_t start, int n, int group_size,
                                           float* scores) {
     const int parts = parts_in_block(start, n, group_size);
+    double* score = w.weight;
 #pragma unroll 1
     for (int p = T::rank(); p < parts; p += threads) {
         const Part part = part_of_block(start, n, group_size, p);
         const double* y = w.vector + part.begin;
-        w.weight[p] = 0.5 * dot(y, y, part.end - part.begin);
-        if (!part.whole)  // the rest lies in other blocks
-            atomicAdd(scores + part.group, float(w.weight[p]));
+        score[p] = 0.5 * dot(y, y, part.end - part.begin);
     }
     T::sync();
-    const Part front = part_of_block(start, n, group_size, 0);
-    const Part back = part_of_block(start, n, group_size, parts - 1);
-    const int first = front.whole ? 0 : 1, end = back.whole ? parts : parts - 1;
-    write_run(scores + front.group + first, max(end - first, 0), T::rank(), threads,
-              [=](int i) { return w.weight[first + i]; });
+    write_parts<T, threads>(start, n, group_size, scores, [=](int p) { return score[p]; });
 }
 
 template <class T, int threads>
@@ -141,17 +152,24 @@ __device__ inline void read_weight(DType type, const void* weight, const Workspa
     read_floats(type, weight, start, n, T::rank(), threads, [=](int i, double x) { to[i] = x; });
 }
 
+// No barrier at the end: what a thread reads here, others use.
+template <class T, int threads>
+__device__ inline void read_weight_and_mask(DType type, const void* weight,
+                                            const unsigned char* keep, const Workspace& w,
+                                            int64_t start, int n) {
+    read_weight<T, threads>(type, weight, w, start, n);
+    unsigned char* to = w.keep;
+    read_run(keep + start, n, T::rank(), threads, [=](int i, unsigned char x) { to[i] = x; });
+}
+
 // Reads weights and mask of a block for an update; `vector` and `other` become zero.  Returns
 // whether it has weights to remove: otherwise nothing in it changes, and nothing is lost.
 template <class T, int threads>
 __device__ inline bool begin_update(const Update& update, const Workspace& w, int64_t start,
                                     int n) {
-    read_weight<T, threads>(update.weight_type, update.weight, w, start, n);
+    read_weight_and_mask<T, threads>(update.weight_type, update.weight, update.keep, w, start, n);
 #pragma unroll 1
-    for (int i = T::rank(); i < n; i += threads) {
-        w.keep[i] = __ldcs(update.keep + start + i);
-        w.vector[i] = w.other[i] = 0;
-    }
+    for (int i = T::rank(); i < n; i += threads) w.vector[i] = w.other[i] = 0;
     T::sync();
     bool moves = false;
 #pragma unroll 1

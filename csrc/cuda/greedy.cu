@@ -88,7 +88,8 @@ __device__ inline Choice cheapest_weight(const Workspace& w, int n) {
     return cheapest<T, threads>(mine, w.other);
 }
 
-// Removes all weights one by one; their scores take the place of the weights.
+// Removes all weights one by one; their scores take the place of the weights.  No barrier at the
+// end.
 template <class T, int threads>
 __device__ inline bool remove_weights(const Workspace& w, int n, int living) {
     double most = 0;
@@ -98,14 +99,13 @@ __device__ inline bool remove_weights(const Workspace& w, int n, int living) {
         most = max(most, next.cost);
         if (T::rank() == 0) w.weight[next.index] = most;
     }
-    T::sync();
     return true;
 }
 
-// The same for the groups; their scores are written as they go.
+// The same for the groups; the score of a part takes the place of its first weight.
 template <class T, int threads>
 __device__ inline bool remove_parts(const Workspace& w, int size, int64_t start, int n, int living,
-                                    int group_size, float* scores) {
+                                    int group_size) {
     const double* a = w.matrix;
     const unsigned char* keep = w.keep;
     double most = 0;
@@ -133,12 +133,7 @@ __device__ inline bool remove_parts(const Workspace& w, int size, int64_t start,
             if (there && !remove_weight<T, threads>(w, n, i)) return false;
             living -= there;
         }
-        if (T::rank() == 0) {
-            if (gone.whole)
-                __stcs(scores + gone.group, float(most));
-            else  // the rest lies in other blocks
-                atomicAdd(scores + gone.group, float(most));
-        }
+        if (T::rank() == 0) w.weight[gone.begin] = most;
     }
     return true;
 }
@@ -164,11 +159,16 @@ __device__ inline bool start_removals(const Fisher& fisher, const Workspace& w, 
 template <class T, int threads>
 __device__ inline bool remove_all(const GramGreedyScores& args, const Workspace& w, int size,
                                   int64_t start, int n, int living) {
-    if (args.group_size > 1)
-        return remove_parts<T, threads>(w, size, start, n, living, args.group_size, args.scores);
-    if (!remove_weights<T, threads>(w, n, living)) return false;
-    const double* scores = w.weight;
-    write_run(args.scores + start, n, T::rank(), threads, [=](int i) { return scores[i]; });
+    const int group_size = args.group_size;
+    const bool done = group_size > 1
+                          ? remove_parts<T, threads>(w, size, start, n, living, group_size)
+                          : remove_weights<T, threads>(w, n, living);
+    if (!done) return false;
+    T::sync();
+    const double* score = w.weight;
+    const int cut = int(start % group_size);  // weights of the first part in the block before
+    write_parts<T, threads>(start, n, group_size, args.scores,
+                            [=](int p) { return score[max(p * group_size - cut, 0)]; });
     return true;
 }
 
@@ -184,9 +184,7 @@ __global__ void __launch_bounds__(Team<threads>::kLaunch, 1)
     if (n <= 0) return;
     const int64_t start = block * size;
     const Workspace w = workspace_of(T::index(), size, args.group_size);
-    read_weight<T, threads>(args.weight_type, args.weight, w, start, n);
-#pragma unroll 1
-    for (int i = T::rank(); i < n; i += threads) w.keep[i] = __ldcs(args.keep + start + i);
+    read_weight_and_mask<T, threads>(args.weight_type, args.weight, args.keep, w, start, n);
     load_fisher<T, threads>(fisher, size, block, n, w);
     const unsigned char* keep = w.keep;
     int living = 0;

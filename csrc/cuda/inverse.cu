@@ -25,19 +25,38 @@ __device__ inline float single_score(const InverseScores& args, int64_t i, doubl
     return float(0.5 * weight * weight / diagonal);
 }
 
-// Of four weights from i on, which is a 16-byte border for them and their scores.
-template <class Weight>
-__device__ inline void write_four_scores(const InverseScores& args, int64_t i) {
-    constexpr int per_vector = 16 / sizeof(Weight);
-    double weight[4], diagonal[4];
+// Four elements, 16 bytes at a time where alignment allows.
+template <class T>
+__device__ inline void load_four(const T* from, double (&to)[4]) {
+    constexpr int per_vector = 16 / sizeof(T);
+    if (reinterpret_cast<uintptr_t>(from) % 16 != 0) {
 #pragma unroll
-    for (int j = 0; j < 4; j += per_vector) {
-        const Vector<Weight> w = load_vector(static_cast<const Weight*>(args.weight) + i + j);
-#pragma unroll
-        for (int v = 0; v < per_vector; ++v) weight[j + v] = w.at[v];
+        for (int j = 0; j < 4; ++j) to[j] = __ldcs(from + j);
+        return;
     }
 #pragma unroll
-    for (int j = 0; j < 4; ++j) diagonal[j] = load_diagonal(args, i + j);
+    for (int j = 0; j < 4; j += per_vector) {
+        const Vector<T> x = load_vector(from + j);
+#pragma unroll
+        for (int v = 0; v < per_vector; ++v) to[j + v] = x.at[v];
+    }
+}
+
+__device__ inline void load_four_diagonals(const InverseScores& args, int64_t i, double (&to)[4]) {
+    const int size = args.partition.block_size;
+    const int64_t block = i / size;
+    const int place = int(i - block * size);
+    if (place + 4 <= size) return load_four(args.inverse + block * packed(size, 0) + place, to);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) to[j] = load_diagonal(args, i + j);
+}
+
+// Of four weights from i on, which is a 16-byte border for the scores.
+template <class Weight>
+__device__ inline void write_four_scores(const InverseScores& args, int64_t i) {
+    double weight[4], diagonal[4];
+    load_four(static_cast<const Weight*>(args.weight) + i, weight);
+    load_four_diagonals(args, i, diagonal);
     Vector<float> scores;
 #pragma unroll
     for (int j = 0; j < 4; ++j) scores.at[j] = single_score(args, i + j, weight[j], diagonal[j]);
@@ -48,18 +67,14 @@ template <class Weight>
 __global__ void __launch_bounds__(kScoreThreads)
     single_scores_kernel(const __grid_constant__ InverseScores args) {
     const Weight* weight = static_cast<const Weight*>(args.weight);
-    const int64_t start = int64_t(blockIdx.x) * kScored;
-    const int64_t end = min(start + kScored, args.partition.num_weights);
-    const uintptr_t addresses =
-        reinterpret_cast<uintptr_t>(weight) | reinterpret_cast<uintptr_t>(args.scores);
-    if (addresses % 16 == 0 && end - start == kScored) {
-        write_four_scores<Weight>(args, start + 4 * threadIdx.x);
-    } else {
+    const int64_t start = int64_t(blockIdx.x) * kScored + 4 * threadIdx.x;
+    const int64_t end = min(start + 4, args.partition.num_weights);
+    if (reinterpret_cast<uintptr_t>(args.scores) % 16 == 0 && start + 4 == end)
+        return write_four_scores<Weight>(args, start);
+    // The last few, or scores that begin off a border, as no tensor of their own does.
 #pragma unroll 1
-        for (int64_t i = start + threadIdx.x; i < end; i += kScoreThreads)
-            __stcs(args.scores + i,
-                   single_score(args, i, __ldcs(weight + i), load_diagonal(args, i)));
-    }
+    for (int64_t i = start; i < end; ++i)
+        __stcs(args.scores + i, single_score(args, i, __ldcs(weight + i), load_diagonal(args, i)));
 }
 
 // Where a team keeps one inverse block: as it is in memory, and in float64 what has to be
@@ -118,7 +133,7 @@ __device__ inline double inverse_row(const float* f, int size, int n, int i, con
 }
 
 __host__ __device__ inline int64_t scores_bytes(int size, int group_size) {
-    return (2 * int64_t(size) + offset_of_system(size, size, group_size)) * 8;
+    return (3 * int64_t(size) + offset_of_system(size, size, group_size)) * 8;
 }
 
 template <int threads, int SIZE>
@@ -132,18 +147,22 @@ __global__ void __launch_bounds__(Team<threads>::kLaunch, 1)
     if (n <= 0) return;
     const int64_t start = block * size;
     const int group_size = args.group_size;
-    // The groups' systems are filled straight from memory.
+    // The groups' systems are filled straight from memory, but for the diagonal, which is one run.
     unsigned char* base = obert_shared + T::index() * scores_bytes(size, group_size);
     Workspace w{};
     w.weight = reinterpret_cast<double*>(base);
     w.vector = w.weight + size;
-    w.systems = w.vector + size;
+    double* diagonal = w.vector + size;
+    w.systems = diagonal + size;
     read_weight<T, threads>(args.weight_type, args.weight, w, start, n);
-    T::sync();
     const float* inverse = args.inverse + block * packed(size, 0);
+    read_run(inverse, n, T::rank(), threads, [=](int i, float x) { diagonal[i] = x; });
+    T::sync();
     const bool bad = solve_groups<T, threads>(
         w, size, start, n, group_size, false,
-        [=](int i, int j) { return double(__ldcs(inverse + place_in_inverse(size, i, j))); },
+        [=](int i, int j) {
+            return i == j ? diagonal[i] : double(__ldcs(inverse + below_diagonal(size, i, j)));
+        },
         [](int) { return false; });
     write_group_scores<T, threads>(w, start, n, group_size, args.scores);
     if (bad) record_failure(args.status, block);
