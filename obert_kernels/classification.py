@@ -22,6 +22,7 @@ from .gradients import to_device
 from .layers import find_weights
 from .memory import plan_passes
 from .pruner import PruneResult, prune
+from .saliencies import saliencies
 from .text_data import Texts
 
 Batch = dict[str, Tensor]
@@ -305,7 +306,7 @@ def sweep(
         evaluate: called with the pruned model; returns its accuracy.
         sparsities: shares of weights to remove.
         options: further arguments of :func:`obert_kernels.prune`: pattern, damping, update,
-            scope, params, steps, schedule.
+            scope, params, steps, schedule, selection, estimator.
         num_grads: m, gradients in the Fisher.
         calibration: batches that damping "auto" is chosen on, at the highest sparsity.
         samples_per_grad: see :func:`obert_kernels.prune`.
@@ -322,7 +323,12 @@ def sweep(
     dense = {name: value.detach().clone() for name, value in model.state_dict().items()}
     shared = {"pattern": options["pattern"], "scope": options["scope"]}
     magnitude = {**shared, "params": options["params"], "selection": "magnitude", "update": "none"}
-    second_order = {**options, "calibration": calibration, "loss_fn": text_loss}
+    second_order = {
+        **options,
+        "batches": batches,
+        "calibration": calibration,
+        "loss_fn": text_loss,
+    }
     estimation: dict[str, Any] = {
         "num_grads": num_grads,
         "samples_per_grad": samples_per_grad,
@@ -333,17 +339,22 @@ def sweep(
     weights = find_weights(model, options["params"])
     streamed = samples_per_grad is not None
     plan = plan_passes(weights, block_size, fisher_dtype, max_memory, num_grads, streamed)
-    if len(plan.passes) == 1 and options.get("steps", 1) == 1:
+    estimator = second_order.pop("estimator", "gram")
+    uses_fisher = saliencies.find(options.get("selection", "greedy")).uses_fisher
+    if not uses_fisher and options["update"] == "none":
+        pass
+    elif len(plan.passes) == 1 and options.get("steps", 1) == 1:
         second_order["fisher"] = estimate_fisher(
             model,
             batches,
             params=options["params"],
             pattern=options["pattern"],
+            estimator=estimator,
             progress=progress,
             **estimation,
         )
     else:
-        second_order |= {"batches": batches, "max_memory": max_memory, **estimation}
+        second_order |= {"max_memory": max_memory, "estimator": estimator, **estimation}
     trials: list[dict[str, float]] = []
     table = []
     try:

@@ -21,6 +21,7 @@ from .downloads import DownloadError, import_extra
 from .experiment import Settings, prune_classifier
 from .ops import NumericalError
 from .patterns import find_pattern
+from .registry import load_plugin
 
 # What a user can cause and cure; anything else is a bug and shows its traceback.
 _USER_ERRORS = (ValueError, OSError, MemoryError, ImportError, NumericalError, DownloadError)
@@ -40,13 +41,6 @@ class Update(str, Enum):
     joint = "joint"
     sum = "sum"
     none = "none"
-
-
-class Selection(str, Enum):
-    """How weights are ranked."""
-
-    greedy = "greedy"
-    diagonal = "diagonal"
 
 
 class Scope(str, Enum):
@@ -186,13 +180,27 @@ def run(
         ),
     ] = Scope.all,
     selection: Annotated[
-        Selection,
+        str,
         typer.Option(
             help="greedy: each block gives up its weights one after the other, the cheapest "
-            "after the rest has adapted; diagonal is oBERT's own.",
+            "after the rest has adapted; diagonal is oBERT's own; or a plugin's.",
             rich_help_panel="Pruning",
         ),
-    ] = Selection.greedy,
+    ] = "greedy",
+    estimator: Annotated[
+        str,
+        typer.Option(
+            help="gram: the block Fisher; or a plugin's estimate.", rich_help_panel="Pruning"
+        ),
+    ] = "gram",
+    plugin: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Python file or module that registers selections, estimators or patterns; "
+            "repeatable.",
+            rich_help_panel="Pruning",
+        ),
+    ] = None,
     update: Annotated[
         Update,
         typer.Option(
@@ -322,6 +330,8 @@ def run(
     """
     given: dict[str, Any] = locals()
     values = {name: x.value if isinstance(x, Enum) else x for name, x in given.items()}
+    for source in values.pop("plugin") or ():
+        load_plugin(source)
     values["sparsity"] = sparsity or [_prescribed_sparsity(pattern)]
     _prune(Settings(**{**values, "damping": _number_or_word(damping)}))
 

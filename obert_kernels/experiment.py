@@ -17,12 +17,14 @@ from . import checkpoints, classification
 from .calibration import calibration_batches, tokens_at_once
 from .downloads import demo_model_folder, import_extra
 from .estimate import Progress
+from .estimators import estimators
 from .layers import find_weights
 from .masks import check_sparsity
 from .memory import plan_passes
 from .patterns import find_pattern
 from .plots import plot_accuracy
 from .pruner import PruneResult, prune
+from .saliencies import saliencies
 from .text_data import DEMO_PREFIX, TextData, load_text_data
 
 DEMO_MODEL = DEMO_PREFIX + "minilm"
@@ -46,6 +48,7 @@ class Settings:
     damping: float | str = "auto"
     fisher_dtype: str = "float64"
     selection: str = "greedy"
+    estimator: str = "gram"
     update: str = "joint"
     scope: str = "global"
     steps: int = 1
@@ -81,6 +84,8 @@ def prune_classifier(
             about the settings, files or installation; the message names it and the remedy.
     """
     started = time.perf_counter()
+    saliencies.find(settings.selection)
+    estimators.find(settings.estimator)
     shape = find_pattern(settings.pattern)
     shape.check_steps(settings.steps)
     block_size = shape.block_size(settings.block_size)
@@ -142,7 +147,12 @@ def prune_classifier(
         batches,
         lambda pruned: classification.accuracy(pruned, test, progress=progress),
         list(folders),
-        {**options, "selection": settings.selection, "update": settings.update},
+        {
+            **options,
+            "selection": settings.selection,
+            "update": settings.update,
+            "estimator": settings.estimator,
+        },
         num_grads=settings.num_grads,
         calibration=_held_back(settings, tokenizer, data),
         samples_per_grad=settings.grad_batch_size,

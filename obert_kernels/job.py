@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .damping import Trial, choose_damping, mean_diagonal
 from .estimate import Clock, Progress, silent
 from .fisher import Fisher
-from .gradients import LossFn, mean_loss
+from .gradients import LossFn, evaluation, mean_loss
 from .masks import alive_groups, n_of_m_mask, prunes_anything, select_masks
 from .patterns import Pattern
 from .saliencies import Problem, saliencies
@@ -91,7 +91,7 @@ class Job:
             loss_fn=self.loss_fn,
             progress=self.progress,
         )
-        with self.clock.stage("scores"):
+        with self.clock.stage("scores"), evaluation(self.model, []):
             return saliencies.find(self.selection).scores(problem)
 
     def sub_sparsities(self, steps: int, schedule: str) -> list[float | dict[str, float]]:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .fisher import Fisher
-from .gradients import LossFn
+from .gradients import LossFn, to_device
 from .masks import magnitude_scores
 from .patterns import Pattern
 from .registry import Registry
@@ -22,7 +22,7 @@ class Problem:
     """What a saliency may look at.
 
     Attributes:
-        model: in any mode, unchanged.
+        model: in eval mode.
         weights: name to matrix, those to be scored now.
         keep: name to present mask, bool ``[n]`` in the order of the pattern.
         pattern: which weights belong together, and the order of flat tensors.
@@ -48,6 +48,18 @@ class Problem:
         for index, name in enumerate(self.weights):
             yield name
             self.progress("scores", index + 1, len(self.weights))
+
+    def each_batch(self) -> Iterator[Any]:
+        """Go through the batches, on the model's device.
+
+        Raises:
+            ValueError: :func:`obert_kernels.prune` was given none.
+        """
+        if self.batches is None:
+            raise ValueError("batches is needed: this selection looks at an iterable of batches")
+        device = next(iter(self.weights.values())).device
+        for batch in self.batches:
+            yield to_device(batch, device)
 
     def flat(self, name: str) -> Tensor:
         """Weights of a matrix, ``[n]``."""

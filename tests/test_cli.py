@@ -152,6 +152,45 @@ def test_run_fine_tunes_and_recovers(
     assert dense.config.id2label == {0: "0", 1: "1"}
 
 
+WANDA = re.findall(
+    r"```python\n(.*?)```",
+    (Path(__file__).parent.parent / "docs" / "extending.md").read_text(),
+    re.DOTALL,
+)[1]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--steps", 2, "--schedule", "linear", "-s", 0.5],
+        ["--pattern", "2:4"],
+        ["--pattern", "block4x1", "-s", 0.5],
+        ["--plugin", "WANDA", "--selection", "wanda", "--update", "none", "-s", 0.5],
+    ],
+)
+def test_other_ways_to_prune(
+    tmp_path: Path,
+    data_file: str,
+    command: Callable[..., tuple[int, str, str]],
+    options: list[object],
+) -> None:
+    model, out = save_model(tmp_path / "model", head=True), tmp_path / "out"
+    (tmp_path / "wanda.py").write_text(WANDA)
+    given = [tmp_path / "wanda.py" if option == "WANDA" else option for option in options]
+    code, _, stderr = command("run", model, data_file, "-o", out, *QUICK, *given)
+    assert code == 0, stderr
+    report = json.loads((out / "sparsity-0.5" / "report.json").read_text())
+    assert report["sparsity"] == 0.5
+    assert (report["predicted_increase"] is None) == ("WANDA" in options)
+    assert report["settings"]["steps"] == (2 if "--steps" in options else 1)
+    for mask in checkpoints.load_masks(out / "sparsity-0.5").values():
+        if "2:4" in options:
+            assert (mask.view(-1, 4).sum(1) == 2).all()
+        if "block4x1" in options:
+            columns = mask.mT.reshape(-1, 4)
+            assert torch.equal(columns.any(1), columns.all(1))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -164,6 +203,10 @@ def test_run_fine_tunes_and_recovers(
         (["MODEL", "DATA", "--damping", "-1"], "damping must be positive"),
         (["MODEL", "DATA", "--max-length", "513"], "at most 512 tokens"),
         (["MODEL", "DATA", "--pattern", "block3"], "3"),
+        (["MODEL", "DATA", "--selection", "random"], "selection must be one of greedy,"),
+        (["MODEL", "DATA", "--estimator", "kfac"], "estimator must be one of gram"),
+        (["MODEL", "DATA", "--plugin", "nothing.py"], "plugin nothing.py could not be loaded"),
+        (["MODEL", "DATA", "--pattern", "2:4"], "pattern 2:4 prunes to a sparsity of 0.5"),
         (["MODEL", "DATA", "--grad-batch-size", "1000"], "--grad-batch-size"),
         (["BARE", "DATA"], "no trained classification head: .*--finetune-epochs"),
         (["THREE", "DATA"], "knows the classes .* but .* has 0, 1: .*--finetune-epochs"),
@@ -185,7 +228,7 @@ def test_user_errors_are_one_line(
     names |= {"THREE": str(save_model(tmp_path / "three", head=True, classes=3))}
     given = [names.get(argument, argument) for argument in arguments]
     out = tmp_path / "out"
-    code, _, stderr = command("run", *given, "-s", 0.5, "--num-grads", 2, "-o", out)
+    code, _, stderr = command("run", *given, "-s", 0.6, "--num-grads", 2, "-o", out)
     assert code == 1
     assert re.fullmatch(rf"error: .*{message}.*\n", stderr)
     assert not out.exists()

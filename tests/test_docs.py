@@ -1,0 +1,134 @@
+"""The examples of docs/extending.md, run as they stand there."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import TinyEncoder, batches, snapshot, unchanged
+
+from obert_kernels import find_weights, load_plugin, prune
+from obert_kernels.registry import Registry
+
+PAGE = Path(__file__).parent.parent / "docs" / "extending.md"
+DIAGONAL, WANDA, TILES = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+
+
+@pytest.fixture(autouse=True)
+def plugins(tmp_path):
+    for number, source in enumerate((DIAGONAL, WANDA, TILES)):
+        path = tmp_path / f"plugin{number}.py"
+        path.write_text(source)
+        load_plugin(path)
+
+
+@pytest.mark.parametrize("source", [DIAGONAL, WANDA, TILES])
+def test_under_thirty_lines(source):
+    assert len([line for line in source.splitlines() if line.strip()]) < 30
+
+
+@pytest.mark.parametrize("selection", ["greedy", "diagonal"])
+@pytest.mark.parametrize("pattern", ["unstructured", "block4", "2:4"])
+def test_diagonal_fisher(selection, pattern):
+    model, data = TinyEncoder(), batches()
+    before = snapshot(model)
+    result = prune(
+        model, data, None if pattern == "2:4" else 0.5, pattern, num_grads=24, damping=1e-6,
+        estimator="diagonal", selection=selection,
+    )  # fmt: skip
+    assert result.report.sparsity == 0.5
+    model.eval()
+    for name, weight in find_weights(model).items():
+        mask = result.masks[name]
+        assert torch.equal(weight, before[name] * mask), "nothing adapts"
+        if pattern == "unstructured":
+            continue
+        groups = mask.view(-1, 4).sum(1)
+        assert (groups == 2).all() if pattern == "2:4" else set(groups.tolist()) <= {0, 4}
+    assert result.report.predicted_increase > 0
+
+
+def test_diagonal_fisher_scores_by_hand():
+    model, data = TinyEncoder(), batches(6)
+    name = "layer.0.wide.weight"
+    weight = find_weights(model)[name]
+    squares = torch.zeros_like(weight)
+    model.eval()
+    for batch in data:
+        (gradient,) = torch.autograd.grad(model(**batch)["loss"], [weight])
+        squares += gradient.square()
+    cost = (squares / 6 + 1e-6) * weight.detach().square()
+    mask = prune(
+        model, data, 0.25, params=name, num_grads=6, damping=1e-6, estimator="diagonal"
+    ).masks[name]
+    assert cost[~mask].max() <= cost[mask].min()
+
+
+def test_wanda():
+    model, data = TinyEncoder(), batches()
+    seen = []
+    handle = model.layer[1]["narrow"].register_forward_hook(lambda m, i, o: seen.append(i[0]))
+    model.eval()
+    for batch in data:
+        model(**batch)
+    handle.remove()
+    before = snapshot(model)
+    result = prune(model, data, 0.5, selection="wanda")
+    norms = torch.cat([x.flatten(0, 1) for x in seen]).norm(dim=0)
+    name = "layer.1.narrow.weight"
+    score, mask = before[name].abs() * norms, result.masks[name]
+    assert (mask.sum(1) == 12).all(), "as many in every row"
+    for row in range(12):
+        assert score[row][~mask[row]].max() <= score[row][mask[row]].min()
+    assert torch.equal(find_weights(model)[name], before[name] * mask), "no update by default"
+    with pytest.raises(ValueError, match="batches is needed: this selection"):
+        prune(model, sparsity=0.6, selection="wanda")
+    joint = prune(model, data, 0.7, selection="wanda", update="joint", num_grads=8, damping=1e-4)
+    assert joint.report.predicted_increase > 0
+
+
+@pytest.mark.parametrize(("pattern", "shape"), [("tile16x1", (16, 1)), ("tile2x2", (2, 2))])
+@pytest.mark.parametrize("samples_per_grad", [None, 2])
+def test_tiles(pattern, shape, samples_per_grad):
+    model = TinyEncoder(16)
+    result = prune(
+        model, batches(), 0.5, pattern, num_grads=12, samples_per_grad=samples_per_grad,
+        damping=1e-4, block_size=32,
+    )  # fmt: skip
+    assert result.report.sparsity == 0.5
+    for name, weight in find_weights(model).items():
+        tiles = result.masks[name].unfold(0, shape[0], shape[0]).unfold(1, shape[1], shape[1])
+        assert torch.equal(tiles.flatten(2).any(2), tiles.flatten(2).all(2))
+        assert torch.equal(weight != 0, result.masks[name])
+
+
+def test_the_tile_of_one_column_is_the_built_in_pattern():
+    built_in, made = TinyEncoder(16), TinyEncoder(16)
+    made.load_state_dict(built_in.state_dict())
+    arguments = {"num_grads": 12, "damping": 1e-4, "block_size": 16}
+    first = prune(built_in, batches(), 0.5, "block16x1", **arguments)
+    second = prune(made, batches(), 0.5, "tile16x1", **arguments)
+    assert all(torch.equal(first.masks[name], second.masks[name]) for name in first.masks)
+
+
+def test_unknown_names_are_refused(tmp_path):
+    model = TinyEncoder()
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="selection must be one of greedy, diagonal, magnitude"):
+        prune(model, batches(), selection="random")
+    with pytest.raises(ValueError, match=r"estimator must be one of gram.*got 'kfac'"):
+        prune(model, batches(), estimator="kfac")
+    assert unchanged(model, before)
+    with pytest.raises(ValueError, match="selection needs a name"):
+        Registry("selection").add("", 0)
+
+
+def test_plugins_that_fail_say_why(tmp_path):
+    with pytest.raises(ValueError, match=r"nothing\.py could not be loaded: .*no such file"):
+        load_plugin(tmp_path / "nothing.py")
+    with pytest.raises(ValueError, match="no_such_module could not be loaded: ModuleNotFound"):
+        load_plugin("no_such_module")
+    bad = tmp_path / "bad.py"
+    bad.write_text("1 / 0")
+    with pytest.raises(ValueError, match=r"bad\.py could not be loaded: ZeroDivisionError"):
+        load_plugin(bad)
