@@ -44,6 +44,21 @@ struct GramAccumulate {
     int64_t gradient_stride;  // elements between the starts of two gradients
 };
 
+// The same for blocks of different sizes that hold some of the weights, the living ones.
+// Block b has the places first_place[b] .. first_place[b + 1], at most kMaxBlockSize.
+struct GramAccumulateLiving {
+    int64_t num_blocks;
+    void* gram;  // f32 or f64, updated in place: packed lower triangles
+    DType gram_type;
+    const int64_t* gram_start;   // [num_blocks] where each begins
+    const int64_t* first_place;  // [num_blocks + 1]
+    const int32_t* from;         // the weight at each place; negative: none, its gradient is zero
+    const void* gradients;       // [num_gradients, ...], any DType, any alignment
+    DType gradient_type;
+    int64_t num_gradients;
+    int64_t gradient_stride;
+};
+
 // F = damping * I + scale * gram.
 struct Fisher {
     Partition partition;
@@ -170,6 +185,7 @@ struct BlockRange {
 struct Kernels {
     const char* name;
     int64_t (*gram_accumulate)(const GramAccumulate&, BlockRange, char* workspace);
+    int64_t (*gram_accumulate_living)(const GramAccumulateLiving&, BlockRange, char* workspace);
     int64_t (*gram_inverse)(const GramInverse&, BlockRange, char* workspace);
     int64_t (*gram_diagonal)(const GramDiagonal&, BlockRange, char* workspace);
     int64_t (*gram_solve)(const GramSolve&, BlockRange, char* workspace);
@@ -192,6 +208,7 @@ const char* current_instruction_set();
 bool select_instruction_set(const char* name);
 
 void gram_accumulate(const GramAccumulate&, int threads);
+void gram_accumulate_living(const GramAccumulateLiving&, int threads);
 void gram_inverse(const GramInverse&, int threads);
 void gram_diagonal(const GramDiagonal&, int threads);
 void gram_solve(const GramSolve&, int threads);

@@ -45,12 +45,27 @@ def _has_cuda_kernels() -> bool:
     return _lib.failure() is None and hasattr(_lib.core(), "cuda")
 
 
-def operator(schema: str, check: Callable[..., None], fake: Callable[..., Any]) -> Callable:
-    """Register the decorated native implementation, its oracle, checks and shapes."""
+def operator(
+    schema: str,
+    check: Callable[..., None],
+    fake: Callable[..., Any],
+    oracle: Callable[..., Any] | None = None,
+    on_cuda: bool = True,
+) -> Callable:
+    """Register the decorated native implementation, its oracle, checks and shapes.
+
+    Args:
+        schema: of torch, without the name.
+        check: raises for bad arguments.
+        fake: shapes of the result.
+        oracle: in torch; by default of the same name in :mod:`obert_kernels.reference`.
+        on_cuda: whether the native implementation serves CUDA devices, too.
+    """
+    given = oracle
 
     def register(native: Callable) -> Callable:
         name = native.__name__.removeprefix("_")
-        oracle = getattr(reference, name)
+        oracle = given or getattr(reference, name)
 
         def run_native(*args: Any) -> Any:
             check(*args)
@@ -68,7 +83,7 @@ def operator(schema: str, check: Callable[..., None], fake: Callable[..., Any]) 
         _library.define(f"{name}{schema}")
         _library.impl(name, run_oracle, "CompositeExplicitAutograd")
         _library.impl(name, run_native, "CPU")
-        if _has_cuda_kernels():
+        if on_cuda and _has_cuda_kernels():
             _library.impl(name, run_on_device, "CUDA")
         torch.library.register_fake(f"{_NAMESPACE}::{name}", fake, lib=_library)
         registered = getattr(getattr(torch.ops, _NAMESPACE), name).default

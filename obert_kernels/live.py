@@ -15,16 +15,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import ops
 from ._checks import MAX_BLOCK_SIZE
 from ._registry import NumericalError
 from .fisher import Fisher, GramFisher, as_rows, gram_bytes
+from .living_ops import gram_accumulate_living
 
 # Sizes that blocks are rounded up to; each is one more call for every batch of gradients.
 _SIZES = (4, 8, 12, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224)
 # Gathering gradients takes time and room of its own: not for less than a quarter of the Gram.
 _WORTHWHILE = 0.75
-# Of a place: where its weight stands in the matrix (int32), and whether there is one (bool).
-_PLACE_BYTES = 5
+# Of a place: its weight twice, by part and by block (int32), and whether there is one (bool).
+_PLACE_BYTES = 9
+# Of a block: where its Gram and its places begin (int64).
+_BLOCK_BYTES = 16
 
 
 @dataclass
@@ -76,7 +80,11 @@ def _live_bytes(alive: Tensor, block_size: int, group_size: int, dtype: torch.dt
     places = _places(_living(alive, block_size, group_size).needed, group_size)
     if max(places) > MAX_BLOCK_SIZE:  # whole groups make it larger than the block they come from
         return math.inf
-    return sum(gram_bytes(p, size, dtype) + _PLACE_BYTES * p for size, p in places.items() if p)
+    return sum(
+        gram_bytes(p, size, dtype) + _PLACE_BYTES * p + _BLOCK_BYTES * (p // size)
+        for size, p in places.items()
+        if p
+    )
 
 
 def _size(alive: Tensor, block_size: int, group_size: int, dtype: torch.dtype) -> tuple[int, bool]:
@@ -170,26 +178,41 @@ class LiveFisher(Fisher):
         self.device = alive.device
         self._num_gradients: float = 0
         living = _living(alive, block_size, group_size)
-        self._parts: list[_Part] = []
-        taken = 0
-        for size, places in _places(living.needed, group_size).items():
-            here = (living.needed > taken) & (living.needed <= size)
-            taken = size
-            if places:
-                self._parts.append(self._part(living, here, size, places, dtype))
+        places = {size: p for size, p in _places(living.needed, group_size).items() if p}
+        if places and max(places) > MAX_BLOCK_SIZE:
+            raise ValueError(
+                f"{name}: blocks of {block_size} have up to {max(places)} places in whole groups "
+                f"of {group_size}; {MAX_BLOCK_SIZE} is the most: choose a smaller block_size"
+            )
+        sizes = torch.tensor(list(places), dtype=torch.long, device=self.device)
+        self._lay_out(living, sizes, dtype)
 
-    def _part(
-        self, living: _Living, here: Tensor, size: int, places: int, dtype: torch.dtype
-    ) -> _Part:
-        rank = torch.cumsum(here, 0) - 1
-        mine = here[living.block]
-        at = rank[living.block[mine]] * size + living.place[mine]
-        index = torch.zeros(places, dtype=torch.int32, device=self.device)
-        index[at] = living.weight[mine].int()
-        empty = torch.ones(places, dtype=torch.bool, device=self.device)
-        empty[at] = False
-        fisher = GramFisher(places, size, dtype=dtype, device=self.device, name=self.name)
-        return _Part(size, index, empty, fisher)
+    def _lay_out(self, living: _Living, sizes: Tensor, dtype: torch.dtype) -> None:
+        """Find a place for every weight, and for the Gram of every block."""
+        part = torch.searchsorted(sizes, living.needed)
+        size = sizes[part]
+        end = torch.cumsum(size, 0)
+        self._first_place = torch.cat([end.new_zeros(1), end])
+        places = int(self._first_place[-1])
+        self._source = torch.full((places,), -1, dtype=torch.int32, device=self.device)
+        at = self._first_place[living.block] + living.place
+        self._source[at] = living.weight.int()
+        triangle = sizes * (sizes + 1) // 2
+        blocks = torch.bincount(part, minlength=len(sizes))
+        starts = (torch.cumsum(blocks * triangle, 0) - blocks * triangle).tolist()
+        self._gram = torch.zeros(int((blocks * triangle).sum()), dtype=dtype, device=self.device)
+        self._gram_start = torch.zeros_like(living.needed)
+        self._parts: list[_Part] = []
+        for index, s in enumerate(sizes.tolist()):
+            mine = (part == index).nonzero().flatten()
+            rank = torch.arange(len(mine), device=self.device)
+            self._gram_start[mine] = starts[index] + rank * triangle[index]
+            within = torch.arange(s, device=self.device)
+            source = self._source[self._first_place[mine][:, None] + within].flatten()
+            fisher = GramFisher(len(source), s, dtype=dtype, device=self.device, name=self.name)
+            entries = len(mine) * int(triangle[index])
+            fisher.gram = self._gram[starts[index] :][:entries].view(len(mine), -1)
+            self._parts.append(_Part(s, source.clamp_min(0), source < 0, fisher))
 
     @property
     def num_gradients(self) -> float:
@@ -205,26 +228,33 @@ class LiveFisher(Fisher):
     @property
     def num_bytes(self) -> int:
         """Memory it takes."""
-        return sum(p.fisher.num_bytes + _PLACE_BYTES * len(p.index) for p in self._parts)
+        tables = _PLACE_BYTES * len(self._source) + _BLOCK_BYTES * len(self._gram_start)
+        return self._gram.nbytes + tables
 
     def accumulate(self, gradients: Tensor) -> None:
         """Add gradients ``[n]`` or ``[k, n]``; those of pruned weights are not looked at."""
         rows = as_rows(gradients, self.num_weights)
+        if self.device.type == "cuda":
+            self._accumulate_by_part(rows)
+        else:
+            gram_accumulate_living(
+                self._gram, rows, self._gram_start, self._first_place, self._source
+            )
+        self.num_gradients += rows.shape[0]
+
+    def _accumulate_by_part(self, rows: Tensor) -> None:
+        """The same by the operator for blocks of one size, which CUDA has."""
         for part in self._parts:
-            part.fisher.accumulate(part.gathered(rows))
-        self._num_gradients += rows.shape[0]
+            ops.gram_accumulate(part.fisher.gram, part.gathered(rows), part.size)
 
     def merge(self, other: LiveFisher) -> None:
         """Add the gradients another process or run has seen of the same weights."""
-        same = len(self._parts) == len(other._parts) and all(
-            torch.equal(a.index, b.index) and torch.equal(a.empty, b.empty)
-            for a, b in zip(self._parts, other._parts, strict=True)
-        )
+        same = torch.equal(self._source, other._source)
+        same = same and torch.equal(self._first_place, other._first_place)
         if not same:
             raise ValueError(f"cannot merge {self.name}: other weights were left there")
-        for mine, theirs in zip(self._parts, other._parts, strict=True):
-            mine.fisher.merge(theirs.fisher)
-        self._num_gradients += other.num_gradients
+        self._gram += other._gram.to(self._gram)
+        self.num_gradients += other.num_gradients
 
     def mean_squares(self) -> float:
         """Sum over the weights of the mean square of their gradients."""

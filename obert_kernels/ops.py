@@ -43,19 +43,19 @@ from ._registry import NumericalError, new_status, operator, raise_for_status
 
 __all__ = ["NumericalError", "new_status", "raise_for_status"]
 
-_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
 
 def _fisher_args(
     gram: Tensor, n: int, block_size: int, num_gradients: float, damping: float, status: Tensor
 ) -> Any:
     return _lib.core().Fisher(
-        gram.data_ptr(), _CODES[gram.dtype], n, block_size, 1.0 / num_gradients, damping,
+        gram.data_ptr(), DTYPE_CODES[gram.dtype], n, block_size, 1.0 / num_gradients, damping,
         status.data_ptr(),
     )  # fmt: skip
 
 
-def _rows(gradients: Tensor) -> Tensor:
+def contiguous_rows(gradients: Tensor) -> Tensor:
     """Gradients with every row contiguous; rows may lie any distance apart."""
     return gradients if gradients.stride(1) == 1 else gradients.contiguous()
 
@@ -81,12 +81,12 @@ def _check_accumulate(gram: Tensor, gradients: Tensor, block_size: int) -> None:
     lambda gram, gradients, block_size: None,
 )
 def gram_accumulate(gram: Tensor, gradients: Tensor, block_size: int) -> None:
-    gradients = _rows(gradients)
+    gradients = contiguous_rows(gradients)
     core, where = _run_on(gram)
     core.gram_accumulate(
-        gram.data_ptr(), _CODES[gram.dtype], gradients.data_ptr(), _CODES[gradients.dtype],
-        gradients.shape[0], gradients.stride(0), gradients.shape[1], block_size,
-        where,
+        gram.data_ptr(), DTYPE_CODES[gram.dtype], gradients.data_ptr(),
+        DTYPE_CODES[gradients.dtype], gradients.shape[0], gradients.stride(0), gradients.shape[1],
+        block_size, where,
     )  # fmt: skip
 
 
@@ -119,7 +119,7 @@ def gram_inverse(
     out = gram.new_empty(gram.shape, dtype=dtype)
     fisher = _fisher_args(gram, num_weights, block_size, num_gradients, damping, status)
     core, where = _run_on(gram)
-    core.gram_inverse(fisher, out.data_ptr(), _CODES[dtype], where)
+    core.gram_inverse(fisher, out.data_ptr(), DTYPE_CODES[dtype], where)
     return out
 
 
@@ -140,7 +140,7 @@ def gram_diagonal(
     out = gram.new_empty(num_weights, dtype=dtype)
     fisher = _fisher_args(gram, num_weights, block_size, num_gradients, damping, status)
     core, where = _run_on(gram)
-    core.gram_diagonal(fisher, out.data_ptr(), _CODES[dtype], where)
+    core.gram_diagonal(fisher, out.data_ptr(), DTYPE_CODES[dtype], where)
     return out
 
 
@@ -171,7 +171,7 @@ def gram_solve(
     out = torch.empty_like(v)
     fisher = _fisher_args(gram, v.numel(), block_size, num_gradients, damping, status)
     core, where = _run_on(gram)
-    core.gram_solve(fisher, v.data_ptr(), out.data_ptr(), _CODES[v.dtype], where)
+    core.gram_solve(fisher, v.data_ptr(), out.data_ptr(), DTYPE_CODES[v.dtype], where)
     return out
 
 
@@ -201,7 +201,7 @@ def gram_scores(
     fisher = _fisher_args(gram, weight.numel(), block_size, num_gradients, damping, status)
     core, where = _run_on(gram)
     core.gram_scores(
-        fisher, weight.data_ptr(), _CODES[weight.dtype], group_size, scores.data_ptr(),
+        fisher, weight.data_ptr(), DTYPE_CODES[weight.dtype], group_size, scores.data_ptr(),
         where,
     )  # fmt: skip
     return scores
@@ -234,7 +234,7 @@ def gram_greedy_scores(
     fisher = _fisher_args(gram, weight.numel(), block_size, num_gradients, damping, status)
     core, where = _run_on(gram)
     core.gram_greedy_scores(
-        fisher, weight.data_ptr(), _CODES[weight.dtype], keep.data_ptr(), group_size,
+        fisher, weight.data_ptr(), DTYPE_CODES[weight.dtype], keep.data_ptr(), group_size,
         scores.data_ptr(), where,
     )  # fmt: skip
     return scores
@@ -275,7 +275,7 @@ def gram_n_of_m(
     fisher = _fisher_args(gram, weight.numel(), block_size, num_gradients, damping, status)
     core, where = _run_on(gram)
     core.gram_n_of_m(
-        fisher, weight.data_ptr(), _CODES[weight.dtype], keep.data_ptr(), kept, group,
+        fisher, weight.data_ptr(), DTYPE_CODES[weight.dtype], keep.data_ptr(), kept, group,
         new_keep.data_ptr(), where,
     )  # fmt: skip
     return new_keep
@@ -288,7 +288,7 @@ def _update_args(
     weight, keep = weight.contiguous(), keep.contiguous()
     new, increase = torch.empty_like(weight), weight.new_zeros(blocks, dtype=torch.float64)
     args = _lib.core().Update(
-        weight.data_ptr(), _CODES[weight.dtype], keep.data_ptr(), group_size, int(joint),
+        weight.data_ptr(), DTYPE_CODES[weight.dtype], keep.data_ptr(), group_size, int(joint),
         new.data_ptr(), increase.data_ptr() if blocks else 0,
     )  # fmt: skip
     return args, new, increase, (weight, keep)
@@ -340,10 +340,10 @@ def _check_woodbury(inverse, gradients, num_gradients, status):  # type: ignore[
 def woodbury_update(
     inverse: Tensor, gradients: Tensor, num_gradients: float, status: Tensor
 ) -> None:
-    gradients = _rows(gradients)
+    gradients = contiguous_rows(gradients)
     core, where = _run_on(inverse)
     core.woodbury_update(
-        inverse.data_ptr(), gradients.data_ptr(), _CODES[gradients.dtype], gradients.shape[0],
+        inverse.data_ptr(), gradients.data_ptr(), DTYPE_CODES[gradients.dtype], gradients.shape[0],
         gradients.stride(0), gradients.shape[1], reference.block_size_of(inverse), num_gradients,
         status.data_ptr(), where,
     )  # fmt: skip
@@ -367,7 +367,7 @@ def inverse_scores(inverse: Tensor, weight: Tensor, group_size: int, status: Ten
     core, where = _run_on(inverse)
     core.inverse_scores(
         inverse.data_ptr(), weight.numel(), reference.block_size_of(inverse), weight.data_ptr(),
-        _CODES[weight.dtype], group_size, scores.data_ptr(), status.data_ptr(),
+        DTYPE_CODES[weight.dtype], group_size, scores.data_ptr(), status.data_ptr(),
         where,
     )  # fmt: skip
     return scores

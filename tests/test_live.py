@@ -6,7 +6,7 @@ import pytest
 import torch
 from problems import DAMPING, gradients, relative_error
 
-from obert_kernels import GramFisher, NumericalError
+from obert_kernels import GramFisher, NumericalError, living_ops
 from obert_kernels.live import LiveFisher, block_fisher, fisher_bytes
 
 
@@ -23,6 +23,9 @@ def both(g, alive, size, c, dtype=torch.float64):
     live = LiveFisher(alive, size, c, dtype=dtype)
     live.accumulate(g[:7])  # pruned weights have gradients, which are left aside
     live.accumulate(g[7:])
+    by_part = LiveFisher(alive, size, c, dtype=dtype)
+    by_part._accumulate_by_part(g)  # as on CUDA
+    torch.testing.assert_close(by_part._gram, live._gram, rtol=1e-6, atol=1e-9)
     return full, live
 
 
@@ -86,6 +89,38 @@ def test_groups_that_outgrow_the_largest_block_take_full_blocks():
     alive = torch.ones(255 * 4, dtype=torch.bool)
     alive[-5:] = False
     assert isinstance(block_fisher(alive, 255, 4), GramFisher)
+    with pytest.raises(ValueError, match="up to 260 places in whole groups of 4; 256 is the most"):
+        LiveFisher(alive, 255, 4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("gram_dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("k", [1, 33, 70])
+def test_the_operator_against_its_oracle(isa, dtype, gram_dtype, k):
+    if isa == "cuda-on-host":
+        pytest.skip("CUDA gathers, and takes the operator for blocks of one size")
+    n = 3000
+    alive = torch.rand(n) < torch.linspace(0.0, 1.2, n)  # blocks of every size
+    live = LiveFisher(alive, 50, 1, dtype=gram_dtype)
+    apart = gradients(k, n + 13).to(dtype)[:, 5 : n + 5]
+    live.accumulate(apart)
+    expected = LiveFisher(alive, 50, 1, dtype=torch.float64)
+    tables = (expected._gram_start, expected._first_place, expected._source)
+    living_ops._in_torch(expected._gram, apart, *tables)
+    assert relative_error(live._gram, expected._gram) < (
+        1e-5 if gram_dtype.itemsize == 4 else 1e-12
+    )
+
+
+def test_the_operator_checks_its_arguments():
+    live = LiveFisher(torch.arange(100) % 3 == 0, 10)
+    tables = [live._gram_start, live._first_place, live._source]
+    operator = living_ops.gram_accumulate_living
+    torch.library.opcheck(operator, (live._gram, gradients(4, 100), *tables))
+    with pytest.raises(ValueError, match="first_place must have one entry more"):
+        operator(live._gram, gradients(4, 100), tables[0][1:], *tables[1:])
+    with pytest.raises(TypeError, match="source must be"):
+        operator(live._gram, gradients(4, 100), *tables[:2], tables[2].long())
 
 
 def test_one_weight_or_none_may_be_left():

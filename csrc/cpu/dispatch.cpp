@@ -180,6 +180,12 @@ bool select_instruction_set(const char* name) {
 void gram_accumulate(const GramAccumulate& args, int threads) {
     run(args, threads, 1, current().load()->gram_accumulate);
 }
+void gram_accumulate_living(const GramAccumulateLiving& args, int threads) {
+    const Partition blocks{args.num_blocks * kMaxBlockSize, kMaxBlockSize};
+    parallel_blocks(blocks, threads, 1, [&](BlockRange range, char* workspace) {
+        return current().load()->gram_accumulate_living(args, range, workspace);
+    });
+}
 void gram_inverse(const GramInverse& args, int threads) {
     const Partition& partition = args.fisher.partition;
     const int64_t entries =

@@ -3,6 +3,9 @@
 // Per block: bytes B(B+1) * sizeof(gram) + k B * sizeof(gradient) (the packed triangle is
 // read and written once, each gradient read once); flops k B (B+1).
 //
+// Blocks of the living weights alone are gathered many at a time first, in one sweep over the
+// gradients.
+//
 // Blocks are taken in stretches: while the tiles of one are computed every tile asks for one
 // run of a row of the next.
 #include "stretch.h"
@@ -87,7 +90,71 @@ void accumulate(const GramAccumulate& args, cpu::BlockRange range, char* workspa
     }
 }
 
+// Places that are gathered together, of so many gradients: they stay in the second-level cache, and
+// the runs of the gradients that they come from are long.
+constexpr int kMaxPlaces = 512;
+constexpr int kMaxGathered = 32;
+
+// destination[i] = source[from[i]], bits zero where that is negative.
+template <class Bits>
+void gather(const void* source, const int32_t* from, int count, void* destination) {
+    const Bits* in = static_cast<const Bits*>(source);
+    Bits* out = static_cast<Bits*>(destination);
+    for (int i = 0; i < count; ++i) {
+        const Bits value = in[from[i] < 0 ? 0 : from[i]];
+        out[i] = from[i] < 0 ? Bits(0) : value;
+    }
+}
+
+void gather(int element_size, const void* source, const int32_t* from, int count,
+            void* destination) {
+    if (element_size == 8) return gather<uint64_t>(source, from, count, destination);
+    if (element_size == 4) return gather<uint32_t>(source, from, count, destination);
+    gather<uint16_t>(source, from, count, destination);
+}
+
+template <class T>
+void accumulate_living(const GramAccumulateLiving& args, cpu::BlockRange range, char* workspace) {
+    constexpr int stride = kMaxPlaces + Simd<T>::lanes;
+    const int element = element_size(args.gradient_type);
+    Scratch scratch{workspace};
+    T* panel = scratch.take<T>(int64_t(kMaxGathered) * stride);
+    for (int64_t i = 0; i < int64_t(kMaxGathered) * stride; ++i) panel[i] = 0;
+    char* raw = scratch.take<char>(kMaxPlaces * 8);
+    for (int64_t b0 = range.begin, b1; b0 < range.end; b0 = b1) {
+        const int64_t first = args.first_place[b0];
+        for (b1 = b0 + 1; b1 < range.end && args.first_place[b1 + 1] - first <= kMaxPlaces;) ++b1;
+        const int places = int(args.first_place[b1] - first);
+        for (int64_t t0 = 0; t0 < args.num_gradients; t0 += kMaxGathered) {
+            const int64_t left = args.num_gradients - t0;
+            const int rows = left < kMaxGathered ? int(left) : kMaxGathered;
+            for (int t = 0; t < rows; ++t) {
+                const char* gradient = static_cast<const char*>(args.gradients) +
+                                       (t0 + t) * args.gradient_stride * element;
+                gather(element, gradient, args.from + first, places, raw);
+                read_as(args.gradient_type, raw, 0, places, panel + int64_t(t) * stride);
+            }
+            for (int64_t b = b0; b < b1; ++b) {
+                const int64_t place = args.first_place[b];
+                lower_product<T, false>(
+                    panel + (place - first), stride, rows, int(args.first_place[b + 1] - place),
+                    [=] { return nothing_ahead(panel); },
+                    AddToGram<T>{static_cast<T*>(args.gram) + args.gram_start[b]});
+            }
+        }
+    }
+}
+
 }  // namespace
+
+int64_t gram_accumulate_living(const GramAccumulateLiving& args, cpu::BlockRange range,
+                               char* workspace) {
+    if (args.gram_type == DType::f64)
+        accumulate_living<double>(args, range, workspace);
+    else
+        accumulate_living<float>(args, range, workspace);
+    return -1;
+}
 
 int64_t gram_accumulate(const GramAccumulate& args, cpu::BlockRange range, char* workspace) {
     if (args.gram_type == DType::f64)

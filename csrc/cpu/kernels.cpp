@@ -8,6 +8,7 @@ namespace obert {
 namespace OBERT_ISA {
 
 int64_t gram_accumulate(const GramAccumulate&, cpu::BlockRange, char*);
+int64_t gram_accumulate_living(const GramAccumulateLiving&, cpu::BlockRange, char*);
 int64_t gram_inverse(const GramInverse&, cpu::BlockRange, char*);
 int64_t gram_diagonal(const GramDiagonal&, cpu::BlockRange, char*);
 int64_t gram_solve(const GramSolve&, cpu::BlockRange, char*);
@@ -21,10 +22,19 @@ int64_t inverse_update(const InverseUpdate&, cpu::BlockRange, char*);
 
 extern const cpu::Kernels kernels;
 const cpu::Kernels kernels = {
-    OBERT_STRING(OBERT_ISA), gram_accumulate, gram_inverse,
-    gram_diagonal,           gram_solve,      gram_scores,
-    gram_greedy_scores,      gram_n_of_m,     gram_update,
-    woodbury_update,         inverse_scores,  inverse_update,
+    OBERT_STRING(OBERT_ISA),
+    gram_accumulate,
+    gram_accumulate_living,
+    gram_inverse,
+    gram_diagonal,
+    gram_solve,
+    gram_scores,
+    gram_greedy_scores,
+    gram_n_of_m,
+    gram_update,
+    woodbury_update,
+    inverse_scores,
+    inverse_update,
 };
 
 }  // namespace OBERT_ISA

@@ -1,0 +1,76 @@
+"""The operator that adds gradients to Grams of the living weights alone; as :mod:`.ops`.
+
+Its blocks have different sizes and hold some of the weights.  ``gram`` is flat, one packed lower
+triangle after the other, block b from ``gram_start[b]`` on; ``first_place`` (``[blocks + 1]``)
+says which places a block has, and ``source`` which weight stands at each place (int32, -1: none,
+its gradient is zero).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import _lib
+from ._checks import WIDE, check_devices, check_dtype, check_gradients, require
+from ._registry import operator
+from .ops import DTYPE_CODES, contiguous_rows
+
+
+def _in_torch(
+    gram: Tensor, gradients: Tensor, gram_start: Tensor, first_place: Tensor, source: Tensor
+) -> None:
+    """Add ``sum_i g_i g_i^T`` to every block's triangle; blocks of one size at a time."""
+    sizes = first_place.diff()
+    for size in sizes.unique().tolist():
+        if size == 0:
+            continue
+        blocks = (sizes == size).nonzero().flatten()
+        within = torch.arange(size, device=gram.device)
+        index = source[first_place[blocks][:, None] + within].long()
+        g = gradients[:, index.clamp_min(0)].double().masked_fill(index < 0, 0)
+        added = torch.einsum("kbi,kbj->bij", g, g)
+        row, column = torch.tril_indices(size, size, device=gram.device)
+        entries = torch.arange(len(row), device=gram.device)
+        gram[gram_start[blocks][:, None] + entries] += added[:, row, column].to(gram.dtype)
+
+
+def _check(
+    gram: Tensor, gradients: Tensor, gram_start: Tensor, first_place: Tensor, source: Tensor
+) -> None:
+    check_gradients(gradients, gram)
+    check_dtype("gram", gram, WIDE)
+    require(gram.dim() == 1 and gram.is_contiguous(), "gram must be flat and contiguous")
+    for name, tensor, dtype in (
+        ("gram_start", gram_start, torch.int64),
+        ("first_place", first_place, torch.int64),
+        ("source", source, torch.int32),
+    ):
+        check_dtype(name, tensor, (dtype,))
+        require(tensor.dim() == 1 and tensor.is_contiguous(), f"{name} must be contiguous")
+    require(
+        len(first_place) == len(gram_start) + 1,
+        f"first_place must have one entry more than gram_start, got {len(first_place)} and "
+        f"{len(gram_start)}",
+    )
+    check_devices(gram=gram, gram_start=gram_start, first_place=first_place, source=source)
+
+
+@operator(
+    "(Tensor(a!) gram, Tensor gradients, Tensor gram_start, Tensor first_place, Tensor source) "
+    "-> ()",
+    _check,
+    lambda gram, gradients, gram_start, first_place, source: None,
+    oracle=_in_torch,
+    on_cuda=False,
+)
+def gram_accumulate_living(
+    gram: Tensor, gradients: Tensor, gram_start: Tensor, first_place: Tensor, source: Tensor
+) -> None:
+    gradients = contiguous_rows(gradients)
+    _lib.core().gram_accumulate_living(
+        len(gram_start), gram.data_ptr(), DTYPE_CODES[gram.dtype], gram_start.data_ptr(),
+        first_place.data_ptr(), source.data_ptr(), gradients.data_ptr(),
+        DTYPE_CODES[gradients.dtype], gradients.shape[0], gradients.stride(0),
+        torch.get_num_threads(),
+    )  # fmt: skip
