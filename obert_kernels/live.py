@@ -136,14 +136,13 @@ class _Part:
         """``[..., n]`` to ``[..., places]``, zero where no weight stands."""
         return torch.index_select(values, -1, self.index).masked_fill_(self.empty, 0)
 
-    def spread(self, values: Tensor, out: Tensor) -> None:
-        """``[places]`` into ``[n]``."""
-        out[self.index[~self.empty]] = values[~self.empty].to(out.dtype)
-
-    def groups(self, group_size: int) -> tuple[Tensor, Tensor]:
-        """Of every ``group_size`` places the group they belong to, and whether any is taken."""
-        member = torch.where(self.empty, -1, self.index).view(-1, group_size).amax(1)
-        return member // group_size, member >= 0
+    def target(self, num_weights: int, group_size: int = 1) -> Tensor:
+        """Of every ``group_size`` places the group they belong to; ``n / group_size`` for none."""
+        member = self.index.masked_fill(self.empty, -1)
+        if group_size > 1:
+            member = member.view(-1, group_size).amax(1)
+        groups = num_weights // group_size
+        return torch.where(member < 0, groups, member // group_size).long()
 
 
 class LiveFisher(Fisher):
@@ -271,6 +270,10 @@ class LiveFisher(Fisher):
             text = str(error).replace(f"block {error.block} ", f"block {block} ", 1)
             raise NumericalError(text, block) from None
 
+    def _spread(self, part: _Part, values: Tensor, out: Tensor) -> None:
+        """``[places]`` into ``[n + 1]``, the last for places where no weight stands."""
+        out.index_copy_(0, part.target(self.num_weights), values.to(out.dtype))
+
     def _check_groups(self, group_size: int) -> None:
         if self.group_size % group_size:
             raise ValueError(
@@ -280,19 +283,18 @@ class LiveFisher(Fisher):
 
     def diagonal(self, damping: float, dtype: torch.dtype = torch.float32) -> Tensor:
         """Diagonal of ``F^-1``, ``[n]``; ``1/damping`` for the pruned."""
-        out = torch.full((self.num_weights,), 1.0 / damping, dtype=dtype, device=self.device)
+        out = torch.full((self.num_weights + 1,), 1.0 / damping, dtype=dtype, device=self.device)
         for part in self._parts:
-            part.spread(self._ask(part, "diagonal", damping, dtype), out)
-        return out
+            self._spread(part, self._ask(part, "diagonal", damping, dtype), out)
+        return out[:-1]
 
     def _scores(self, method: str, inputs: tuple[Tensor, ...], damping: float, c: int) -> Tensor:
         self._check_groups(c)
-        scores = torch.zeros(self.num_weights // c, device=self.device)
+        scores = torch.zeros(self.num_weights // c + 1, device=self.device)
         for part in self._parts:
             found = self._ask(part, method, *map(part.gathered, inputs), damping, c)
-            group, taken = part.groups(c)
-            scores.index_add_(0, group[taken], found[taken])
-        return scores
+            scores.index_add_(0, part.target(self.num_weights, c), found)
+        return scores[:-1]
 
     def scores(self, weight: Tensor, damping: float, group_size: int = 1) -> Tensor:
         """As :meth:`GramFisher.scores`; zero for groups that are gone."""
@@ -307,11 +309,11 @@ class LiveFisher(Fisher):
     def n_of_m(self, weight: Tensor, keep: Tensor, damping: float, kept: int, group: int) -> Tensor:
         """As :meth:`GramFisher.n_of_m`."""
         self._check_groups(group)
-        new = torch.zeros_like(keep)
+        new = keep.new_zeros(len(keep) + 1)
         for part in self._parts:
             here = (part.gathered(weight), part.gathered(keep))
-            part.spread(self._ask(part, "n_of_m", *here, damping, kept, group), new)
-        return new
+            self._spread(part, self._ask(part, "n_of_m", *here, damping, kept, group), new)
+        return new[:-1]
 
     def update(
         self,
@@ -323,10 +325,10 @@ class LiveFisher(Fisher):
     ) -> tuple[Tensor, float]:
         """As :meth:`GramFisher.update`."""
         self._check_groups(group_size)
-        new, increase = torch.zeros_like(weight), 0.0
+        new, increase = weight.new_zeros(len(weight) + 1), 0.0
         for part in self._parts:
             here = (part.gathered(weight), part.gathered(keep))
             found, cost = self._ask(part, "update", *here, damping, group_size, rule)
-            part.spread(found, new)
+            self._spread(part, found, new)
             increase += cost
-        return new, increase
+        return new[:-1], increase

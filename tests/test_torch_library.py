@@ -5,8 +5,9 @@ import torch
 from problems import DAMPING, fresh_inverse, gradients, gram_of
 
 from obert_kernels import ops
+from obert_kernels.live import LiveFisher
 
-N, B = 107, 25
+N, B = 110, 25
 
 
 def samples():
@@ -14,7 +15,11 @@ def samples():
     weight, keep = torch.randn(N), torch.rand(N) < 0.5
     inverse = fresh_inverse(gram.shape[0], B)
     fisher = (B, 30.0, DAMPING)
+    live = LiveFisher(keep, B)
+    tables = (live._gram_start, live._first_place, live._source)
     return {
+        "gram_accumulate_living": (live._gram, gradients(3, N), *tables),
+        "gram_n_of_m": (gram, weight, keep, 2, 5, *fisher, ops.new_status()),
         "gram_accumulate": (gram.clone(), gradients(3, N), B),
         "gram_inverse": (gram, N, *fisher, torch.float32, ops.new_status()),
         "gram_diagonal": (gram, N, *fisher, torch.float64, ops.new_status()),
@@ -31,6 +36,10 @@ def samples():
 NAMES = list(samples())
 
 
+def operator(name):
+    return getattr(torch.ops.obert_kernels, name).default
+
+
 def test_every_operator_is_listed():
     defined = {
         name.split("::")[1].split(".")[0]
@@ -42,16 +51,16 @@ def test_every_operator_is_listed():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_opcheck(name):
-    torch.library.opcheck(getattr(ops, name), samples()[name])
+    torch.library.opcheck(operator(name), samples()[name])
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_fake_shapes(name):
     """Meta tensors go through the fake and come out like real ones."""
     arguments = samples()[name]
-    real = getattr(ops, name)(*arguments)
+    real = operator(name)(*arguments)
     meta = [a.to("meta") if isinstance(a, torch.Tensor) else a for a in arguments]
-    fake = getattr(torch.ops.obert_kernels, name)(*meta)
+    fake = operator(name)(*meta)
     for r, f in zip(_tuple(real), _tuple(fake), strict=True):
         assert (r.shape, r.dtype) == (f.shape, f.dtype)
 
