@@ -1,4 +1,4 @@
-"""Text classification around pruning: batches, fine-tuning, accuracy, a sweep of sparsities.
+"""Text classification around pruning: batches, fine-tuning, accuracy, a comparison of methods.
 
 Everything random is seeded by an argument; the state of torch's own generator is left alone.
 """
@@ -10,7 +10,7 @@ import platform
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -220,18 +220,30 @@ def seeded(seed: int, device: torch.device | str = "cpu") -> Iterator[None]:
         yield
 
 
-def accuracy(
+class Quality(NamedTuple):
+    """How well a model does.
+
+    Attributes:
+        accuracy: share of texts whose class it gives right.
+        loss: mean over the texts; NaN for a model that returns none.
+    """
+
+    accuracy: float
+    loss: float
+
+
+def quality(
     model: nn.Module,
     loader: Iterable[Batch],
     *,
     bfloat16: bool | None = None,
     progress: Progress | None = None,
     stage: str = "evaluate",
-) -> float:
-    """Return the share of texts whose class the model gives right, in eval mode.
+) -> Quality:
+    """Return accuracy and loss of the model, in eval mode.
 
     Args:
-        model: returns an output with ``.logits`` for ``model(**batch)``.
+        model: returns an output with ``.logits``, and ``.loss``, for ``model(**batch)``.
         loader: batches with ``labels``.
         bfloat16: as for :func:`fine_tune`.
         progress: called as ``progress(stage, done, total)``, in batches.
@@ -240,25 +252,34 @@ def accuracy(
     device = next(model.parameters()).device
     batches = loader if isinstance(loader, Sequence | DataLoader) else list(loader)
     right = total = 0
+    loss = 0.0
     was_training = model.training
     model.eval()
     try:
         with torch.inference_mode(), _autocast(device, bfloat16):
             for index, batch in enumerate(batches):
                 batch = to_device(batch, device)
-                found = model(**batch).logits.argmax(dim=-1)
+                output = model(**batch)
+                found = output.logits.argmax(dim=-1)
                 right += int((found == batch["labels"]).sum())
                 total += len(found)
+                own = getattr(output, "loss", None)
+                loss += math.nan if own is None else float(own) * len(found)
                 if progress is not None:
                     progress(stage, index + 1, len(batches))
     finally:
         model.train(was_training)
-    return right / total
+    return Quality(right / total, loss / total)
+
+
+def accuracy(model: nn.Module, loader: Iterable[Batch], **options: Any) -> float:
+    """Return the share of texts whose class the model gives right: see :func:`quality`."""
+    return quality(model, loader, **options).accuracy
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """One line of the table of a sweep.
+    """One line of the table of :func:`compare`.
 
     Attributes:
         method: "magnitude" or "obert_kernels".
@@ -277,7 +298,7 @@ class Measurement:
     damping: float | None
 
 
-def sweep(
+def compare(
     model: nn.Module,
     batches: Sequence[Batch],
     evaluate: Callable[[nn.Module], float],

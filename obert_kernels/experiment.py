@@ -29,7 +29,7 @@ from .text_data import DEMO_PREFIX, TextData, load_text_data
 
 DEMO_MODEL = DEMO_PREFIX + "minilm"
 
-_EVALUATION_BATCH = 64
+EVALUATION_BATCH = 64  # texts
 _TRIAL_TEXTS = 256
 
 
@@ -49,6 +49,7 @@ class Settings:
     fisher_dtype: str = "float64"
     selection: str = "greedy"
     estimator: str = "gram"
+    plugin: Sequence[str] | None = None  # loaded by then
     update: str = "joint"
     scope: str = "global"
     steps: int = 1
@@ -95,7 +96,7 @@ def prune_classifier(
     data = load_text_data(
         settings.data, settings.text_column, settings.pair_column, settings.label_column
     )
-    tokenizer, model, data = _load_model(settings, data)
+    tokenizer, model, data = load_classifier(settings, data)
     options: dict[str, Any] = {
         "pattern": settings.pattern,
         "damping": settings.damping,
@@ -111,9 +112,9 @@ def prune_classifier(
         shape.check(name, weight)
     fisher_dtype = getattr(torch, settings.fisher_dtype)
     plan_passes(weights, block_size, fisher_dtype, settings.max_memory, settings.num_grads, True)
-    echo(_describe(settings, data, sum(weight.numel() for weight in weights.values())))
+    echo(describe(settings, data, sum(weight.numel() for weight in weights.values())))
     test = classification.make_loader(
-        tokenizer, data.test, _EVALUATION_BATCH, max_length=settings.max_length, by_length=True
+        tokenizer, data.test, EVALUATION_BATCH, max_length=settings.max_length, by_length=True
     )
     _fine_tune(settings, model, tokenizer, data, progress)
     dense = classification.accuracy(model, test, progress=progress)
@@ -142,7 +143,7 @@ def prune_classifier(
     def recover(result: PruneResult) -> None:
         _train(settings, settings.recovery_epochs, model, tokenizer, data, progress, result.masks)
 
-    table = classification.sweep(
+    table = classification.compare(
         model,
         batches,
         lambda pruned: classification.accuracy(pruned, test, progress=progress),
@@ -154,7 +155,7 @@ def prune_classifier(
             "estimator": settings.estimator,
         },
         num_grads=settings.num_grads,
-        calibration=_held_back(settings, tokenizer, data),
+        calibration=held_back(settings, tokenizer, data),
         samples_per_grad=settings.grad_batch_size,
         block_size=block_size,
         fisher_dtype=fisher_dtype,
@@ -189,7 +190,7 @@ def _check(settings: Settings) -> dict[float, Path]:
     return folders
 
 
-def _load_model(settings: Settings, data: TextData) -> tuple[Any, Any, TextData]:
+def load_classifier(settings: Settings, data: TextData) -> tuple[Any, Any, TextData]:
     """Return tokenizer, classifier, and the data with its classes in the model's order."""
     transformers = import_extra("transformers")
     transformers.utils.logging.set_verbosity_error()
@@ -247,7 +248,10 @@ def _match_labels(settings: Settings, config: Any, data: TextData) -> tuple[Text
             f"{_shorten(data.label_names)}"
         )
     if settings.finetune_epochs <= 0:
-        raise ValueError(f"{problem}: fine-tune it first, for example with --finetune-epochs 3")
+        raise ValueError(
+            f"{problem}: fine-tune it first, for example with "
+            "obert-prune run and --finetune-epochs 3"
+        )
     return data, False
 
 
@@ -256,16 +260,17 @@ def _shorten(names: Sequence[str]) -> str:
     return f"{shown}, … ({len(names)})" if len(names) > 6 else shown
 
 
-def _held_back(settings: Settings, tokenizer: Any, data: TextData) -> list[classification.Batch]:
+def held_back(settings: Settings, tokenizer: Any, data: TextData) -> list[classification.Batch]:
     """Texts to choose the damping on."""
     texts = data.dev if len(data.dev) else data.train
     loader = classification.make_loader(
-        tokenizer, texts, _EVALUATION_BATCH, max_length=settings.max_length, shuffle=True
+        tokenizer, texts, EVALUATION_BATCH, max_length=settings.max_length, shuffle=True
     )
-    return list(islice(loader, _TRIAL_TEXTS // _EVALUATION_BATCH))
+    return list(islice(loader, _TRIAL_TEXTS // EVALUATION_BATCH))
 
 
-def _describe(settings: Settings, data: TextData, weights: int) -> str:
+def describe(settings: Settings, data: TextData, weights: int) -> str:
+    """Return two lines on the model and the data."""
     return (
         f"{settings.model}: {weights:,} weights to prune\n"
         f"{settings.data}: {len(data.label_names)} classes; {len(data.train):,} texts to train, "

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import functools
+import gc
 import shutil
+import sys
+import weakref
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import host_cuda_build
 import pytest
 import torch
+from tiny_text import WORDS
 
 from obert_kernels import _lib, ops
 
@@ -61,6 +67,70 @@ def isa(request):
     assert core.current_instruction_set() == request.param
     yield request.param
     core.select_instruction_set(before)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """A model this small only loses by threads, most of all where tests run side by side."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def data_file(tmp_path: Path) -> str:
+    """Texts of two moods."""
+    generator = torch.Generator().manual_seed(0)
+    lines = ["text,label"]
+    for index in range(160):
+        mood = WORDS[3 * (index % 2) + int(torch.randint(3, (1,), generator=generator))]
+        filler = torch.randint(6, 12, (int(torch.randint(3, 9, (1,), generator=generator)),),
+                               generator=generator)  # fmt: skip
+        lines.append(f"{' '.join(WORDS[word] for word in filler)} {mood} {index},{index % 2}")
+    path = tmp_path / "moods.csv"
+    path.write_text("\n".join(lines))
+    return str(path)
+
+
+@pytest.fixture
+def command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str, str]]:
+    """Run ``obert-prune`` with arguments; return exit code, stdout and stderr."""
+    from obert_kernels import cli
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["obert-prune", *map(str, arguments)])
+        monkeypatch.setenv("COLUMNS", "200")
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+            raise SystemExit(0)
+        captured = capsys.readouterr()
+        return end.value.code or 0, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture
+def estimates(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, int]]:
+    """m, g and B of the estimates a grid made; no two exist at the same time."""
+    from obert_kernels import grid
+
+    made: list[tuple[int, int, int]] = []
+    alive: list[weakref.ref] = []
+    real = grid.estimate_fisher
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        gc.collect()
+        assert all(reference() is None for reference in alive), "the one before was not freed"
+        made.append((options["num_grads"], options["samples_per_grad"], options["block_size"]))
+        result = real(*arguments, **options)
+        alive.append(weakref.ref(result))
+        return result
+
+    monkeypatch.setattr(grid, "estimate_fisher", counted)
+    return made
 
 
 def pytest_collection_modifyitems(items):

@@ -4,87 +4,22 @@ from __future__ import annotations
 
 import json
 import re
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
 transformers = pytest.importorskip("transformers")
-tokenizers = pytest.importorskip("tokenizers")
 pytest.importorskip("typer")
 
-from obert_kernels import checkpoints, classification, cli, demo, prune  # noqa: E402
+from tiny_text import save_model  # noqa: E402
+
+from obert_kernels import checkpoints, classification, cli, cli_options, demo, prune  # noqa: E402
 from obert_kernels.calibration import calibration_batches  # noqa: E402
 from obert_kernels.text_data import load_text_data  # noqa: E402
 
-WORDS = ["good", "fine", "nice", "bad", "poor", "awful", "film", "plot", "the", "a", "was", "and"]
-TINY = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
-
-
-def save_model(folder: Path, *, head: bool, classes: int = 2) -> Path:
-    """A tiny random BERT with a tokenizer that knows WORDS."""
-    vocabulary = {word: index for index, word in enumerate(["[PAD]", "[UNK]", "[CLS]", *WORDS])}
-    words = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="[UNK]"))
-    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    words.post_processor = tokenizers.processors.TemplateProcessing(
-        single="[CLS] $A", pair="[CLS] $A [CLS] $B:1", special_tokens=[("[CLS]", 2)]
-    )
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]"
-    )
-    config = transformers.BertConfig(
-        vocab_size=len(vocabulary), intermediate_size=32, num_labels=classes, **TINY
-    )
-    kind = transformers.BertForSequenceClassification if head else transformers.BertModel
-    with classification.seeded(0):
-        model = kind(config)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """A model this small only loses by threads, most of all where tests run side by side."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture
-def data_file(tmp_path: Path) -> str:
-    generator = torch.Generator().manual_seed(0)
-    lines = ["text,label"]
-    for index in range(160):
-        mood = WORDS[3 * (index % 2) + int(torch.randint(3, (1,), generator=generator))]
-        filler = torch.randint(6, 12, (int(torch.randint(3, 9, (1,), generator=generator)),),
-                               generator=generator)  # fmt: skip
-        lines.append(f"{' '.join(WORDS[word] for word in filler)} {mood} {index},{index % 2}")
-    path = tmp_path / "moods.csv"
-    path.write_text("\n".join(lines))
-    return str(path)
-
-
-@pytest.fixture
-def command(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Callable[..., tuple[int, str, str]]:
-    """Run ``obert-prune`` with arguments; return exit code, stdout and stderr."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["obert-prune", *map(str, arguments)])
-        monkeypatch.setenv("COLUMNS", "200")
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-            raise SystemExit(0)
-        captured = capsys.readouterr()
-        return end.value.code or 0, captured.out, captured.err
-
-    return run
-
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 QUICK = ("--num-grads", 8, "--grad-batch-size", 4, "--block-size", 8, "--max-length", 16)
 
@@ -237,7 +172,8 @@ def test_user_errors_are_one_line(
 @pytest.mark.parametrize(
     "arguments",
     [["run"], ["run", "a", "b"], ["run", "a", "b", "-s", "2"], ["prune"],
-     ["run", "a", "b", "-s", "0.5", "--max-memory", "lots"]],
+     ["run", "a", "b", "-s", "0.5", "--max-memory", "lots"], ["sweep", "a"], ["sweep", "a", "b"],
+     ["sweep", "a", "b", "-s", "0.5", "--budget", "-1"]],
 )  # fmt: skip
 def test_wrong_usage_exits_with_2(
     command: Callable[..., tuple[int, str, str]], arguments: list[str]
@@ -246,7 +182,9 @@ def test_wrong_usage_exits_with_2(
     assert code == 2 and "Traceback" not in stderr
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["demo", "-h"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["run", "--help"], ["sweep", "-h"], ["demo", "-h"]]
+)
 def test_help(command: Callable[..., tuple[int, str, str]], arguments: list[str]) -> None:
     code, stdout, _ = command(*arguments)
     assert code == 0 and "Usage: obert-prune" in stdout
@@ -267,13 +205,13 @@ def test_demo_is_a_run_with_its_own_settings(
     [("8GB", 8 * 10**9), ("512 MiB", 2**29), ("1.5k", 1500), ("1000000", 10**6), ("2Gi", 2**31)],
 )
 def test_amounts_of_memory(text: str, expected: int) -> None:
-    assert cli.parse_bytes(text) == expected
+    assert cli_options.parse_bytes(text) == expected
 
 
 @pytest.mark.parametrize("text", ["", "GB", "8 parsecs", "-1GB", "1TB1", "5i"])
 def test_wrong_amounts_of_memory(text: str) -> None:
     with pytest.raises(ValueError, match="no amount of memory"):
-        cli.parse_bytes(text)
+        cli_options.parse_bytes(text)
 
 
 def test_interrupted_save_leaves_the_old_checkpoint(tmp_path: Path, data_file: str) -> None:

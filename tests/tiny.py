@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
+
+from obert_kernels.trials import Outcome, Setting
+
+GREEDY = Setting("greedy", "joint", 4, 2, 8, 1e-3)
 
 
 class TinyEncoder(nn.Module):
@@ -57,3 +63,18 @@ def snapshot(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def unchanged(model: nn.Module, before: dict[str, torch.Tensor]) -> bool:
     return all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+class FakeClock:
+    """Seconds that only pass when told to."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def outcome(setting: Setting = GREEDY, target: float = 0.5, **figures: Any) -> Outcome:
+    given = {"sparsity": target, "dev_accuracy": 0.9, "dev_loss": 0.3, "test_accuracy": 0.8}
+    return Outcome(setting, target, **{**given, **figures})

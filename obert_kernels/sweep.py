@@ -1,0 +1,264 @@
+"""The work behind ``obert-prune sweep``: load, try the grid, write table and plot."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import classification
+from .calibration import calibration_batches, tokens_at_once
+from .downloads import import_extra
+from .estimate import Progress
+from .experiment import EVALUATION_BATCH, Settings, describe, held_back, load_classifier
+from .grid import check_grid, run_grid
+from .layers import find_weights
+from .plots import plot_sweep
+from .text_data import DEMO_PREFIX, TextData, Texts, load_text_data
+from .trial_table import CSV_FILE, TABLE_FILE, TrialTable, check_basis, format_table, write_basis
+from .trials import Outcome, Scores, Setting, label
+
+PLOT_FILE = "sweep.png"
+
+# Held back from the training texts where the data holds none back: a tenth, and no more than this.
+_MOST_HELD_BACK = 2000
+
+
+def sweep_classifier(
+    settings: Settings,
+    grid: Sequence[Setting],
+    budget: float | None = None,
+    progress: Progress | None = None,
+    echo: Callable[[str], object] = print,
+    clock: Callable[[], float] = time.monotonic,
+) -> list[Outcome]:
+    """Try a grid on a text classifier, go on where an earlier call ended, and show what is best.
+
+    Args:
+        settings: of the model, the data and all trials; what the grid has is taken from there.
+        grid: see :func:`obert_kernels.trials.make_grid`.
+        budget: minutes from the call on, see :func:`obert_kernels.grid.run_grid`.
+        progress: called as ``progress(stage, done, total)``.
+        echo: called with each finished line of the results.
+        clock: what measures the budget, in seconds.
+
+    Returns:
+        Outcomes of all trials in the output folder, which has them in ``sweep.csv``,
+        ``sweep.md`` and ``sweep.png``.
+
+    Raises:
+        ValueError, OSError, MemoryError, ImportError, DownloadError: something about the
+            settings, files or installation, or the output folder holds trials of another model
+            or data; the message names it and the remedy.
+    """
+    started = clock()
+    for package in ("transformers", "tqdm", "matplotlib"):
+        import_extra(package)
+    data = load_text_data(
+        settings.data, settings.text_column, settings.pair_column, settings.label_column
+    )
+    tokenizer, model, data = load_classifier(settings, data)
+    data = _with_held_back(data, settings.seed)
+    shared = {"pattern": settings.pattern, "scope": settings.scope, "params": settings.params}
+    check_grid(model, grid, settings.sparsity, **shared)
+    _check_texts(grid, data)
+    basis = _basis(settings, model, data)
+    known = check_basis(settings.output, basis)
+    weights = find_weights(model, settings.params)
+    echo(describe(settings, data, sum(weight.numel() for weight in weights.values())))
+    evaluate = _evaluation(settings, tokenizer, data, progress)
+    dense = evaluate(model) if known is None else Scores(**known["dense"])
+    echo(f"dense accuracy {dense.dev_accuracy:.1%} on held-back texts, {_test(dense)}\n")
+    if known is None:
+        source = {"model": settings.model, "data": settings.data}
+        write_basis(settings.output, basis, dense=dense._asdict(), source=source)
+    table = TrialTable(settings.output / CSV_FILE)
+    report = _Reporter(table, grid, settings.sparsity, echo)
+    left_out = run_grid(
+        model,
+        lambda num_grads, texts: calibration_batches(
+            tokenizer,
+            data.train,
+            num_grads,
+            texts,
+            max_length=settings.max_length,
+            max_tokens=tokens_at_once(model.config.hidden_size),
+            seed=settings.seed,
+        ),
+        evaluate,
+        grid,
+        settings.sparsity,
+        **shared,
+        estimator=settings.estimator,
+        calibration=held_back(settings, tokenizer, data),
+        loss_fn=classification.text_loss,
+        fisher_dtype=getattr(torch, settings.fisher_dtype),
+        max_memory=settings.max_memory,
+        finished=table.outcomes,
+        budget=None if budget is None else budget - (clock() - started) / 60,
+        clock=clock,
+        on_outcome=report,
+        progress=progress,
+    ).left_out
+    _write_summary(settings, table.outcomes, dense, echo)
+    if left_out:
+        echo(_left_out(left_out, grid, budget, report.new))
+    return table.outcomes
+
+
+def _with_held_back(data: TextData, seed: int) -> TextData:
+    """The data, with some texts kept from the Fisher to choose settings on."""
+    if len(data.dev):
+        return data
+    order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(seed)).tolist()
+    count = min(_MOST_HELD_BACK, max(1, len(order) // 10))
+    dev, train = (_subset(data.train, part) for part in (order[:count], sorted(order[count:])))
+    return replace(data, train=train, dev=dev)
+
+
+def _subset(texts: Texts, indices: Iterable[int]) -> Texts:
+    indices = list(indices)
+    return Texts(
+        [texts.texts[i] for i in indices],
+        [texts.labels[i] for i in indices],
+        None if texts.pairs is None else [texts.pairs[i] for i in indices],
+    )
+
+
+def _check_texts(grid: Iterable[Setting], data: TextData) -> None:
+    most = max((setting.texts_per_grad or 0 for setting in grid), default=0)
+    if most > len(data.train):
+        raise ValueError(
+            f"a gradient of {most} texts cannot be taken from {len(data.train)} texts: use fewer "
+            "texts per gradient (--texts-per-grad) or more data"
+        )
+
+
+def _evaluation(
+    settings: Settings, tokenizer: Any, data: TextData, progress: Progress | None
+) -> Callable[[nn.Module], Scores]:
+    dev, test = (
+        classification.make_loader(
+            tokenizer, part, EVALUATION_BATCH, max_length=settings.max_length, by_length=True
+        )
+        for part in (data.dev, data.test)
+    )
+
+    def evaluate(model: nn.Module) -> Scores:
+        held = classification.quality(model, dev, progress=progress)
+        return Scores(*held, classification.accuracy(model, test, progress=progress))
+
+    return evaluate
+
+
+def _basis(settings: Settings, model: nn.Module, data: TextData) -> dict[str, Any]:
+    """Everything a trial depends on besides its setting and sparsity, JSON-ready."""
+    texts = hashlib.sha256(repr((data.label_names, data.train, data.dev, data.test)).encode())
+    return {
+        "the model's weights": _digest(model.state_dict()),
+        "the data": f"sha256:{texts.hexdigest()}",
+        "pattern": settings.pattern,
+        "scope": settings.scope,
+        "params": None if settings.params is None else sorted(settings.params),
+        "estimator": settings.estimator,
+        "plugins": [_plugin_digest(source) for source in settings.plugin or ()],
+        "fisher-dtype": settings.fisher_dtype,
+        "max-length": settings.max_length,
+        "seed": settings.seed,
+        "version of obert-kernels": version("obert-kernels"),
+    }
+
+
+def _plugin_digest(source: str) -> str:
+    """A file's content; of a module only the name."""
+    path = Path(source)
+    if path.suffix != ".py":
+        return source
+    return f"{path.name} sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}"
+
+
+def _digest(state: Mapping[str, torch.Tensor]) -> str:
+    found = hashlib.sha256()
+    for name, value in state.items():
+        found.update(f"{name} {value.dtype} {list(value.shape)}".encode())
+        found.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return f"sha256:{found.hexdigest()}"
+
+
+class _Reporter:
+    """Adds each new outcome to the table on disk and says what came of it."""
+
+    def __init__(
+        self,
+        table: TrialTable,
+        grid: Sequence[Setting],
+        sparsities: Sequence[float],
+        echo: Callable[[str], object],
+    ) -> None:
+        wanted = {(setting, target) for setting in grid for target in sparsities}
+        self.done = len(wanted & {outcome.key for outcome in table.outcomes})
+        self.count = len(wanted)
+        self.new = 0
+        self._table, self._grid, self._echo = table, grid, echo
+        if self.done:
+            echo(f"{self.done} of {self.count} trials are in {table.path} and not done again")
+
+    def __call__(self, outcome: Outcome) -> None:
+        self._table.append(outcome)
+        self.done += 1
+        self.new += 1
+        name = f"[{self.done}/{self.count}] {_name((outcome.setting, outcome.target), self._grid)}"
+        if outcome.error:
+            self._echo(f"{name}: failed, {outcome.error}")
+        else:
+            held = f"{outcome.dev_accuracy:.1%} on held-back texts"
+            self._echo(f"{name}: {held}, {_test(outcome)}, {outcome.trial_seconds:.0f} s")
+
+
+def _test(scores: Scores | Outcome) -> str:
+    return f"{scores.test_accuracy:.1%} on test"
+
+
+def _name(trial: tuple[Setting, float], grid: Sequence[Setting]) -> str:
+    return f"{trial[1]:.1%} {label(trial[0], grid)}"
+
+
+def _write_summary(
+    settings: Settings, outcomes: Sequence[Outcome], dense: Scores, echo: Callable[[str], object]
+) -> None:
+    if not outcomes:
+        return
+    text = format_table(outcomes)
+    (settings.output / TABLE_FILE).write_text(text + "\n", encoding="utf-8")
+    model, source = (
+        Path(name.removeprefix(DEMO_PREFIX)).name for name in (settings.model, settings.data)
+    )
+    title = f"{model} on {source}: {settings.pattern}, {settings.scope} ranking"
+    files = [CSV_FILE, TABLE_FILE]
+    if any(not outcome.error for outcome in outcomes):
+        plot_sweep(outcomes, dense.dev_accuracy, settings.output / PLOT_FILE, title)
+        files.append(PLOT_FILE)
+    echo(f"\n{text}\n\n* best on the held-back texts. Written to {settings.output}: "
+         f"{', '.join(files)}")  # fmt: skip
+
+
+def _left_out(
+    left_out: Sequence[tuple[Setting, float]],
+    grid: Sequence[Setting],
+    budget: float | None,
+    new: int,
+) -> str:
+    names = "; ".join(_name(trial, grid) for trial in left_out[:3])
+    more = f"; and {len(left_out) - 3} more" if len(left_out) > 3 else ""
+    hint = "" if new else " It was too short for a single trial: give it more."
+    return (
+        f"\nTrials that the budget of {budget:g} minutes left out: {len(left_out)} "
+        f"({names}{more}). The same command goes on with them.{hint}"
+    )
