@@ -15,6 +15,7 @@ import torch
 
 from . import checkpoints, classification
 from .calibration import calibration_batches, tokens_at_once
+from .comparison import Measurement, compare
 from .downloads import demo_model_folder, import_extra
 from .estimate import Progress
 from .estimators import estimators
@@ -129,9 +130,9 @@ def prune_classifier(
         steps=settings.steps,
         seed=settings.seed,
     )
-    latest: dict[str, classification.Measurement] = {}
+    latest: dict[str, Measurement] = {}
 
-    def on_result(row: classification.Measurement, result: PruneResult) -> None:
+    def on_result(row: Measurement, result: PruneResult) -> None:
         latest[row.method] = row
         if row.method == "obert_kernels":
             magnitude = latest["magnitude"].accuracy
@@ -143,7 +144,7 @@ def prune_classifier(
     def recover(result: PruneResult) -> None:
         _train(settings, settings.recovery_epochs, model, tokenizer, data, progress, result.masks)
 
-    table = classification.compare(
+    table = compare(
         model,
         batches,
         lambda pruned: classification.accuracy(pruned, test, progress=progress),
@@ -323,7 +324,7 @@ def _write_summary(
     settings: Settings,
     data: TextData,
     dense: float,
-    table: Sequence[classification.Measurement],
+    table: Sequence[Measurement],
     seconds: float,
 ) -> dict[str, Any]:
     """Write ``accuracy.png`` and ``report.json`` on top of the output folder."""

@@ -11,7 +11,7 @@ from tiny import TinyEncoder, batches, snapshot, unchanged
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from obert_kernels import GramFisher, estimate_fisher, find_weights, prune
+from obert_kernels import GramFisher, WoodburyFisher, estimate_fisher, find_weights, prune
 from obert_kernels.gradients import model_loss
 from obert_kernels.group_gradients import GroupGradients, NotServed, samples_in, split_batch
 
@@ -366,3 +366,15 @@ def test_no_warning_of_its_own():
         warnings.simplefilter("error")
         model = TinyEncoder()
         by_hooks(model, batches(1), find_weights(model), 2, 2)
+
+
+def test_gradients_stream_into_a_woodbury_inverse():
+    model, data = TinyEncoder(), batches(4, 8)
+    weights = find_weights(model)
+    fishers = {n: WoodburyFisher(w.numel(), 16, 12, damping=1e-4) for n, w in weights.items()}
+    run = GroupGradients(model, weights, 2).run(data, 16, lambda n, g: fishers[n].accumulate(g))
+    assert list(run) == [4, 8, 12, 16]
+    expected = estimate_fisher(model, data, num_grads=16, samples_per_grad=2, block_size=12)
+    for name, fisher in fishers.items():
+        known = expected.fishers[name].diagonal(1e-4)
+        torch.testing.assert_close(fisher.diagonal(), known, rtol=1e-3, atol=0)
