@@ -274,7 +274,13 @@ class LiveFisher(Fisher):
         """``[places]`` into ``[n + 1]``, the last for places where no weight stands."""
         out.index_copy_(0, part.target(self.num_weights), values.to(out.dtype))
 
-    def _check_groups(self, group_size: int) -> None:
+    def _check(self, weight: Tensor, group_size: int) -> None:
+        here = sum(int(part.gathered(weight).count_nonzero()) for part in self._parts)
+        if here != int(weight.count_nonzero()):
+            raise ValueError(
+                f"{self.name} has weights that were pruned when its Fisher was estimated; estimate "
+                "it anew"
+            )
         if self.group_size % group_size:
             raise ValueError(
                 f"the weights left of {self.name} are kept in groups of {self.group_size}: "
@@ -289,7 +295,7 @@ class LiveFisher(Fisher):
         return out[:-1]
 
     def _scores(self, method: str, inputs: tuple[Tensor, ...], damping: float, c: int) -> Tensor:
-        self._check_groups(c)
+        self._check(inputs[0], c)
         scores = torch.zeros(self.num_weights // c + 1, device=self.device)
         for part in self._parts:
             found = self._ask(part, method, *map(part.gathered, inputs), damping, c)
@@ -308,7 +314,7 @@ class LiveFisher(Fisher):
 
     def n_of_m(self, weight: Tensor, keep: Tensor, damping: float, kept: int, group: int) -> Tensor:
         """As :meth:`GramFisher.n_of_m`."""
-        self._check_groups(group)
+        self._check(weight, group)
         new = keep.new_zeros(len(keep) + 1)
         for part in self._parts:
             here = (part.gathered(weight), part.gathered(keep))
@@ -324,7 +330,7 @@ class LiveFisher(Fisher):
         rule: str = "joint",
     ) -> tuple[Tensor, float]:
         """As :meth:`GramFisher.update`."""
-        self._check_groups(group_size)
+        self._check(weight, group_size)
         new, increase = weight.new_zeros(len(weight) + 1), 0.0
         for part in self._parts:
             here = (part.gathered(weight), part.gathered(keep))

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from problems import DAMPING, gradients, relative_error
+from tiny import TinyEncoder, batches, snapshot, unchanged
 
-from obert_kernels import GramFisher, NumericalError, living_ops
+from obert_kernels import GramFisher, NumericalError, estimate_fisher, living_ops, prune
 from obert_kernels.live import LiveFisher, block_fisher, fisher_bytes
 
 
@@ -162,4 +163,20 @@ def test_a_failed_block_has_the_number_it_has_in_the_matrix():
 def test_groups_must_be_known_from_the_start():
     live = LiveFisher(torch.arange(200) % 4 == 0, 50, 2)
     with pytest.raises(ValueError, match="groups of 2: group_size must divide that, got 4"):
-        live.scores(torch.ones(200), DAMPING, 4)
+        live.scores((torch.arange(200) % 4 == 0).float(), DAMPING, 4)
+
+
+def test_weights_that_came_back_are_not_lost():
+    model = TinyEncoder()
+    dense = snapshot(model)
+    prune(model, sparsity=0.6, selection="magnitude")
+    fisher = estimate_fisher(model, batches(), num_grads=12)
+    prune(model, sparsity=0.7, fisher=fisher, damping=1e-4)
+    model.load_state_dict(dense)
+    for selection, update in (("greedy", "joint"), ("diagonal", "sum"), ("magnitude", "joint")):
+        with pytest.raises(ValueError, match=r"wide.* pruned when its Fisher was estimated"):
+            prune(
+                model, sparsity=0.7, fisher=fisher, damping=1e-4, selection=selection,
+                update=update,
+            )  # fmt: skip
+        assert unchanged(model, dense)
