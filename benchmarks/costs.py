@@ -9,6 +9,7 @@ are checked against the counters of their host execution in tests/test_gpu_bench
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import comb
 
 
 @dataclass(frozen=True)
@@ -133,6 +134,21 @@ def gram_greedy_scores(
     moved = _triangle(size) * gram_bytes + size * (weight_bytes + 1) + 4 * size // group
     flops = 4 * _factor_flops(size) + size**2 * group // 6
     return Cost(blocks * moved, blocks * flops, "float64")
+
+
+def gram_n_of_m(
+    blocks: int, size: int, gram_bytes: int, weight_bytes: int, kept: int, group: int
+) -> Cost:
+    """csrc/cuda/n_of_m.cu: Gram, weights and a byte of mask read, a byte written.
+
+    The inverse as in ``gram_inverse``, then removals as in ``gram_greedy_scores`` up to the share
+    that is kept.  Of each group of M every set of r = M - N: a Cholesky factorisation, r^3 / 3.
+    """
+    moved = _triangle(size) * gram_bytes + size * (weight_bytes + 2)
+    removals = _factor_flops(size) - _factor_flops(size * kept // group)
+    removed = group - kept
+    sets = size // group * comb(group, removed) * removed**3 // 3
+    return Cost(blocks * moved, blocks * (3 * _factor_flops(size) + removals + sets), "float64")
 
 
 def inverse_scores(blocks: int, size: int, weight_bytes: int, group: int) -> Cost:

@@ -183,6 +183,11 @@ def random_weights(n: int, size: int, group: int, device: torch.device) -> tuple
     return torch.randn(n, device=device).mul_(0.04), keep.repeat_interleave(group)
 
 
+def pattern_for(size: int) -> tuple[int, int] | None:
+    """N:M for that block size: 2:4, 1:2 where four do not divide it, or none."""
+    return (2, 4) if size % 4 == 0 else (1, 2) if size % 2 == 0 else None
+
+
 def gram_kernels(size: int, gram_type: torch.dtype) -> Iterator[Kernel]:
     """Everything that starts from the Gram; vectors in float32."""
     element = gram_type.itemsize
@@ -218,6 +223,13 @@ def gram_kernels(size: int, gram_type: torch.dtype) -> Iterator[Kernel]:
             lambda blocks, c=group: costs.gram_greedy_scores(blocks, size, element, 4, c),
             lambda gram, w, keep, status, c=group: ops.gram_greedy_scores(
                 gram, w, keep, c, *fisher, status),
+            all_kept=True,
+        )  # fmt: skip
+    if pattern := pattern_for(size):
+        yield factor_kernel(
+            "gram_n_of_m", "{}:{}".format(*pattern), size, gram_type,
+            lambda blocks: costs.gram_n_of_m(blocks, size, element, 4, *pattern),
+            lambda gram, w, keep, status: ops.gram_n_of_m(gram, w, keep, *pattern, *fisher, status),
             all_kept=True,
         )  # fmt: skip
     for joint in (False, True):

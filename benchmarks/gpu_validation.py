@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+from gpu_kernels import pattern_for
 from torch import Tensor
 
 from obert_kernels import ops, reference
@@ -110,6 +111,8 @@ def gram_checks(gram: Tensor, n: int, size: int, group: int) -> Iterator[Check]:
     yield from compare("gram_solve", (gram, weight, *fisher, status), FLOAT64)
     yield from compare("gram_scores", (gram, weight, group, *fisher, status), FLOAT32)
     yield from compare("gram_greedy_scores", (gram, weight, keep, group, *fisher, status), FLOAT32)
+    if (pattern := pattern_for(size)) and n % pattern[1] == 0:
+        yield from compare("gram_n_of_m", (gram, weight, keep, *pattern, *fisher, status), 0)
     for joint in (False, True):
         arguments = (gram, weight, keep, group, joint, *fisher, status)
         yield from compare("gram_update", arguments, FLOAT64)

@@ -33,7 +33,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CACHE = ROOT / "build" / "ptx"
 RESULTS = ROOT / "benchmarks" / "results"
 # Longest compilation first.
-SOURCES = ["factor", "inverse", "greedy", "update", "gram", "woodbury"]
+SOURCES = ["factor", "inverse", "greedy", "update", "n_of_m", "gram", "woodbury"]
 # What setup.py gives nvcc for device code; warnings are looked for in the output instead.
 FLAGS = ["-std=c++17", "-O3"]
 ARCHITECTURES = (80, 90)
@@ -213,6 +213,7 @@ def operators(size: int) -> dict[str, Callable[[], Any]]:
     narrow, inverse = wide.float(), wide.float()
     status = ops.new_status()
     fisher = (size, float(m), 1e-4, status)
+    kept, group = (2, 4) if size % 4 == 0 else (1, 2)
     return {
         "gram, float32": lambda: ops.gram_accumulate(narrow, gradients, size),
         "gram, float64": lambda: ops.gram_accumulate(wide, gradients, size),
@@ -230,6 +231,7 @@ def operators(size: int) -> dict[str, Callable[[], Any]]:
         "gram greedy scores, groups of 4": lambda: ops.gram_greedy_scores(
             wide, weight, keep, 4, *fisher
         ),
+        "gram N:M, 2:4 or 1:2": lambda: ops.gram_n_of_m(wide, weight, keep, kept, group, *fisher),
         "inverse scores, single": lambda: ops.inverse_scores(inverse, weight, 1, status),
         "inverse scores, groups of 4": lambda: ops.inverse_scores(inverse, weight, 4, status),
         "inverse update, sum": lambda: ops.inverse_update(
@@ -333,7 +335,7 @@ def markdown(table: list[dict[str, Any]], command: str, compiler: str) -> str:
         "for them, occupancy (resident warps of 64) from the toolkit's `cuda_occupancy.h`.  "
         "Occupancy says how many warps are there to hide latency, not how fast a kernel is.  "
         f"256 gradients of float32.  Where they differ: {ARCH_NAMES}.  "
-        "g: no kernels are compiled for this size, the general ones run.",
+        "g: no kernels are compiled for this size, the general ones run, as for N:M at any.",
         "",
         f"What limits the occupancy ({LABEL}):",
         "",

@@ -239,6 +239,7 @@ void gram_diagonal(const GramDiagonal&, void* stream);
 void gram_solve(const GramSolve&, void* stream);
 void gram_scores(const GramScores&, void* stream);
 void gram_greedy_scores(const GramGreedyScores&, void* stream);
+void gram_n_of_m(const GramNOfM&, void* stream);
 void gram_update(const GramUpdate&, void* stream);
 void woodbury_update(const WoodburyUpdate&, void* stream);
 void inverse_scores(const InverseScores&, void* stream);

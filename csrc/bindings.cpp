@@ -79,7 +79,7 @@ PYBIND11_MODULE(_C, m) {
     define_operators<void*>(
         on_device,
         {cuda::gram_accumulate, cuda::gram_inverse, cuda::gram_diagonal, cuda::gram_solve,
-         cuda::gram_scores, cuda::gram_greedy_scores, cuda::gram_update, cuda::woodbury_update,
-         cuda::inverse_scores, cuda::inverse_update});
+         cuda::gram_scores, cuda::gram_greedy_scores, cuda::gram_n_of_m, cuda::gram_update,
+         cuda::woodbury_update, cuda::inverse_scores, cuda::inverse_update});
 #endif
 }

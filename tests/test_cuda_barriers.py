@@ -59,6 +59,7 @@ def results(size: int) -> dict[str, list[torch.Tensor]]:
         "greedy groups": lambda: [
             ops.gram_greedy_scores(exact, last_goes_first, torch.ones_like(keep), 4, *fisher)
         ],
+        "N:M": lambda: [ops.gram_n_of_m(exact, weight, weight != 0, 1, 2, *fisher)],
         "given: group scores": lambda: [ops.inverse_scores(given, weight, 4, status)],
         "given: update": lambda: [*ops.inverse_update(given, weight, keep, 4, True, True, status)],
         "given: update, nothing to remove": lambda: [
@@ -98,6 +99,7 @@ def broken_kernels(module, size: int, monkeypatch) -> set[str]:
 
 TRUE: dict[int, dict[str, list[torch.Tensor]]] = {}
 GREEDY = {"greedy", "greedy groups"}
+REMOVALS = GREEDY | {"N:M"}
 CHOLESKY = GREEDY | {"scores", "group scores", "inverse", "solve", "update", "given: update"}
 GROUPS = {"group scores", "given: group scores"}
 NOTHING = {"update, nothing to remove", "given: update, nothing to remove"}
@@ -137,17 +139,17 @@ NOTHING = {"update, nothing to remove", "given: update, nothing to remove"}
         ("factor.cuh", "T::sync();", 5, SIZE, NOTHING),
         ("factor.cu", "T::sync();", 0, COMPILED, {"scores"}),
         ("factor.cu", "T::sync();", 1, COMPILED, {"scores"}),
+        ("removals.cuh", "T::sync();", 0, COMPILED, REMOVALS),
+        ("removals.cuh", "T::sync();", 1, COMPILED, {"greedy groups"}),
+        ("removals.cuh", "T::sync();", 2, COMPILED, REMOVALS),
+        ("removals.cuh", "T::sync();", 3, COMPILED, REMOVALS),
+        ("removals.cuh", "T::sync();", 4, COMPILED, REMOVALS),
+        ("removals.cuh", "T::sync();", 0, SIZE, REMOVALS),
+        ("removals.cuh", "T::sync();", 1, SIZE, {"greedy groups"}),
+        ("removals.cuh", "T::sync();", 2, SIZE, REMOVALS),
+        ("removals.cuh", "T::sync();", 3, SIZE, REMOVALS),
         ("greedy.cu", "T::sync();", 0, COMPILED, GREEDY),
-        ("greedy.cu", "T::sync();", 1, COMPILED, GREEDY),
-        ("greedy.cu", "T::sync();", 2, COMPILED, GREEDY),
-        ("greedy.cu", "T::sync();", 3, COMPILED, GREEDY),
-        ("greedy.cu", "T::sync();", 4, COMPILED, {"greedy groups"}),
-        ("greedy.cu", "T::sync();", 5, COMPILED, GREEDY),
         ("greedy.cu", "T::sync();", 0, SIZE, GREEDY),
-        ("greedy.cu", "T::sync();", 2, SIZE, GREEDY),
-        ("greedy.cu", "T::sync();", 3, SIZE, GREEDY),
-        ("greedy.cu", "T::sync();", 4, SIZE, {"greedy groups"}),
-        ("greedy.cu", "T::sync();", 5, SIZE, GREEDY),
         ("inverse.cu", "T::sync();", 0, COMPILED, {"given: update"}),
         ("inverse.cu", "T::sync();", 1, COMPILED, {"given: group scores"}),
     ],

@@ -33,6 +33,7 @@ def operators(size: int) -> dict:
     gram = gram_of(g, size)
     inverse = reference.gram_inverse(gram, n, size, M, DAMPING, torch.float32, status)
     weight, keep = torch.randn(n), torch.rand(n) < 0.4
+    whole = torch.ones(n, dtype=torch.bool)
     fisher = (size, float(M), DAMPING, status)
     made = (gram, n, size, float(M), DAMPING, torch.float32, status)
     target = torch.zeros_like(gram)
@@ -41,6 +42,7 @@ def operators(size: int) -> dict:
         "gram_inverse": lambda: (ops.gram_inverse(*made),),
         "gram_diagonal": lambda: (ops.gram_diagonal(*made),),
         "gram_solve": lambda: (ops.gram_solve(gram, weight, *fisher),),
+        "gram_n_of_m": lambda: (ops.gram_n_of_m(gram, weight, whole, 1, 2, *fisher),),
         "woodbury_update": lambda: (
             ops.woodbury_update(inverse, g, float(M), status), inverse)[1:],
     }  # fmt: skip

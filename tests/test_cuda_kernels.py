@@ -25,6 +25,11 @@ occupancy = importlib.import_module("occupancy")
 SIZES = [4, 8, 16, 32, 48, 50, 64, 96, 100, 128]
 
 
+def team_of(size: int) -> int:
+    """Threads that work on a block in the general kernels."""
+    return next(threads for threads in (8, 16, 32, 64, 128, 256) if size <= threads)
+
+
 def triangle(n: int) -> int:
     return n * (n + 1) // 2
 
@@ -86,13 +91,43 @@ def test_the_gram_of_large_blocks(cuda_on_host, size, gram_dtype, dtype, k):
         assert relative_error(gram, expected) < allowed
 
 
+def some_of(n: int, offset: int = 0) -> torch.Tensor:
+    """A mask that keeps most, at any alignment."""
+    return (torch.rand(n + offset) < 0.9)[offset:]
+
+
+@pytest.mark.parametrize("size", [4, 8, 16, 24, 32, 48, 64, 96, 100, 128])
+@pytest.mark.parametrize("gram_dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_every_team_and_type_of_an_n_of_m_mask(cuda_on_host, size, gram_dtype, dtype):
+    cuda_on_host.set_seed(size)
+    for n, offset in ((max(4, size // 8 * 4), 0), (2 * size + 4, 3)):
+        gram = gram_of(gradients(40, n), size, gram_dtype)
+        keep, weight = some_of(n, offset), torch.randn(n + offset, dtype=dtype)[offset:]
+        status = ops.new_status()
+        arguments = (gram, weight, keep, 2, 4, size, 40.0, DAMPING, status)
+        found = onto_nan(ops.gram_n_of_m, *arguments)
+        assert torch.equal(found, reference.gram_n_of_m(*arguments))
+        assert status.item() == -1
+
+
+@pytest.mark.parametrize("kept", [1, 2, 5, 8, 15])
+@pytest.mark.parametrize("size", [16, 32, 80])
+def test_patterns_with_more_sets_than_threads(cuda_on_host, size, kept):
+    gram, weight, keep = gram_of(gradients(40, size), size), torch.randn(size), some_of(size)
+    arguments = (gram, weight, keep, kept, 16, size, 40.0, DAMPING, ops.new_status())
+    found = onto_nan(ops.gram_n_of_m, *arguments)
+    assert torch.equal(found, reference.gram_n_of_m(*arguments))
+
+
 @pytest.mark.parametrize("size", [*occupancy.BLOCK_SIZES, *occupancy.GENERAL])
 def test_common_sizes_have_kernels_of_their_own(cuda_on_host, size):
     general = (", 0>", "::general_kernel", "::large_kernel<double, 4>")
     expected = (f" {size}>", f"<{size}>") if size in occupancy.BLOCK_SIZES else general
     for family, call in occupancy.operators(size).items():
         kernel = occupancy.record(cuda_on_host, call)[1]["kernel"].partition("(obert")[0]
-        assert kernel.endswith((*expected, "::single_scores_kernel<float>")), family
+        any_size = ("::single_scores_kernel<float>", f"::n_of_m_kernel<{team_of(size)}>")
+        assert kernel.endswith((*expected, *any_size)), family
 
 
 def test_a_size_the_device_cannot_hold_is_refused_with_the_largest_that_fits(cuda_on_host):
@@ -159,6 +194,32 @@ def test_greedy_scores_the_device_cannot_hold_are_refused(cuda_on_host, limit, g
             assert status.item() == -1
 
 
+@pytest.mark.parametrize(
+    ("limit", "kept", "group", "largest"),
+    [
+        (231424, 2, 4, 235),  # compute 9.0
+        (231424, 8, 16, 233),  # more room for the sets
+        (64 * 1024, 2, 4, 122),  # compute 7.5
+        (64 * 1024, 8, 16, 119),
+    ],
+)
+def test_n_of_m_masks_the_device_cannot_hold_are_refused(cuda_on_host, limit, kept, group, largest):
+    message = r"gram_n_of_m: block size {} needs .* fits is {}$"
+    fits = largest // group * group
+    with shared_memory(cuda_on_host, limit):
+        for size in (256, fits + group, fits):
+            gram, status = torch.zeros(1, triangle(size), dtype=torch.float64), ops.new_status()
+            weight, keep = torch.arange(1.0, size + 1), torch.ones(size, dtype=torch.bool)
+            arguments = (gram, weight, keep, kept, group, size, 1.0, DAMPING, status)
+            if size > fits:
+                with pytest.raises(ValueError, match=message.format(size, largest)):
+                    ops.gram_n_of_m(*arguments)
+                continue
+            smallest_go = torch.arange(size) % group >= group - kept
+            assert torch.equal(ops.gram_n_of_m(*arguments), smallest_go)
+            assert status.item() == -1
+
+
 @pytest.mark.parametrize("size", [4, 16, 50, 64, 70])
 def test_order_of_threads_does_not_change_a_bit(cuda_on_host, size):
     n = 6 * size
@@ -181,6 +242,7 @@ def test_order_of_threads_does_not_change_a_bit(cuda_on_host, size):
             *ops.gram_update(gram, weight, keep, 2, True, *fisher),
             ops.gram_greedy_scores(gram, weight, keep, 1, *fisher),
             ops.gram_greedy_scores(gram, weight, keep, 2, *fisher),
+            ops.gram_n_of_m(gram, weight, torch.ones_like(keep), 1, 2, *fisher),
             *ops.inverse_update(inverse, weight, keep, 2, False, True, status),
         ])  # fmt: skip
         assert status.item() == -1
@@ -273,6 +335,30 @@ def test_greedy_scores_of_a_failed_block_are_zero(cuda_on_host, size, group):
         assert status.item() == fails[0]
         assert not scores.view(40, -1)[fails].any()
         assert relative_error(scores, expected.flatten()) < 1e-6
+
+
+@pytest.mark.parametrize("size", [4, 20, 48])
+def test_the_mask_of_a_failed_block_does_not_change(cuda_on_host, size):
+    """Not even where it fails in its last group, when the others have been pruned."""
+    n, fails = 40 * size, [11, 23, 30]
+    weight, keep = torch.randn(n), some_of(n)
+    gram, fisher = gram_of(gradients(30, n), size), (size, 30.0, DAMPING)
+    expected = reference.gram_n_of_m(gram, weight, keep, 1, 2, *fisher, ops.new_status())
+    for block in fails:
+        keep.view(40, size)[block] = expected.view(40, size)[block] = True
+    gram[fails[0], triangle(size - 1)] = float("inf")
+    gram[fails[1], 0] = float("nan")
+    weight[(fails[2] + 1) * size - 2 : (fails[2] + 1) * size] = float("inf")
+    for seed in range(3):
+        cuda_on_host.set_seed(seed)
+        status = ops.new_status()
+        found = onto_nan(ops.gram_n_of_m, gram, weight, keep, 1, 2, *fisher, status)
+        assert status.item() == fails[0]
+        assert torch.equal(found, expected)
+    last, status = slice(fails[2] * size, (fails[2] + 1) * size), ops.new_status()
+    arguments = (gram[fails[2]][None], weight[last], keep[last], 1, 2, *fisher, status)
+    assert ops.gram_n_of_m(*arguments).all()
+    assert status.item() == 0
 
 
 # 1030: whole thread blocks and a part of one.

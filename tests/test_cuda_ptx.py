@@ -234,6 +234,24 @@ def test_gram_greedy_scores(cuda_on_host, block_size, group_size):
 
 
 @pytest.mark.parametrize(
+    "block_size, kept, group",
+    [(8, 2, 4), (20, 2, 4), (50, 1, 2), (36, 2, 4), (16, 4, 8), (20, 2, 10)],
+)
+def test_gram_n_of_m(cuda_on_host, block_size, kept, group):
+    """Also patterns with more sets than threads, and than there is room for."""
+    n = 2 * block_size + group if block_size > 8 else weights_in(8)
+    gram, weight = gram_of(gradients(40, n), block_size), torch.randn(n)
+    keep, status = torch.rand(n) < 0.9, ops.new_status()
+    arguments = (gram, weight, keep, kept, group, block_size, 40.0, DAMPING, status)
+    expected = reference.gram_n_of_m(*arguments)
+    for found in replay(
+        cuda_on_host, lambda: ops.gram_n_of_m(*arguments), gram, weight, keep, status
+    ):
+        assert torch.equal(found, expected)
+        assert status.item() == -1
+
+
+@pytest.mark.parametrize(
     "block_size, dtype", [(8, torch.float64), (20, torch.float32), (50, torch.float64)], ids=str
 )
 def test_gram_inverse(cuda_on_host, block_size, dtype):

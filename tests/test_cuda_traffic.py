@@ -66,7 +66,7 @@ def test_the_gram_of_large_blocks_moves_every_byte_once(cuda_on_host, size, gram
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("gram_dtype", [torch.float32, torch.float64])
 def test_what_is_made_of_a_gram_reads_it_once(cuda_on_host, size, gram_dtype):
-    n = 3 * size + size // 2
+    n = (3 * size + size // 2) // 2 * 2  # pairs for the pattern
     gram = gram_of(gradients(30, n), size, gram_dtype)
     weight, keep = torch.randn(n), torch.arange(n) % 2 == 0  # every block loses weights
     status = ops.new_status()
@@ -81,6 +81,7 @@ def test_what_is_made_of_a_gram_reads_it_once(cuda_on_host, size, gram_dtype):
         "sum": (state + 5 * n, 4 * n + 8 * blocks),
         "joint": (state + 5 * n, 4 * n + 8 * blocks),
         "greedy": (state + 5 * n, 4 * n),
+        "N:M": (state + 5 * n, n),
     }
     made = (n, size, 30.0, DAMPING, torch.float32, status)
     calls = {
@@ -91,6 +92,7 @@ def test_what_is_made_of_a_gram_reads_it_once(cuda_on_host, size, gram_dtype):
         "sum": lambda: ops.gram_update(gram, weight, keep, 1, False, *fisher),
         "joint": lambda: ops.gram_update(gram, weight, keep, 1, True, *fisher),
         "greedy": lambda: ops.gram_greedy_scores(gram, weight, keep, 1, *fisher),
+        "N:M": lambda: ops.gram_n_of_m(gram, weight, torch.ones_like(keep), 1, 2, *fisher),
     }
     assert {name: moved(cuda_on_host, call) for name, call in calls.items()} == expected
     assert status.item() == -1
@@ -117,6 +119,7 @@ def test_vectors_are_passed_over_16_bytes_at_a_time(cuda_on_host, size, dtype):
         "update": (state + vector + mask, vector + blocks),
         "greedy": (state + vector + mask, scores),
         "greedy groups": (state + vector + mask, scores // 4),
+        "N:M": (state + vector + mask, mask),
         "given: scores": (n // 4 + vector, scores),  # of each block the diagonal
         # Of each group six entries below the diagonal, in runs of one to three.
         "given: group scores": (n // 4 + n // 4 * 6 + vector, scores // 4),
@@ -131,6 +134,7 @@ def test_vectors_are_passed_over_16_bytes_at_a_time(cuda_on_host, size, dtype):
         "update": lambda: ops.gram_update(gram, weight, keep, 1, True, *fisher),
         "greedy": lambda: ops.gram_greedy_scores(gram, weight, keep, 1, *fisher),
         "greedy groups": lambda: ops.gram_greedy_scores(gram, weight, keep, 4, *fisher),
+        "N:M": lambda: ops.gram_n_of_m(gram, weight, keep, 1, 4, *fisher),
         "given: scores": lambda: ops.inverse_scores(inverse, weight, 1, status),
         "given: group scores": lambda: ops.inverse_scores(inverse, weight, 4, status),
         "given: update": lambda: ops.inverse_update(inverse, weight, keep, 1, True, True, status),
@@ -154,7 +158,7 @@ def accesses(data: torch.Tensor, runs: list[int]) -> int:
 @pytest.mark.parametrize("size", [4, 20, 37, 50, 64])
 @pytest.mark.parametrize("offset", [0, 1, 13])
 def test_runs_that_begin_anywhere_are_passed_over_16_bytes_at_a_time(cuda_on_host, size, offset):
-    n, blocks = 9 * size + size // 2, 10
+    n, blocks = 9 * size + size // 4 * 2, 10
     runs, triangles = lengths(n, size), [triangle(size)] * blocks
     gram, status = gram_of(gradients(30, n), size), ops.new_status()
     inverse = ops.gram_inverse(gram, n, size, 30.0, DAMPING, torch.float32, status)
@@ -183,6 +187,9 @@ def test_runs_that_begin_anywhere_are_passed_over_16_bytes_at_a_time(cuda_on_hos
         "given: update": lambda: ops.inverse_update(inverse, weight, keep, 1, True, True, status),
         "given: scores": lambda: ops.inverse_scores(inverse, weight, 1, status),
     }
+    if size % 2 == 0:
+        expected["N:M"] = (given + state, accesses(torch.empty(n, dtype=torch.bool), runs))
+        calls["N:M"] = lambda: ops.gram_n_of_m(gram, weight, keep, 1, 2, *fisher)
     assert {name: count(cuda_on_host, call) for name, call in calls.items()} == expected
     assert status.item() == -1
 

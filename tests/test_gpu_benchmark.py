@@ -30,7 +30,8 @@ import roofline
 BENCHMARKS = Path(gpu.__file__).parent
 OPERATORS = [
     "gram_accumulate", "gram_inverse", "gram_diagonal", "gram_solve", "gram_scores",
-    "gram_greedy_scores", "gram_update", "woodbury_update", "inverse_scores", "inverse_update",
+    "gram_greedy_scores", "gram_n_of_m", "gram_update", "woodbury_update", "inverse_scores",
+    "inverse_update",
 ]  # fmt: skip
 TINY = gpu.Settings(
     block_sizes=(4, 50),
@@ -202,7 +203,10 @@ def slightly_wrong(operator):
         result = operator(*arguments)
         changed = arguments[0] if result is None else result
         for tensor in changed if isinstance(changed, tuple) else (changed,):
-            tensor *= 1.001
+            if tensor.dtype == torch.bool:
+                tensor[-1] ^= True
+            else:
+                tensor *= 1.001
         return result
 
     return call

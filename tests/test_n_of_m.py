@@ -69,6 +69,14 @@ def test_one_group_gives_up_its_cheapest_set(isa):
     assert (~found).nonzero().flatten().tolist() == list(best)
 
 
+@pytest.mark.parametrize(("kept", "group"), [(2, 4), (3, 8), (13, 16)])
+def test_of_equal_sets_the_first_goes(isa, kept, group):
+    gram, fisher = torch.zeros(1, 48 * 49 // 2, dtype=torch.float64), (48, 1.0, 1.0)
+    keep = torch.ones(48, dtype=torch.bool)
+    found = ops.gram_n_of_m(gram, torch.ones(48), keep, kept, group, *fisher, ops.new_status())
+    assert torch.equal(found, torch.arange(48) % group >= group - kept)
+
+
 def test_later_groups_know_what_went_before(isa):
     """A pair of twins in two groups: after the first has gone the second is needed."""
     g = torch.randn(200, 2).repeat(1, 2) + 1e-3 * torch.randn(200, 4)  # 0 and 2, 1 and 3 alike

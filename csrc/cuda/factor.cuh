@@ -202,6 +202,17 @@ constexpr int team_of(int block_size) {
     return threads;
 }
 
+// Calls start(threads) with the threads that work on a block of that size in the general kernels.
+template <class Start>
+void with_general_team(int block_size, Start start) {
+    if (block_size <= 8) return start(std::integral_constant<int, 8>{});
+    if (block_size <= 16) return start(std::integral_constant<int, 16>{});
+    if (block_size <= 32) return start(std::integral_constant<int, 32>{});
+    if (block_size <= 64) return start(std::integral_constant<int, 64>{});
+    if (block_size <= 128) return start(std::integral_constant<int, 128>{});
+    start(std::integral_constant<int, 256>{});
+}
+
 // Calls start(threads, size) with two compile-time numbers: the threads that work on a block of
 // that size, and the size itself if kernels are compiled for it, else 0.  There, offsets in shared
 // memory and strides are constants; loops run to the length of the block, which the last one makes
@@ -209,16 +220,10 @@ constexpr int team_of(int block_size) {
 template <class Start>
 void with_team(int block_size, Start start) {
     with_size(block_size, [&](auto size) {
-        if constexpr (size() > 0) {
+        if constexpr (size() > 0)
             start(std::integral_constant<int, team_of(size())>{}, size);
-        } else {
-            if (block_size <= 8) return start(std::integral_constant<int, 8>{}, size);
-            if (block_size <= 16) return start(std::integral_constant<int, 16>{}, size);
-            if (block_size <= 32) return start(std::integral_constant<int, 32>{}, size);
-            if (block_size <= 64) return start(std::integral_constant<int, 64>{}, size);
-            if (block_size <= 128) return start(std::integral_constant<int, 128>{}, size);
-            start(std::integral_constant<int, 256>{}, size);
-        }
+        else
+            with_general_team(block_size, [&](auto threads) { start(threads, size); });
     });
 }
 
