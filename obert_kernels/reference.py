@@ -289,10 +289,10 @@ def gram_n_of_m(
         fisher = unpack_fisher(gram[blocks], num_gradients, damping)
         first, left = new[blocks].clone(), new[blocks]
         start = w[blocks] * first
+        failed = torch.zeros(len(first), dtype=torch.bool, device=gram.device)
         for begin in range(0, block_size, group):
             both = left[:, :, None] & left[:, None, :]
             factor, bad = _factor(torch.where(both, fisher, identity), gram.dtype)
-            _record(status, bad, blocks.start)
             inverse = torch.cholesky_inverse(factor)
             gone = (first & ~left) * start
             pull = (fisher @ gone.unsqueeze(-1)).squeeze(-1) * left
@@ -303,9 +303,13 @@ def gram_n_of_m(
             here = left[:, begin : begin + group]
             other = here.sum(1, keepdim=True) - here[:, sets].sum(2) != kept
             costs = (0.5 * now[:, q] * solved).sum(2).masked_fill(other, math.inf)
-            choice = q[costs.argmin(1)]
-            prunes = (here.sum(1) > kept) & ~bad
+            least, index = costs.min(1)
+            failed |= bad | ((here.sum(1) > kept) & ~least.isfinite())
+            choice = q[index]
+            prunes = (here.sum(1) > kept) & ~failed
             left.scatter_(1, choice, left.gather(1, choice) & ~prunes[:, None])
+        _record(status, failed, blocks.start)
+        left[failed] = first[failed]
     return new.flatten()[: weight.numel()]
 
 

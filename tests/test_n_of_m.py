@@ -99,6 +99,18 @@ def test_a_failed_block_is_reported(isa):
     assert found[:8].sum() == found[16:].sum() == 4
 
 
+def test_a_block_that_fails_at_its_last_group_is_left_as_it_was(isa):
+    gram, fisher = problem(24, 8)
+    weight, keep = torch.randn(24), torch.ones(24, dtype=torch.bool)
+    weight[12:16] = torch.inf
+    arguments = (2, 4, *fisher)
+    status, expected_status = ops.new_status(), ops.new_status()
+    found = onto_nan(ops.gram_n_of_m, gram, weight, keep, *arguments, status)
+    expected = reference.gram_n_of_m(gram, weight.double(), keep, *arguments, expected_status)
+    assert int(status) == int(expected_status) == 1
+    assert found[8:16].all() and torch.equal(found, expected)
+
+
 @pytest.mark.parametrize(
     ("kept", "group", "block_size", "message"),
     [(2, 4, 10, "multiple of the group of 4, got 10"), (4, 4, 8, "less than group"),

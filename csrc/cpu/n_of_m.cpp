@@ -74,6 +74,23 @@ bool prune_group(Left& left, int* place, int begin, const GramNOfM& args, uint8_
     return true;
 }
 
+void copy_mask(const uint8_t* from, int n, uint8_t* to) {
+    for (int i = 0; i < n; ++i) to[i] = from[i];
+}
+
+bool prune_block(const GramNOfM& args, int64_t b, int n, const Buffers& buffers, uint8_t* keep) {
+    copy_mask(args.keep + b * args.fisher.partition.block_size, n, keep);
+    Left left;
+    if (!begin_removals(args.fisher, args.weight_type, args.weight, args.keep, b, n, buffers, left))
+        return false;
+    int place[kMaxBlockSize];
+    for (int i = 0; i < n; ++i) place[i] = -1;
+    for (int i = 0; i < left.n; ++i) place[left.position[i]] = i;
+    for (int begin = 0; begin < n; begin += args.group)
+        if (!prune_group(left, place, begin, args, keep)) return false;
+    return true;
+}
+
 }  // namespace
 
 int64_t gram_n_of_m(const GramNOfM& args, cpu::BlockRange range, char* workspace) {
@@ -81,18 +98,9 @@ int64_t gram_n_of_m(const GramNOfM& args, cpu::BlockRange range, char* workspace
     const Buffers buffers = buffers_for(partition.block_size, workspace);
     return over_blocks(partition, range, [&](int64_t b, int n) {
         const int64_t start = b * partition.block_size;
-        uint8_t* keep = args.new_keep + start;
-        for (int i = 0; i < n; ++i) keep[i] = args.keep[start + i];
-        Left left;
-        if (!begin_removals(args.fisher, args.weight_type, args.weight, args.keep, b, n, buffers,
-                            left))
-            return false;
-        int place[kMaxBlockSize];
-        for (int i = 0; i < n; ++i) place[i] = -1;
-        for (int i = 0; i < left.n; ++i) place[left.position[i]] = i;
-        for (int begin = 0; begin < n; begin += args.group)
-            if (!prune_group(left, place, begin, args, keep)) return false;
-        return true;
+        if (prune_block(args, b, n, buffers, args.new_keep + start)) return true;
+        copy_mask(args.keep + start, n, args.new_keep + start);
+        return false;
     });
 }
 
