@@ -37,7 +37,7 @@ if IS_X86:
     ]
 
 KERNEL_SOURCES = [
-    "gram", "factor", "greedy", "n_of_m", "woodbury", "inverse_scores", "inverse_update", "kernels",
+    "gram", "factor", "selection", "woodbury", "inverse_scores", "inverse_update", "kernels",
 ]  # fmt: skip
 CXX_FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -Wall -Wextra -Werror=return-type".split()
 # Kernels: no errno from sqrt, no exceptions; ABI notes about wide vectors do not apply, as
@@ -134,19 +134,13 @@ class NinjaBuildExt(build_ext):
         ninja_file = NinjaFile(Path(self.build_temp).resolve())
         nvcc = find_nvcc()
 
-        x86 = ["-DOBERT_BUILD_X86"] if IS_X86 else []
-        for name, isa_flags in INSTRUCTION_SETS.items():
-            flags = [*CXX_FLAGS, *KERNEL_FLAGS, f"-DOBERT_ISA={name}", *isa_flags]
-            for source in KERNEL_SOURCES:
-                path = csrc / "cpu" / f"{source}.cpp"
-                ninja_file.compile(cxx, path, f"{source}_{name}", flags)
-        ninja_file.compile(cxx, csrc / "cpu" / "dispatch.cpp", "dispatch", [*CXX_FLAGS, *x86])
+        archs = re.split(r"[;,\s]+", os.environ.get("OBERT_CUDA_ARCHS", CUDA_ARCHS).strip())
 
+        # What takes longest first, so that the last one does not keep one processor busy alone.
         includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
         binding_flags = [*CXX_FLAGS, *includes, f'-DOBERT_VERSION="{VERSION}"']
         link_flags = ["-pthread"]
         if nvcc:
-            archs = re.split(r"[;,\s]+", os.environ.get("OBERT_CUDA_ARCHS", CUDA_ARCHS).strip())
             binding_flags += [
                 "-DOBERT_WITH_CUDA",
                 f'-DOBERT_CUDA_ARCHITECTURES="{";".join(archs)}"',
@@ -155,6 +149,14 @@ class NinjaBuildExt(build_ext):
                 ninja_file.compile(nvcc, path, f"cuda_{path.stem}", cuda_flags(archs))
             link_flags += cudart_static_flags(nvcc)
         ninja_file.compile(cxx, csrc / "bindings.cpp", "bindings", binding_flags)
+        x86 = ["-DOBERT_BUILD_X86"] if IS_X86 else []
+        for name, isa_flags in reversed(INSTRUCTION_SETS.items()):
+            flags = [*CXX_FLAGS, *KERNEL_FLAGS, f"-DOBERT_ISA={name}", *isa_flags]
+            for source in KERNEL_SOURCES:
+                path = csrc / "cpu" / f"{source}.cpp"
+                ninja_file.compile(cxx, path, f"{source}_{name}", flags)
+        ninja_file.compile(cxx, csrc / "cpu" / "dispatch.cpp", "dispatch", [*CXX_FLAGS, *x86])
+
         if sys.platform == "darwin":
             link_flags += ["-undefined", "dynamic_lookup"]
         ninja_file.link(cxx, output, link_flags)
