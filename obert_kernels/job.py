@@ -66,8 +66,8 @@ class Job:
     @property
     def ranks_each_layer_alone(self) -> bool:
         """Does the mask of a matrix depend on no other matrix?"""
-        many = self.pattern.kept is None and not isinstance(self.sparsity, dict)
-        return self.scope == "layer" or not many
+        by_name = isinstance(self.sparsity, dict)
+        return self.scope == "layer" or by_name or self.pattern.kept is not None
 
     @property
     def prunes_anything(self) -> bool:

@@ -24,7 +24,7 @@ from ._registry import NumericalError
 from .fisher import Fisher, GramFisher, as_rows, gram_bytes
 from .living_ops import gram_accumulate_living
 
-# Sizes that blocks are rounded up to; each is one more call for every batch of gradients.
+# Sizes that blocks are rounded up to; each is one more call of every operator but the CPU's sum.
 _SIZES = (4, 8, 12, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224)
 # Gathering gradients takes time and room of its own: not for less than a quarter of the Gram.
 _WORTHWHILE = 0.75

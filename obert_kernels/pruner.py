@@ -117,7 +117,7 @@ def prune(
         NumericalError: a Fisher block is not positive definite.
     """
     check_counts(num_grads, samples_per_grad)
-    estimators.find(estimator)
+    kind = estimators.find(estimator)
     if damping != "auto":
         if isinstance(damping, str):
             raise ValueError(f"damping must be a positive number or 'auto', got {damping!r}")
@@ -186,7 +186,7 @@ def prune(
             model, batches, weights, num_grads, samples_per_grad, loss_fn, shape, goes_on=steps > 1
         )
         source.notes += held_notes
-        limits = Limits(estimators.find(estimator), block_size, fisher_dtype, max_memory)
+        limits = Limits(kind, block_size, fisher_dtype, max_memory)
         done = in_steps(job, source, limits, steps, schedule)
         notes = source.all_notes(len(done))
     settings = {

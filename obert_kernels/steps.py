@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -62,9 +62,16 @@ def without_fisher(job: Job) -> Step:
 def from_estimate(job: Job, estimate: FisherEstimate) -> Step:
     """Prune with Fishers that are all there."""
     fishers = {name: estimate.fishers[name] for name in job.weights}
+    return _finish(job, *_select_and_update(job, fishers), estimate.plan)
+
+
+def _select_and_update(
+    job: Job, fishers: Mapping[str, Fisher]
+) -> tuple[dict[str, Tensor], Changes]:
+    """Damping, masks and new weights of matrices that are ranked by themselves."""
     job.settle_damping(fishers)
     masks = job.masks(job.score(fishers))
-    return _finish(job, masks, job.apply(fishers, masks), estimate.plan)
+    return masks, job.apply(fishers, masks)
 
 
 def in_steps(job: Job, source: Source, limits: Limits, steps: int, schedule: str) -> list[Step]:
@@ -147,12 +154,9 @@ def _in_passes(
     changes: Changes = {}
     if job.ranks_each_layer_alone:
         for names in plan.passes:
-            fishers = estimate(names)
-            job.settle_damping(fishers)
-            found = job.masks(job.score(fishers))
+            found, changed = _select_and_update(job, estimate(names))
             masks |= found
-            changes |= job.apply(fishers, found)
-            del fishers
+            changes |= changed
         return masks, changes
     scores: dict[str, Tensor] = {}
     fishers: dict[str, Fisher] = {}
