@@ -19,31 +19,29 @@ import shlex
 import statistics
 import sys
 import time
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from dense_models import MAX_LENGTH, MINILM, Stages, fine_tuned
 from machine import machine
-from tqdm import tqdm
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 import obert_kernels
 from obert_kernels import checkpoints, classification
 from obert_kernels.calibration import calibration_batches, tokens_at_once
-from obert_kernels.downloads import cache_folder, demo_model_folder
-from obert_kernels.text_data import TextData, load_demo_set
+from obert_kernels.downloads import cache_folder
+from obert_kernels.text_data import load_demo_set
 
 RESULTS = Path(__file__).parent / "results"
-MODEL_NAME = "all-MiniLM-L6-v2"
 METHODS: dict[str, dict[str, Any]] = {
     "magnitude": {"selection": "magnitude", "update": "none"},
     "oBERT, sum update": {"selection": "diagonal", "update": "sum"},
     "oBERT, joint update": {"selection": "diagonal", "update": "joint"},
     "greedy, joint update": {"selection": "greedy", "update": "joint"},
 }
-# Tokens; film reviews are longer than questions.
-MAX_LENGTH = {"trec": 64, "mr": 96}
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -61,58 +59,13 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-class Stages:
-    """A bar for each stage of more than a second."""
-
-    def __init__(self, prefix: str) -> None:
-        self.prefix = prefix
-        self.bar: tqdm | None = None
-        self.stage = ""
-
-    def __call__(self, stage: str, done: int, total: int) -> None:
-        if self.bar is None or stage != self.stage:
-            self.stage = stage
-            self.bar = tqdm(
-                total=total, desc=f"{self.prefix} {stage}", delay=1, leave=False, disable=None
-            )
-        self.bar.update(done - self.bar.n)
-        if done >= total:
-            self.bar.close()
-            self.bar = None
-
-
-def fine_tuned(
-    dataset: str, seed: int, data: TextData, settings: argparse.Namespace, progress: Stages
-) -> Path:
-    """Return the folder of the model fine-tuned with this seed, made if it is not there."""
-    key = f"{dataset}-seed{seed}-epochs{settings.epochs:g}-lr{settings.learning_rate:g}"
-    folder = settings.work / "dense" / key
-    if folder.is_dir():
-        return folder
-    source = demo_model_folder()
-    tokenizer = AutoTokenizer.from_pretrained(source)
-    with classification.seeded(seed):
-        model = AutoModelForSequenceClassification.from_pretrained(
-            source, num_labels=len(data.label_names)
-        )
-    loader = classification.make_loader(
-        tokenizer, data.train, 32, max_length=MAX_LENGTH[dataset], shuffle=True, seed=seed
-    )
-    classification.fine_tune(
-        model, loader, settings.epochs, settings.learning_rate, seed=seed, progress=progress
-    )
-    with checkpoints.whole_folder(folder) as fresh:
-        model.save_pretrained(fresh)
-        tokenizer.save_pretrained(fresh)
-    return folder
-
-
 def measure(dataset: str, seed: int, settings: argparse.Namespace) -> dict[str, Any]:
     """Return the accuracies of one task and seed: dense, and by method and sparsity."""
     progress = Stages(f"{dataset} seed {seed}:")
     start = time.perf_counter()
     data = load_demo_set(dataset)
-    folder = fine_tuned(dataset, seed, data, settings, progress)
+    dense_model = replace(MINILM, epochs=settings.epochs, learning_rate=settings.learning_rate)
+    folder = fine_tuned(dense_model, dataset, seed, data, settings.work, progress)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForSequenceClassification.from_pretrained(folder)
     length = MAX_LENGTH[dataset]
@@ -207,7 +160,7 @@ def report(results: dict[str, Any], settings: argparse.Namespace, command: str) 
     lines = [
         "# One-shot accuracy",
         "",
-        f"{MODEL_NAME} fine-tuned, pruned in one shot (encoder linear layers, unstructured, one "
+        f"{MINILM.name} fine-tuned, pruned in one shot (encoder linear layers, unstructured, one "
         "global ranking), no training afterwards.  Test accuracy in per cent, mean ± standard "
         f"deviation over {len(settings.seeds)} seeds of fine-tuning and gradients; every "
         "second-order row of a seed uses the same gradients.",

@@ -1,0 +1,270 @@
+"""What one shot costs in accuracy: magnitude, Wanda, oBERT and ours on the same texts.
+
+    python benchmarks/evidence.py          # some hours on two cores
+    python benchmarks/evidence.py --report # only the tables, of what is there
+
+Models are fine-tuned, then pruned by ``obert_kernels.sweep`` (what ``obert-prune sweep`` runs), a
+folder for each case, seed and pattern in ``--work``; an interrupted run goes on where it stopped.
+A seed is one of fine-tuning and of the texts for MiniLM; MPNet is fine-tuned once, and a seed is
+one of the texts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import statistics
+import sys
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from dense_models import MAX_LENGTH, MINILM, MPNET, Dense, Stages, fine_tuned
+from machine import machine
+
+from obert_kernels import load_plugin
+from obert_kernels.downloads import cache_folder
+from obert_kernels.experiment import Settings
+from obert_kernels.sweep import sweep_classifier
+from obert_kernels.text_data import load_demo_set
+from obert_kernels.trial_table import BASIS_FILE, CSV_FILE, TrialTable
+from obert_kernels.trials import Outcome, Setting, make_grid
+
+RESULTS = Path(__file__).parent / "results"
+WANDA = Path(__file__).parent / "wanda.py"
+TEXTS, TEXTS_PER_GRAD = 4096, 16
+SPARSITIES = {
+    "unstructured": [0.5, 0.6, 0.7, 0.8, 0.9],
+    "block4": [0.5, 0.6, 0.7, 0.8],
+    "2:4": [0.5],
+}
+# Where the damping chosen by itself is held against fixed ones.
+DAMPING_SPARSITIES = [0.6, 0.7, 0.8, 0.9]
+NAMES = {
+    "magnitude": "magnitude",
+    "wanda": "Wanda's score",
+    "diagonal": "oBERT, best damping",
+    "greedy": "ours",
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model and a task.
+
+    Attributes:
+        dampings: fixed ones, for oBERT and to compare with; wide enough that the best is inside.
+        fisher_dtype: of the Gram.
+        fine_tunings: seeds of fine-tuning; a seed of texts takes one of them.
+    """
+
+    dense: Dense
+    dataset: str
+    dampings: tuple[float, ...]
+    fisher_dtype: str = "float64"
+    fine_tunings: int = 3
+
+    @property
+    def name(self) -> str:
+        return f"{self.dense.name} on {self.dataset.upper()}"
+
+    def folder(self, work: Path, seed: int, pattern: str) -> Path:
+        key = f"{self.dense.name}-{self.dataset}-seed{seed}-{pattern.replace(':', 'of')}"
+        return work / "evidence" / key
+
+
+CASES = {
+    "minilm-mr": Case(MINILM, "mr", (1e-9, 1e-8, 1e-7, 1e-6)),
+    "minilm-trec": Case(MINILM, "trec", (1e-9, 1e-8, 1e-7, 1e-6)),
+    "mpnet-mr": Case(MPNET, "mr", (1e-9, 1e-8, 1e-7, 1e-6), "float32", fine_tunings=1),
+}
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--patterns", nargs="+", default=list(SPARSITIES), choices=SPARSITIES)
+    parser.add_argument("--work", type=Path, default=cache_folder() / "benchmark_accuracy")
+    parser.add_argument("--report", action="store_true", help="prune nothing")
+    return parser.parse_args()
+
+
+def grid(pattern: str, selection: Iterable[str], damping: Iterable) -> list[Setting]:
+    return make_grid(
+        texts=[TEXTS], texts_per_grad=[TEXTS_PER_GRAD], selection=selection, damping=damping,
+        pattern=pattern,
+    )  # fmt: skip
+
+
+def measure(case: Case, seed: int, pattern: str, work: Path) -> None:
+    """Do the trials that are not there yet."""
+    data = load_demo_set(case.dataset)
+    progress = Stages(f"{case.name}, {pattern}, seed {seed}:")
+    model = fine_tuned(
+        case.dense, case.dataset, seed % case.fine_tunings, data, work, progress
+    )  # fmt: skip
+    settings = Settings(
+        model=str(model),
+        data=f"demo:{case.dataset}",
+        sparsity=SPARSITIES[pattern],
+        output=case.folder(work, seed, pattern),
+        pattern=pattern,
+        plugin=[str(WANDA)],
+        fisher_dtype=case.fisher_dtype,
+        max_length=MAX_LENGTH[case.dataset],
+        seed=seed,
+    )
+    everything = [
+        *grid(pattern, ["magnitude", "wanda", "greedy"], ["auto"]),
+        *grid(pattern, ["diagonal"], case.dampings),
+    ]
+    sweep_classifier(settings, everything, progress=progress)
+    if pattern == "unstructured":
+        some = Settings(**{**asdict(settings), "sparsity": DAMPING_SPARSITIES})
+        sweep_classifier(some, grid(pattern, ["greedy"], case.dampings), progress=progress)
+
+
+# ---- tables ------------------------------------------------------------------------
+
+Runs = list[list[Outcome]]  # by seed
+
+
+def accuracies(runs: Runs, selection: str, target: float, damping: float | str | None) -> list:
+    """Test accuracy of each seed that has it."""
+    return [
+        outcome.test_accuracy or 0.0
+        for run in runs
+        for outcome in run
+        if outcome.setting.selection == selection
+        and outcome.target == target
+        and (damping is None or outcome.setting.damping == damping)
+    ]
+
+
+def best_damping(runs: Runs, selection: str, target: float, by: str) -> float:
+    """The fixed damping with the best mean accuracy over the seeds."""
+    found: dict[float, list[float]] = {}
+    for run in runs:
+        for outcome in run:
+            setting = outcome.setting
+            same = (setting.selection, outcome.target) == (selection, target)
+            if same and not isinstance(setting.damping, str):
+                found.setdefault(setting.damping, []).append(getattr(outcome, by) or 0.0)
+    return max(found, key=lambda damping: statistics.mean(found[damping]))
+
+
+def cell(values: list[float]) -> str:
+    if not values:
+        return ""
+    spread = f" ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{100 * statistics.mean(values):.1f}{spread}"
+
+
+def row(cells: Iterable[object]) -> str:
+    return "| " + " | ".join(str(x) for x in cells) + " |"
+
+
+def header(cells: list[str]) -> list[str]:
+    return [row(cells), "|" + "---|" * len(cells)]
+
+
+def accuracy_table(runs: Runs, targets: list[float]) -> list[str]:
+    lines = header(["", *(f"{target:.0%}" for target in targets)])
+    for selection, name in NAMES.items():
+        cells = []
+        for target in targets:
+            damping: float | str | None = None
+            if selection == "diagonal":
+                damping = best_damping(runs, selection, target, "dev_accuracy")
+            elif selection == "greedy":
+                damping = "auto"
+            cells.append(cell(accuracies(runs, selection, target, damping)))
+        lines.append(row([name, *cells]))
+    return lines
+
+
+def damping_table(runs: Runs) -> list[str]:
+    """Ours with a damping that takes care of itself, and with fixed ones."""
+    lines = header(["sparsity", "auto", "best fixed by hand", "its damping", "auto minus best"])
+    for target in DAMPING_SPARSITIES:
+        auto = accuracies(runs, "greedy", target, "auto")
+        best = best_damping(runs, "greedy", target, "test_accuracy")
+        fixed = accuracies(runs, "greedy", target, best)
+        gap = 100 * (statistics.mean(auto) - statistics.mean(fixed))
+        lines.append(row([f"{target:.0%}", cell(auto), cell(fixed), f"{best:g}", f"{gap:+.1f}"]))
+    return lines
+
+
+def finished(case: Case, pattern: str, settings: argparse.Namespace) -> tuple[Runs, list[float]]:
+    """Outcomes and dense accuracy of every seed that is whole."""
+    runs, dense = [], []
+    for seed in settings.seeds:
+        folder = case.folder(settings.work, seed, pattern)
+        if not (folder / CSV_FILE).is_file():
+            continue
+        outcomes = TrialTable(folder / CSV_FILE).outcomes
+        count = len(SPARSITIES[pattern]) * (3 + len(case.dampings))
+        count += len(DAMPING_SPARSITIES) * len(case.dampings) * (pattern == "unstructured")
+        if len(outcomes) == count:
+            runs.append(outcomes)
+            dense.append(json.loads((folder / BASIS_FILE).read_text())["dense"]["test_accuracy"])
+    return runs, dense
+
+
+def report(settings: argparse.Namespace, command: str) -> tuple[str, dict]:
+    about = machine()
+    lines = [
+        "# One shot at the same texts",
+        "",
+        f"`{command}` on {about['cpu']}, {about['threads']} threads, torch {about['torch']}, "
+        f"{about['date']}.  Test accuracy in per cent after pruning the encoder's linear layers, "
+        "one global ranking, nothing trained afterwards; mean ± standard deviation over the seeds. "
+        f" All rows saw the same {TEXTS} training texts, in {TEXTS // TEXTS_PER_GRAD} gradients of "
+        f"{TEXTS_PER_GRAD} where they take gradients; magnitude saw none.  Block size 50, 48 for "
+        "2:4.",
+        "",
+        "Wanda's score: |W| times the norm of the input, ranked in each row.  oBERT: diagonal "
+        "scores, sum update, and of the dampings "
+        f"{', '.join(f'{d:g}' for d in CASES['minilm-mr'].dampings)} for every sparsity the one "
+        "with the best mean accuracy on the held-back texts.  Ours: the defaults, greedy "
+        "selection, joint update, damping chosen on 256 held-back texts.",
+        "",
+    ]
+    document = {"command": command, "machine": about, "cases": {}}
+    for key, case in CASES.items():
+        lines += [f"## {case.name}", ""]
+        for pattern, targets in SPARSITIES.items():
+            runs, dense = finished(case, pattern, settings)
+            if not runs:
+                continue
+            seeds = f"{len(runs)} seed{'s' if len(runs) > 1 else ''}"
+            lines += [f"{pattern}; dense {cell(dense)}; {seeds}", ""]
+            lines += [*accuracy_table(runs, targets), ""]
+            if pattern == "unstructured":
+                lines += ["Damping, greedy selection:", "", *damping_table(runs), ""]
+            document["cases"].setdefault(key, {})[pattern] = {
+                "dense": dense, "outcomes": [[asdict(o) for o in run] for run in runs],
+            }  # fmt: skip
+    return "\n".join(lines), document
+
+
+def main() -> None:
+    settings = parse_arguments()
+    command = shlex.join(["python", "benchmarks/evidence.py", *sys.argv[1:]])
+    if not settings.report:
+        load_plugin(WANDA)
+        for seed in settings.seeds:
+            for key in settings.cases:
+                for pattern in settings.patterns:
+                    measure(CASES[key], seed, pattern, settings.work)
+    text, document = report(settings, command.removesuffix(" --report"))
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / "evidence.md").write_text(text, encoding="utf-8")
+    (RESULTS / "evidence.json").write_text(json.dumps(document, indent=1) + "\n")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
