@@ -79,8 +79,8 @@ def _places(needed: Tensor, group_size: int) -> dict[int, int]:
     return {size: size * count for size, count in zip(sizes.tolist(), blocks.tolist(), strict=True)}
 
 
-def _live_bytes(alive: Tensor, block_size: int, group_size: int, dtype: torch.dtype) -> float:
-    places = _places(_living(alive, block_size, group_size).needed, group_size)
+def _live_bytes(living: _Living, group_size: int, dtype: torch.dtype) -> float:
+    places = _places(living.needed, group_size)
     if max(places) > MAX_BLOCK_SIZE:  # whole groups make it larger than the block they come from
         return math.inf
     return sum(
@@ -90,14 +90,17 @@ def _live_bytes(alive: Tensor, block_size: int, group_size: int, dtype: torch.dt
     )
 
 
-def _size(alive: Tensor, block_size: int, group_size: int, dtype: torch.dtype) -> tuple[int, bool]:
-    """Memory of a Fisher, and whether it is one of the living weights alone."""
+def _size(
+    alive: Tensor, block_size: int, group_size: int, dtype: torch.dtype
+) -> tuple[int, _Living | None]:
+    """Memory of a Fisher, and the living weights if it is one of them alone."""
     full = gram_bytes(alive.numel(), block_size, dtype)
     if not bool(alive.all()):
-        live = _live_bytes(alive, block_size, group_size, dtype)
+        living = _living(alive, block_size, group_size)
+        live = _live_bytes(living, group_size, dtype)
         if live <= _WORTHWHILE * full:
-            return int(live), True
-    return full, False
+            return int(live), living
+    return full, None
 
 
 def fisher_bytes(
@@ -121,31 +124,24 @@ def block_fisher(
         alive: bool, the weights that are left.
         block_size, group_size, dtype, name: as for :class:`LiveFisher`.
     """
-    if _size(alive, block_size, group_size, dtype)[1]:
-        return LiveFisher(alive, block_size, group_size, dtype=dtype, name=name)
+    living = _size(alive, block_size, group_size, dtype)[1]
+    if living is not None:
+        return LiveFisher(alive, block_size, group_size, dtype=dtype, name=name, living=living)
     return GramFisher(alive.numel(), block_size, dtype=dtype, device=alive.device, name=name)
+
+
+def _gather(values: Tensor, index: Tensor, empty: Tensor) -> Tensor:
+    """``[..., n]`` to ``[..., places]``, zero where no weight stands."""
+    return torch.index_select(values, -1, index).masked_fill_(empty, 0)
 
 
 @dataclass
 class _Part:
-    """The blocks of one size."""
+    """The blocks of one size; its places are a slice of those by part."""
 
     size: int
-    index: Tensor  # [places] int32, the weight that stands there
-    empty: Tensor  # [places] bool, none does
+    places: slice
     fisher: GramFisher = field(repr=False)
-
-    def gathered(self, values: Tensor) -> Tensor:
-        """``[..., n]`` to ``[..., places]``, zero where no weight stands."""
-        return torch.index_select(values, -1, self.index).masked_fill_(self.empty, 0)
-
-    def target(self, num_weights: int, group_size: int = 1) -> Tensor:
-        """Of every ``group_size`` places the group they belong to; ``n / group_size`` for none."""
-        member = self.index.masked_fill(self.empty, -1)
-        if group_size > 1:
-            member = member.view(-1, group_size).amax(1)
-        groups = num_weights // group_size
-        return torch.where(member < 0, groups, member // group_size).long()
 
 
 class LiveFisher(Fisher):
@@ -157,6 +153,7 @@ class LiveFisher(Fisher):
         group_size: c, if groups of consecutive weights are to be scored.
         dtype: type of the Grams.
         name: used in error messages.
+        living: what :func:`_living` says of them, if that has been asked.
 
     Raises:
         ValueError: a block with whole groups is larger than the largest there can be.
@@ -172,6 +169,7 @@ class LiveFisher(Fisher):
         *,
         dtype: torch.dtype = torch.float64,
         name: str = "weights",
+        living: _Living | None = None,
     ) -> None:
         self.num_weights = alive.numel()
         self.block_size = block_size
@@ -179,7 +177,8 @@ class LiveFisher(Fisher):
         self.name = name
         self.device = alive.device
         self._num_gradients: float = 0
-        living = _living(alive, block_size, group_size)
+        if living is None:
+            living = _living(alive, block_size, group_size)
         places = {size: p for size, p in _places(living.needed, group_size).items() if p}
         if places and max(places) > MAX_BLOCK_SIZE:
             raise ValueError(
@@ -205,6 +204,10 @@ class LiveFisher(Fisher):
         self._gram = torch.zeros(int((blocks * triangle).sum()), dtype=dtype, device=self.device)
         self._gram_start = torch.zeros_like(living.needed)
         self._parts: list[_Part] = []
+        # By part: the weight at each place, and whether there is none.
+        self._index = torch.empty_like(self._source)
+        self._empty = torch.empty_like(self._source, dtype=torch.bool)
+        begin = 0
         for index, s in enumerate(sizes.tolist()):
             mine = (part == index).nonzero().flatten()
             rank = torch.arange(len(mine), device=self.device)
@@ -214,7 +217,11 @@ class LiveFisher(Fisher):
             fisher = GramFisher(len(source), s, dtype=dtype, device=self.device, name=self.name)
             entries = len(mine) * int(triangle[index])
             fisher.gram = self._gram[starts[index] :][:entries].view(len(mine), -1)
-            self._parts.append(_Part(s, source.clamp_min(0), source < 0, fisher))
+            here = slice(begin, begin + len(source))
+            torch.clamp_min(source, 0, out=self._index[here])
+            torch.lt(source, 0, out=self._empty[here])
+            self._parts.append(_Part(s, here, fisher))
+            begin = here.stop
 
     @property
     def num_gradients(self) -> float:
@@ -247,7 +254,8 @@ class LiveFisher(Fisher):
     def _accumulate_by_part(self, rows: Tensor) -> None:
         """The same by the operator for blocks of one size, which CUDA has."""
         for part in self._parts:
-            ops.gram_accumulate(part.fisher.gram, part.gathered(rows), part.size)
+            gathered = _gather(rows, self._index[part.places], self._empty[part.places])
+            ops.gram_accumulate(part.fisher.gram, gathered, part.size)
 
     def merge(self, other: LiveFisher) -> None:
         """Add the gradients another process or run has seen of the same weights."""
@@ -262,24 +270,47 @@ class LiveFisher(Fisher):
         """Sum over the weights of the mean square of their gradients."""
         return sum(part.fisher.mean_squares() for part in self._parts)
 
-    def _ask(self, part: _Part, method: str, *args: Any) -> Any:
-        """Call a method of a part's Fisher; a failed block gets the number it has in the matrix."""
-        try:
-            return getattr(part.fisher, method)(*args)
-        except NumericalError as error:
-            places = slice(error.block * part.size, (error.block + 1) * part.size)
-            weight = part.index[places][~part.empty[places]][0]
-            block = int(weight) // self.block_size
-            text = str(error).replace(f"block {error.block} ", f"block {block} ", 1)
-            raise NumericalError(text, block) from None
+    def _ask(self, method: str, vectors: tuple[Tensor, ...], *args: Any) -> list[Any]:
+        """Call a method of every part's Fisher with its places of some vectors ``[places]``."""
+        found = []
+        for part in self._parts:
+            here = (vector[part.places] for vector in vectors)
+            try:
+                found.append(getattr(part.fisher, method)(*here, *args))
+            except NumericalError as error:
+                block = self._block_in_matrix(part, error.block)
+                text = str(error).replace(f"block {error.block} ", f"block {block} ", 1)
+                raise NumericalError(text, block) from None
+        return found
 
-    def _spread(self, part: _Part, values: Tensor, out: Tensor) -> None:
-        """``[places]`` into ``[n + 1]``, the last for places where no weight stands."""
-        out.index_copy_(0, part.target(self.num_weights), values.to(out.dtype))
+    def _block_in_matrix(self, part: _Part, block: int) -> int:
+        first = part.places.start + block * part.size
+        places = slice(first, first + part.size)
+        weight = self._index[places][~self._empty[places]][0]
+        return int(weight) // self.block_size
 
-    def _check(self, weight: Tensor, group_size: int) -> None:
-        here = sum(int(part.gathered(weight).count_nonzero()) for part in self._parts)
-        if here != int(weight.count_nonzero()):
+    def _gathered(self, vectors: tuple[Tensor, ...], group_size: int) -> tuple[Tensor, ...]:
+        """Weights, then what else belongs to them, ``[n]`` to ``[places]``."""
+        here = tuple(_gather(vector, self._index, self._empty) for vector in vectors)
+        self._check(vectors[0], here[0], group_size)
+        return here
+
+    def _target(self, group_size: int) -> Tensor:
+        """Of every ``group_size`` places the group they belong to; ``n / group_size`` for none."""
+        group, none = self._index, self._empty
+        if group_size > 1:
+            group = group.view(-1, group_size).amax(1) // group_size
+            none = none.view(-1, group_size).all(1)
+        return group.masked_fill(none, self.num_weights // group_size).long()
+
+    def _spread(self, values: list[Tensor], out: Tensor) -> Tensor:
+        """Each part's ``[places]`` into ``[n + 1]``, the last for places where no weight stands."""
+        if values:
+            out.index_copy_(0, self._target(1), torch.cat(values).to(out.dtype))
+        return out[:-1]
+
+    def _check(self, weight: Tensor, here: Tensor, group_size: int) -> None:
+        if int(here.count_nonzero()) != int(weight.count_nonzero()):
             raise ValueError(
                 f"{self.name} has weights that were pruned when its Fisher was estimated; estimate "
                 "it anew"
@@ -293,16 +324,15 @@ class LiveFisher(Fisher):
     def diagonal(self, damping: float, dtype: torch.dtype = torch.float32) -> Tensor:
         """Diagonal of ``F^-1``, ``[n]``; ``1/damping`` for the pruned."""
         out = torch.full((self.num_weights + 1,), 1.0 / damping, dtype=dtype, device=self.device)
-        for part in self._parts:
-            self._spread(part, self._ask(part, "diagonal", damping, dtype), out)
-        return out[:-1]
+        return self._spread(self._ask("diagonal", (), damping, dtype), out)
 
     def _scores(self, method: str, inputs: tuple[Tensor, ...], damping: float, c: int) -> Tensor:
-        self._check(inputs[0], c)
+        found = self._ask(method, self._gathered(inputs, c), damping, c)
         scores = torch.zeros(self.num_weights // c + 1, device=self.device)
-        for part in self._parts:
-            found = self._ask(part, method, *map(part.gathered, inputs), damping, c)
-            scores.index_add_(0, part.target(self.num_weights, c), found)
+        if c == 1:
+            return self._spread(found, scores)
+        if found:  # a group may have weights in two blocks
+            scores.index_add_(0, self._target(c), torch.cat(found))
         return scores[:-1]
 
     def scores(self, weight: Tensor, damping: float, group_size: int = 1) -> Tensor:
@@ -317,12 +347,9 @@ class LiveFisher(Fisher):
 
     def n_of_m(self, weight: Tensor, keep: Tensor, damping: float, kept: int, group: int) -> Tensor:
         """As :meth:`GramFisher.n_of_m`."""
-        self._check(weight, group)
-        new = keep.new_zeros(len(keep) + 1)
-        for part in self._parts:
-            here = (part.gathered(weight), part.gathered(keep))
-            self._spread(part, self._ask(part, "n_of_m", *here, damping, kept, group), new)
-        return new[:-1]
+        here = self._gathered((weight, keep), group)
+        found = self._ask("n_of_m", here, damping, kept, group)
+        return self._spread(found, keep.new_zeros(len(keep) + 1))
 
     def update(
         self,
@@ -333,11 +360,7 @@ class LiveFisher(Fisher):
         rule: str = "joint",
     ) -> tuple[Tensor, float]:
         """As :meth:`GramFisher.update`."""
-        self._check(weight, group_size)
-        new, increase = weight.new_zeros(len(weight) + 1), 0.0
-        for part in self._parts:
-            here = (part.gathered(weight), part.gathered(keep))
-            found, cost = self._ask(part, "update", *here, damping, group_size, rule)
-            self._spread(part, found, new)
-            increase += cost
-        return new[:-1], increase
+        here = self._gathered((weight, keep), group_size)
+        found = self._ask("update", here, damping, group_size, rule)
+        new = self._spread([values for values, _ in found], weight.new_zeros(len(weight) + 1))
+        return new, sum((increase for _, increase in found), 0.0)

@@ -45,14 +45,15 @@ inline void solve_square(const double* corner, int stride, const double* recipro
     }
 }
 
-// Factors the square on the diagonal of a panel.  False unless every pivot is above its bar
-// and finite.
-inline bool factor_corner(double* corner, int stride, const double* bar) {
+// Factors the square on the diagonal of a panel, of which the first `rows` are not those of the
+// identity.  False unless every pivot is above its bar and finite.
+inline bool factor_corner(double* corner, int stride, int rows, const double* bar) {
     Square row;
     load_square(corner, stride, row);
-    VecD pivots{};
+    VecD pivots = VecD{} + 1.0;
 #pragma GCC unroll 8
     for (int p = 0; p < kLanes; ++p) {
+        if (p == rows) break;
         pivots[p] = row[p][p];
         const VecD factor = row[p] * (1.0 / row[p][p]);
 #pragma GCC unroll 8
@@ -91,7 +92,7 @@ inline bool cholesky(double* a, int stride, int n, double relative_tolerance) {
                                        double* target = corner + int64_t(row) * stride + column;
                                        store(target, load(target) - sum);
                                    });
-        if (!factor_corner(corner, stride, bar + p)) return false;
+        if (!factor_corner(corner, stride, n - p, bar + p)) return false;
         double reciprocal[kLanes];
         store(reciprocal, reciprocals(corner, stride));
         for (int j = kLanes; j < padded - p; j += kLanes) {

@@ -120,6 +120,11 @@ inline bool begin_removals(const Fisher& fisher, DType weight_type, const void* 
         left.diagonal[i] = left.inverse[int64_t(i) * (left.stride + 1)];
         left.bar[i] = tolerance * left.diagonal[i];
     }
+    // What fills up the last vector counts for nothing, but a division by subnormals would be slow.
+    for (int i = living; i < round_up(living, kLanes); ++i) {
+        left.weight[i] = 0;
+        left.diagonal[i] = 1;
+    }
     return true;
 }
 

@@ -36,10 +36,8 @@ Choice cheapest_weight(const Left& left) {
         best = better ? cost : best;
         where = better ? here : where;
     }
-    Choice choice{0, __builtin_inf()};
-    for (int l = 0; l < kLanes; ++l)
-        if (best[l] < choice.cost) choice = {int(where[l]), best[l]};
-    return choice;
+    const int lane = smallest_lane(best);
+    return {int(where[lane]), best[lane]};
 }
 
 bool remove_weights(Left& left, float* scores) {
