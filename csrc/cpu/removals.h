@@ -86,6 +86,7 @@ inline double entry(const Left& left, int i, int j) {
 inline bool invert_living(const Fisher& of, int64_t b, int n, int living, const Buffers& buffers) {
     const int stride = buffers.stride;
     unpack_fisher<false>(of, b, n, buffers.fisher, stride);
+    prefetch_next(of, b);
     double* fisher = buffers.fisher;
     if (living < n) {
         fisher = buffers.third;

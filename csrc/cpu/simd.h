@@ -184,6 +184,22 @@ inline void swap_halves(typename Simd<T>::Vec& a, typename Simd<T>::Vec& b) {
 #endif
 }
 
+// Element l of the result is element l ^ distance of v.
+template <int distance, class Vec>
+inline Vec exchanged(const Vec& v) {
+    constexpr int lanes = sizeof(Vec) / sizeof(v[0]);
+#if defined(__clang__)
+    Vec result;
+    for (int l = 0; l < lanes; ++l) result[l] = v[l ^ distance];
+    return result;
+#else
+    typename Simd<double>::Index from{};
+#pragma GCC unroll 8
+    for (int l = 0; l < lanes; ++l) from[l] = l ^ distance;
+    return __builtin_shuffle(v, from);
+#endif
+}
+
 // One step of transpose(): swaps the off-diagonal quarters of squares of 2 * half elements.
 template <class T, int half>
 inline void swap_quarters(typename Simd<T>::Vec (&x)[Simd<T>::lanes]) {
