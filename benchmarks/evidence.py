@@ -38,6 +38,7 @@ SPARSITIES = {
     "unstructured": [0.5, 0.6, 0.7, 0.8, 0.9],
     "block4": [0.5, 0.6, 0.7, 0.8],
     "2:4": [0.5],
+    "1:4": [0.75],
 }
 # Where the damping chosen by itself is held against fixed ones.
 DAMPING_SPARSITIES = [0.6, 0.7, 0.8, 0.9]
@@ -223,7 +224,7 @@ def report(settings: argparse.Namespace, command: str) -> tuple[str, dict]:
         "one global ranking, nothing trained afterwards; mean ± standard deviation over the seeds. "
         f" All rows saw the same {TEXTS} training texts, in {TEXTS // TEXTS_PER_GRAD} gradients of "
         f"{TEXTS_PER_GRAD} where they take gradients; magnitude saw none.  Block size 50, 48 for "
-        "2:4.",
+        "N:M.",
         "",
         "Wanda's score: |W| times the norm of the input, ranked in each row.  oBERT: diagonal "
         "scores, sum update, and of the dampings "

@@ -141,11 +141,13 @@ def test_a_lost_block_is_reported(isa):
 
 @pytest.mark.parametrize("c", [1, 2])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e200])
-def test_a_weight_whose_cost_is_no_number_is_reported(isa, c, value):
-    """1e200: its square is infinite."""
-    gram, fisher = problem(30, 10)
-    weight, keep, status = torch.randn(30).double(), torch.ones(30).bool(), ops.new_status()
-    weight[14] = value
+@pytest.mark.parametrize("block_size", [10, 70])
+def test_a_weight_whose_cost_is_no_number_is_reported(isa, c, value, block_size):
+    """1e200: its square is infinite.  One of 70 weights moves up meanwhile."""
+    n = 3 * block_size
+    gram, fisher = problem(n, block_size)
+    weight, keep, status = torch.randn(n).double(), torch.ones(n).bool(), ops.new_status()
+    weight[block_size + 4] = value
     ops.gram_greedy_scores(gram, weight, keep, c, *fisher, status)
     assert int(status) == 1
 

@@ -37,12 +37,16 @@ inline Buffers buffers_for(int block_size, char* workspace) {
     return buffers;
 }
 
-inline bool factor(const Fisher& fisher, int64_t b, int n, const Buffers& buffers) {
-    unpack_fisher<false>(fisher, b, n, buffers.fisher, buffers.stride);
-    // The next block, into the second-level cache.
+// Asks for the Gram of the block after b, into the second-level cache.
+inline void prefetch_next(const Fisher& fisher, int64_t b) {
     const int64_t bytes = packed_size(fisher.partition.block_size) * element_size(fisher.gram_type);
     const char* next = static_cast<const char*>(fisher.gram) + (b + 1) * bytes;
     for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(next + i, 0, 2);
+}
+
+inline bool factor(const Fisher& fisher, int64_t b, int n, const Buffers& buffers) {
+    unpack_fisher<false>(fisher, b, n, buffers.fisher, buffers.stride);
+    prefetch_next(fisher, b);
     return cholesky(buffers.fisher, buffers.stride, n, pivot_tolerance(fisher.gram_type, n));
 }
 

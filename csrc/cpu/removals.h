@@ -86,6 +86,7 @@ inline double entry(const Left& left, int i, int j) {
 inline bool invert_living(const Fisher& of, int64_t b, int n, int living, const Buffers& buffers) {
     const int stride = buffers.stride;
     unpack_fisher<false>(of, b, n, buffers.fisher, stride);
+    prefetch_next(of, b);
     double* fisher = buffers.fisher;
     if (living < n) {
         fisher = buffers.third;
@@ -120,7 +121,7 @@ inline bool begin_removals(const Fisher& fisher, DType weight_type, const void* 
         left.diagonal[i] = left.inverse[int64_t(i) * (left.stride + 1)];
         left.bar[i] = tolerance * left.diagonal[i];
     }
-    // What fills up the last vector counts for nothing, but a division by subnormals would be slow.
+    // What fills up the last vector counts for nothing, but subnormals there would be slow.
     for (int i = living; i < round_up(living, kLanes); ++i) {
         left.weight[i] = 0;
         left.diagonal[i] = 1;

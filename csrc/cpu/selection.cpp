@@ -11,7 +11,7 @@
 // Per block: bytes B(B+1)/2 * sizeof(gram) read; flops about B^3/3 for the factor, for M = L^-1,
 // for M^T M and for the removals each.  Both in one file, as what they share takes most of the time
 // to compile.
-#include "removals.h"
+#include "pivoted.h"
 
 namespace obert {
 namespace OBERT_ISA {
@@ -21,36 +21,6 @@ struct Choice {
     int index;
     double cost;  // infinite if there is none
 };
-
-// The weight whose removal costs least, 1/2 w^2 / diagonal.
-Choice cheapest_weight(const Left& left) {
-    using Mask = Simd<double>::Index;
-    VecD best{};
-    best += __builtin_inf();
-    Mask where{}, here{};
-    for (int l = 0; l < kLanes; ++l) here[l] = l;
-    for (int i = 0; i < left.n; i += kLanes, here += kLanes) {
-        const VecD w = load(left.weight + i);
-        const VecD cost = 0.5 * w * w / load(left.diagonal + i);
-        const Mask better = (cost < best) & (here < left.n);
-        best = better ? cost : best;
-        where = better ? here : where;
-    }
-    const int lane = smallest_lane(best);
-    return {int(where[lane]), best[lane]};
-}
-
-bool remove_weights(Left& left, float* scores) {
-    double most = 0;
-    while (left.n > 0) {
-        const Choice next = cheapest_weight(left);
-        if (!(next.cost < __builtin_inf())) return false;
-        if (next.cost > most) most = next.cost;
-        scores[left.position[next.index]] = static_cast<float>(most);
-        if (!remove_weight(left, next.index)) return false;
-    }
-    return true;
-}
 
 // The members of one group, as positions in the block.
 struct Part {
@@ -81,7 +51,7 @@ double cost_of(const Left& left, const int* place, int count, double* factor, do
     return 0.5 * cost;
 }
 
-// The same as remove_weights() for groups.  place[position]: where a weight stands now.
+// The same as remove_all() for groups.  place[position]: where a weight stands now.
 bool remove_parts(Left& left, Part* parts, int count, int* place, double* factor, double* y,
                   float* scores) {
     double most = 0;
@@ -208,7 +178,9 @@ int64_t gram_greedy_scores(const GramGreedyScores& args, cpu::BlockRange range, 
         if (!begin_removals(args.fisher, args.weight_type, args.weight, args.keep, b, n, buffers,
                             left))
             return false;
-        if (group_size == 1) return remove_weights(left, args.scores + start);
+        if (group_size == 1)
+            return remove_all(left, {buffers.inverse, buffers.third, buffers.stride, 0},
+                              args.scores + start);
         Part parts[kMaxBlockSize];
         int count = 0, place[kMaxBlockSize];
         for (int i = 0; i < n; ++i) place[i] = -1;

@@ -162,24 +162,6 @@ inline VecD widen_first(const float* p, int count) {
 #endif
 }
 
-// The first lane with the smallest value.  Without branches where it can be: nothing predicts them.
-inline int smallest_lane(VecD values) {
-#if defined(__AVX512F__)
-    const Simd<double>::Index index{0, 1, 2, 3, 4, 5, 6, 7};
-    VecD least = values;
-#pragma GCC unroll 3
-    for (int half = 4; half > 0; half /= 2) {
-        const auto other = VecD(_mm512_maskz_permutexvar_pd(0xff, __m512i(index ^ half), least));
-        least = other < least ? other : least;
-    }
-    return __builtin_ctz(_mm512_cmp_pd_mask(values, least, _CMP_EQ_OQ));
-#else
-    int lane = 0;
-    for (int l = 1; l < Simd<double>::lanes; ++l) lane = values[l] < values[lane] ? l : lane;
-    return lane;
-#endif
-}
-
 // Swaps the elements of `a` with index & half for those of `b` without.
 template <class T, int half>
 inline void swap_halves(typename Simd<T>::Vec& a, typename Simd<T>::Vec& b) {
@@ -199,6 +181,22 @@ inline void swap_halves(typename Simd<T>::Vec& a, typename Simd<T>::Vec& b) {
     }
     a = __builtin_shuffle(a0, b0, low);
     b = __builtin_shuffle(a0, b0, high);
+#endif
+}
+
+// Element l of the result is element l ^ distance of v.
+template <int distance, class Vec>
+inline Vec exchanged(const Vec& v) {
+    constexpr int lanes = sizeof(Vec) / sizeof(v[0]);
+#if defined(__clang__)
+    Vec result;
+    for (int l = 0; l < lanes; ++l) result[l] = v[l ^ distance];
+    return result;
+#else
+    typename Simd<double>::Index from{};
+#pragma GCC unroll 8
+    for (int l = 0; l < lanes; ++l) from[l] = l ^ distance;
+    return __builtin_shuffle(v, from);
 #endif
 }
 
