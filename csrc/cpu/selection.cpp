@@ -12,6 +12,7 @@
 // for M^T M and for the removals each.  Both in one file, as what they share takes most of the time
 // to compile.
 #include "pivoted.h"
+#include "removals_in_lanes.h"
 
 namespace obert {
 namespace OBERT_ISA {
@@ -172,6 +173,8 @@ int64_t gram_greedy_scores(const GramGreedyScores& args, cpu::BlockRange range, 
     const Partition& partition = args.fisher.partition;
     const Buffers buffers = buffers_for(partition.block_size, workspace);
     const int group_size = args.group_size;
+    if (group_size == 1 && partition.block_size <= kMostInLanes)
+        return greedy_in_lanes(args, range);
     return over_blocks(partition, range, [&](int64_t b, int n) {
         const int64_t start = b * partition.block_size;
         Left left;
