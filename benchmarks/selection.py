@@ -91,11 +91,12 @@ def living_rows(
         torch.manual_seed(1)
         alive = torch.rand(n) < share
         live = block_fisher(alive, size)
+        left = weight * alive
         calls = {
             "all: gradients": lambda: full.accumulate(gradients),
             "living: gradients": lambda f=live: f.accumulate(gradients),
             "all: selection": lambda: full.greedy_scores(weight, everything, DAMPING),
-            "living: selection": lambda f=live, a=alive: f.greedy_scores(weight * a, a, DAMPING),
+            "living: selection": partial(live.greedy_scores, left, alive, DAMPING),
         }
         median = alternated(calls, rounds)
         total = {
