@@ -127,21 +127,23 @@ def test_twins_are_not_both_removed(isa):
     assert len({0, 1} & set(greedy.argsort()[:2].tolist())) == 1
 
 
-def test_a_lost_block_is_reported(isa):
-    gram, fisher = problem(30, 10)
+@pytest.mark.parametrize("block_size", [3, 6, 10])
+def test_a_lost_block_is_reported(isa, block_size):
+    n = 3 * block_size
+    gram, fisher = problem(n, block_size)
     gram[1, 0] = float("nan")
-    keep, status = torch.ones(30, dtype=torch.bool), ops.new_status()
-    ops.gram_greedy_scores(gram, torch.randn(30), keep, 1, *fisher, status)
+    keep, status = torch.ones(n, dtype=torch.bool), ops.new_status()
+    ops.gram_greedy_scores(gram, torch.randn(n), keep, 1, *fisher, status)
     assert int(status) == 1
     # Not where the failing weight is gone already.
-    keep[10], status = False, ops.new_status()
-    ops.gram_greedy_scores(gram, torch.randn(30) * keep, keep, 1, *fisher, status)
+    keep[block_size], status = False, ops.new_status()
+    ops.gram_greedy_scores(gram, torch.randn(n) * keep, keep, 1, *fisher, status)
     assert int(status) == -1
 
 
 @pytest.mark.parametrize("c", [1, 2])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e200])
-@pytest.mark.parametrize("block_size", [10, 70])
+@pytest.mark.parametrize("block_size", [6, 10, 70])
 def test_a_weight_whose_cost_is_no_number_is_reported(isa, c, value, block_size):
     """1e200: its square is infinite.  One of 70 weights moves up meanwhile."""
     n = 3 * block_size
@@ -165,8 +167,9 @@ def test_types_alignment_and_many_blocks(isa, dtype):
     assert relative_error(found, expected) < 1e-6
 
 
-def test_nothing_left_and_zero_weights(isa):
-    gram, fisher = problem(20, 10)
+@pytest.mark.parametrize("block_size", [4, 5, 10])
+def test_nothing_left_and_zero_weights(isa, block_size):
+    gram, fisher = problem(20, block_size)
     keep = torch.zeros(20, dtype=torch.bool)
     found, expected = both(gram, torch.zeros(20), keep, 1, fisher)
     assert not found.any() and not expected.any()
