@@ -50,6 +50,8 @@ def parse_arguments() -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument("--sparsity", type=float, default=0.8)
     parser.add_argument("--damping", type=float, default=1e-7, help="of diagonal and reference")
+    parser.add_argument("--texts", type=int, default=TEXTS, help="of all but the reference")
+    parser.add_argument("--add", action="store_true", help="keep earlier rows of the case")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--work", type=Path, default=cache_folder() / "benchmark_accuracy")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
@@ -99,7 +101,7 @@ def prune_with_ours(
         options |= {"update": "sum", "damping": settings.damping}
     report = prune(
         model, None if method == "magnitude" else batches, settings.sparsity,
-        num_grads=TEXTS // TEXTS_PER_GRAD, samples_per_grad=TEXTS_PER_GRAD,
+        num_grads=settings.texts // TEXTS_PER_GRAD, samples_per_grad=TEXTS_PER_GRAD,
         loss_fn=classification.text_loss, fisher_dtype=getattr(torch, case.fisher_dtype),
         **options,
     ).report  # fmt: skip
@@ -125,7 +127,7 @@ def measure(case: Case, method: str, settings: argparse.Namespace) -> dict[str, 
     reference = method == "reference"
     # One gradient a batch for the reference; as many as fit for ours.
     batches = calibration_batches(
-        tokenizer, data.train, REFERENCE_GRADS if reference else TEXTS // TEXTS_PER_GRAD,
+        tokenizer, data.train, REFERENCE_GRADS if reference else settings.texts // TEXTS_PER_GRAD,
         TEXTS_PER_GRAD, max_length=length, seed=settings.seed,
         max_tokens=1 if reference else tokens_at_once(model.config.hidden_size),
     )  # fmt: skip
@@ -140,7 +142,9 @@ def measure(case: Case, method: str, settings: argparse.Namespace) -> dict[str, 
     seconds = time.perf_counter() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     test = classification.make_loader(tokenizer, data.test, 64, max_length=length, by_length=True)
-    texts = {"magnitude": 0, "reference": REFERENCE_GRADS * TEXTS_PER_GRAD}.get(method, TEXTS)
+    texts = {"magnitude": 0, "reference": REFERENCE_GRADS * TEXTS_PER_GRAD}.get(
+        method, settings.texts
+    )
     return {
         "method": method,
         "sparsity": settings.sparsity,
@@ -160,7 +164,7 @@ def markdown(document: dict[str, Any]) -> str:
         "and model are loaded, the model evaluated outside), peak memory of the process.  "
         f"Reference: m = {REFERENCE_GRADS} gradients of {TEXTS_PER_GRAD} texts, one backward pass "
         "and one einsum and baddbmm per matrix each, diagonal scores, sum update, B = "
-        f"{BLOCK_SIZE}.  Others: {TEXTS // TEXTS_PER_GRAD} gradients of {TEXTS_PER_GRAD} texts, "
+        f"{BLOCK_SIZE}.  Others: gradients of {TEXTS_PER_GRAD} texts each, "
         "many in a backward pass; greedy with joint update and damping chosen by itself (ours), "
         "diagonal with sum update and a given damping (oBERT on our kernels).  Accuracy on the "
         "test texts, one seed.",
@@ -206,7 +210,8 @@ def main() -> None:
         command = [
             sys.executable, __file__, settings.case, "--child", "--methods", method,
             "--sparsity", str(settings.sparsity), "--damping", str(settings.damping),
-            "--seed", str(settings.seed), "--work", str(settings.work),
+            "--seed", str(settings.seed), "--texts", str(settings.texts),
+            "--work", str(settings.work),
         ]  # fmt: skip
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         runs.append(json.loads(done.stdout.splitlines()[-1]))
@@ -214,6 +219,9 @@ def main() -> None:
     path = RESULTS / "evidence_costs.json"
     document = json.loads(path.read_text()) if path.is_file() else {}
     shown = shlex.join(["python", "benchmarks/evidence_costs.py", *sys.argv[1:]])
+    if settings.add:
+        shown = f"{document[case.name]['command']}; {shown}"
+        runs = [*document[case.name]["runs"], *runs]
     document[case.name] = {"command": shown, "machine": machine(), "runs": runs}
     path.write_text(json.dumps(document, indent=1) + "\n")
     path.with_suffix(".md").write_text(markdown(document), encoding="utf-8")

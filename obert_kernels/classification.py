@@ -8,11 +8,12 @@ from __future__ import annotations
 import math
 import platform
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader
 
 from .downloads import import_extra
@@ -21,6 +22,10 @@ from .gradients import to_device
 from .text_data import Texts
 
 Batch = dict[str, Tensor]
+
+# Tokens of texts for which attention is written out in bfloat16 on the CPU: the backward pass of
+# torch's fused one takes longer there than all the rest of the model.
+_SHORT_TEXT = 128
 
 
 def encode(tokenizer: Any, texts: Texts, max_length: int = 128) -> list[dict[str, Any]]:
@@ -105,10 +110,22 @@ def _autocast(device: torch.device, bfloat16: bool | None) -> torch.autocast:
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
 
 
+@contextmanager
+def _for_backward(
+    batch: Batch, device: torch.device, bfloat16: bool | None = None
+) -> Iterator[None]:
+    """Autocast, and on the CPU what keeps a backward pass in bfloat16 from being slow."""
+    enabled = runs_bfloat16_natively(device) if bfloat16 is None else bfloat16
+    tokens = max((values.shape[1] for values in batch.values() if values.dim() > 1), default=0)
+    written_out = enabled and device.type == "cpu" and tokens <= _SHORT_TEXT
+    with _autocast(device, enabled), sdpa_kernel(SDPBackend.MATH) if written_out else nullcontext():
+        yield
+
+
 def text_loss(model: nn.Module, batch: Batch) -> Tensor:
     """Return the model's own loss, in bfloat16 where that is faster: gradients for a Fisher and
     the losses of trials need no more."""
-    with _autocast(batch["labels"].device, None):
+    with _for_backward(batch, batch["labels"].device):
         return model(**batch).loss.float()
 
 
@@ -165,8 +182,9 @@ def fine_tune(
     try:
         with seeded(seed, device):
             for step, batch in enumerate(_endless(loader, steps)):
-                with _autocast(device, bfloat16):
-                    loss = model(**to_device(batch, device)).loss
+                batch = to_device(batch, device)
+                with _for_backward(batch, device, bfloat16):
+                    loss = model(**batch).loss
                 if not torch.isfinite(loss):
                     raise ValueError(
                         f"the loss became {loss.item()} at step {step + 1} of {steps}: lower the "

@@ -280,3 +280,15 @@ def test_sorted_loader_gives_every_text_once(tmp_path: Path, data_file: str) -> 
     )
     widths = [batch["input_ids"].shape[1] for batch in ordered]
     assert widths == sorted(widths)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "bfloat16", "fused"), [(128, True, False), (129, True, True), (128, False, True)]
+)
+def test_attention_is_written_out_for_short_texts_in_bfloat16(tokens, bfloat16, fused):
+    """There the backward pass of the fused one is slow."""
+    batch = {"input_ids": torch.zeros(2, tokens), "labels": torch.zeros(2)}
+    with classification._for_backward(batch, torch.device("cpu"), bfloat16):
+        assert torch.backends.cuda.flash_sdp_enabled() == fused
+        assert torch.is_autocast_enabled("cpu") == bfloat16
+    assert torch.backends.cuda.flash_sdp_enabled()
