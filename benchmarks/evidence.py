@@ -16,8 +16,8 @@ import json
 import shlex
 import statistics
 import sys
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from dense_models import MAX_LENGTH, MINILM, MPNET, Dense, Stages, fine_tuned
@@ -123,7 +123,7 @@ def measure(case: Case, seed: int, pattern: str, work: Path) -> None:
     ]
     sweep_classifier(settings, everything, progress=progress)
     if pattern == "unstructured":
-        some = Settings(**{**asdict(settings), "sparsity": DAMPING_SPARSITIES})
+        some = replace(settings, sparsity=DAMPING_SPARSITIES)
         sweep_classifier(some, grid(pattern, ["greedy"], case.dampings), progress=progress)
 
 
@@ -167,7 +167,7 @@ def row(cells: Iterable[object]) -> str:
     return "| " + " | ".join(str(x) for x in cells) + " |"
 
 
-def header(cells: list[str]) -> list[str]:
+def header(cells: Sequence[str]) -> list[str]:
     return [row(cells), "|" + "---|" * len(cells)]
 
 

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from contender import ReferenceInverse
 from dense_models import MAX_LENGTH, Stages, fine_tuned
-from evidence import CASES, RESULTS, TEXTS, TEXTS_PER_GRAD, WANDA, Case
+from evidence import CASES, RESULTS, TEXTS, TEXTS_PER_GRAD, WANDA, Case, header, row
 from machine import machine
 from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -182,8 +182,7 @@ def markdown(document: dict[str, Any]) -> str:
             f"`{part['command']}` on {about['cpu']}, {about['threads']} threads, torch "
             f"{about['torch']}, {about['date']}.",
             "",
-            "| " + " | ".join(columns) + " |",
-            "|" + "---|" * len(columns),
+            *header(columns),
         ]
         whole = [run["seconds"] for run in rows if run["method"] == "reference"]
         for run in rows:
@@ -194,7 +193,7 @@ def markdown(document: dict[str, Any]) -> str:
                 *(f"{seconds:.1f}" for seconds in (*stages, run["seconds"])),
                 f"{run['peak_gib']:.1f}", ratio,
             ]  # fmt: skip
-            lines.append("| " + " | ".join(map(str, cells)) + " |")
+            lines.append(row(cells))
         lines.append("")
     return "\n".join(lines)
 
