@@ -26,15 +26,28 @@ constexpr int kStretchBytes = 2048;
 // Adds a tile to the packed lower triangle of one block.
 template <class T>
 struct AddToGram {
+    using Vec = typename Simd<T>::Vec;
     T* gram;
-    void operator()(int row, int column, bool is_last, typename Simd<T>::Vec sum) const {
-        T* target = gram + row * (row + 1) / 2 + column;
+
+    T* at(int row, int column) const { return gram + row * (row + 1) / 2 + column; }
+
+    // Elements of a vector up to the diagonal.
+    static int count(int row, int column) { return min_int(row + 1 - column, Simd<T>::lanes); }
+
+    void operator()(int row, int column, bool is_last, Vec sum) const {
         if (is_last)
-            add_first(target, sum, row + 1 - column);
+            store_first(at(row, column), sum, count(row, column));
         else
-            store(target, load(target) + sum);
+            store(at(row, column), sum);
     }
 };
+
+template <class T>
+inline void add_present(const AddToGram<T>& gram, int row, int column, bool is_last,
+                        typename Simd<T>::Vec& sum) {
+    const T* present = gram.at(row, column);
+    sum += is_last ? load_first(present, gram.count(row, column)) : load(present);
+}
 
 Stretch stretch_at(const Gradients& gradients, cpu::BlockRange range, int64_t block,
                    int64_t gradient) {
@@ -76,9 +89,7 @@ void accumulate(const GramAccumulate& args, cpu::BlockRange range, char* workspa
                 int(b1 - b0 - 1) * block_size + block_length(args.partition, b1 - 1);
             for (int t0 = 0; t0 < now.gradients; t0 += depth) {
                 const int rows = min_int(depth, now.gradients - t0);
-                for (int t = 0; t < rows; ++t)
-                    read_as(args.gradient_type, gradients.at(b0, now.first_gradient + t0 + t), 0,
-                            columns, panel + int64_t(t) * stride);
+                read_rows(gradients, b0, now.first_gradient + t0, rows, columns, panel, stride);
                 for (int64_t b = b0; b < b1; ++b)
                     lower_product<T, false>(
                         panel + (b - b0) * block_size, stride, rows,

@@ -48,13 +48,12 @@ struct Factors {
     int depth;
 };
 
-// Sums start at zero, unless the receiver of a tile says otherwise with a type of its own.
+// A receiver that adds to what it has says so in an overload for its type.
 template <class Vec, class Emit>
-inline Vec start_of(const Emit&, int, int) {
-    return Vec{};
-}
+inline void add_present(const Emit&, int, int, bool, Vec&) {}
 
-// Hands emit the sums of one tile, a vector at a time.
+// Hands emit the sums of one tile, a vector at a time.  What they are added to is read before the
+// first is written: a read soon after a masked write next to it waits for that one.
 template <class T, int R, int V, bool rows_along_t, class Emit>
 void tile(const Factors<T>& factors, Ahead ahead, int row0, int column0, const Emit& emit) {
     using Vec = typename Simd<T>::Vec;
@@ -64,11 +63,7 @@ void tile(const Factors<T>& factors, Ahead ahead, int row0, int column0, const E
     const int64_t row_stride = factors.row_stride;
     const int64_t column_stride = factors.column_stride;
     const int depth = factors.depth;
-    Vec sum[R][V];
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
-        for (int v = 0; v < V; ++v) sum[r][v] = start_of<Vec>(emit, row0 + r, column0 + v * lanes);
+    Vec sum[R][V] = {};
     for (int t = 0; t < depth; ++t) {
         Vec column[V];
 #pragma GCC unroll 4
@@ -87,6 +82,11 @@ void tile(const Factors<T>& factors, Ahead ahead, int row0, int column0, const E
         rows += rows_along_t ? 1 : row_stride;
         columns += column_stride;
     }
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v)
+            add_present(emit, row0 + r, column0 + v * lanes, v + 1 == V, sum[r][v]);
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4

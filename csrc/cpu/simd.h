@@ -103,26 +103,6 @@ inline void store_first(double* p, VecD values, int count) {
 constexpr bool kMaskedMoves = false;
 #endif
 
-// target[0..count) += values[0..count), at most one vector; count >= 1.
-#if defined(__AVX512F__)
-inline void add_first(float* target, VecF values, int count) {
-    const __mmask16 mask = static_cast<__mmask16>(0xffffu >> (16 - min_int(count, 16)));
-    const __m512 sum = _mm512_add_ps(_mm512_maskz_loadu_ps(mask, target), __m512(values));
-    _mm512_mask_storeu_ps(target, mask, sum);
-}
-inline void add_first(double* target, VecD values, int count) {
-    const __mmask8 mask = static_cast<__mmask8>(0xffu >> (8 - min_int(count, 8)));
-    const __m512d sum = _mm512_add_pd(_mm512_maskz_loadu_pd(mask, target), __m512d(values));
-    _mm512_mask_storeu_pd(target, mask, sum);
-}
-#else
-template <class T>
-inline void add_first(T* target, typename Simd<T>::Vec values, int count) {
-    if (count >= Simd<T>::lanes) return store(target, load(target) + values);
-    for (int j = 0; j < count; ++j) target[j] += values[j];
-}
-#endif
-
 // One vector of doubles from as many floats, and back.
 #if defined(__AVX512F__)
 inline VecD widen(const float* p) {

@@ -134,12 +134,13 @@ inline VecD spread(VecD v) {
 #endif
 }
 
-// row[i] -= factor[i] * pivot_row, for row i and those after it.
+// row[i] -= column[i] * pivot_row / pivot, for row i and those after it.  The products need not
+// wait for the division, which takes longest.
 template <int i>
-inline void subtract(VecD factor, VecD pivot_row, VecD* row) {
+inline void subtract(VecD column, VecD pivot_row, VecD reciprocal, VecD* row) {
     if constexpr (i < kLanesD) {
-        row[i] -= spread<i>(factor) * pivot_row;
-        subtract<i + 1>(factor, pivot_row, row);
+        row[i] -= (spread<i>(column) * pivot_row) * reciprocal;
+        subtract<i + 1>(column, pivot_row, reciprocal, row);
     }
 }
 
@@ -152,18 +153,17 @@ inline void eliminate(VecD (&left)[kLanesD], VecD (&middle)[kLanesD], VecD (&rig
         const VecD pivot = spread<lane>(left[lane]);
         denominators[p] = pivot[0];
         const VecD reciprocal = VecD{} + 1.0 / pivot[0];
-        const VecD first = left[lane] * reciprocal, second = middle[lane] * reciprocal;
-        narrow(first, elimination + p * kRank);
-        narrow(second, elimination + p * kRank + kLanesD);
-        subtract<p + 1>(first, left[lane], left);
-        subtract<p + 1>(first, middle[lane], middle);
-        subtract<0>(second, middle[lane], right);
+        subtract<p + 1>(left[lane], left[lane], reciprocal, left);
+        subtract<p + 1>(left[lane], middle[lane], reciprocal, middle);
+        subtract<0>(middle[lane], middle[lane], reciprocal, right);
+        narrow(left[lane] * reciprocal, elimination + p * kRank);
+        narrow(middle[lane] * reciprocal, elimination + p * kRank + kLanesD);
     } else {
         const VecD pivot = spread<lane>(right[lane]);
         denominators[p] = pivot[0];
-        const VecD second = right[lane] * (VecD{} + 1.0 / pivot[0]);
-        narrow(second, elimination + p * kRank + kLanesD);
-        subtract<lane + 1>(second, right[lane], right);
+        const VecD reciprocal = VecD{} + 1.0 / pivot[0];
+        subtract<lane + 1>(right[lane], right[lane], reciprocal, right);
+        narrow(right[lane] * reciprocal, elimination + p * kRank + kLanesD);
     }
     if constexpr (p + 1 < kRank) eliminate<p + 1>(left, middle, right, denominators, elimination);
 }
@@ -234,18 +234,15 @@ bool apply(const Buffers& buffers, int n, double m, Runs& runs) {
 // G^T of kRank gradients from `first` on, zero where there are no more.
 void read_gradients(const Gradients& gradients, int64_t block, int n, int64_t first,
                     const Buffers& buffers) {
-    for (int t = 0; t < kRank; ++t) {
-        float* row = buffers.vectors + int64_t(t) * kStride;  // W comes later
-        if (first + t < gradients.count)
-            read_as(gradients.type, gradients.at(block, first + t), 0, n, row);
-        else
-            for (int j = 0; j < n; ++j) row[j] = 0;
-    }
+    float* rows = buffers.vectors;  // W comes later
+    const int count = int(gradients.count - first < kRank ? gradients.count - first : kRank);
+    read_rows(gradients, block, first, count, n, rows, kStride);
+    for (int t = count; t < kRank; ++t)
+        for (int j = 0; j < n; ++j) rows[int64_t(t) * kStride + j] = 0;
     for (int j = 0; j < n; j += kRank) {
         VecF square[kRank];
 #pragma GCC unroll 16
-        for (int t = 0; t < kRank; ++t)
-            square[t] = load(buffers.vectors + int64_t(t) * kStride + j);
+        for (int t = 0; t < kRank; ++t) square[t] = load(rows + int64_t(t) * kStride + j);
         transpose<float>(square);
 #pragma GCC unroll 16
         for (int i = 0; i < kRank; ++i) store(buffers.columns + int64_t(j + i) * kRank, square[i]);
