@@ -235,17 +235,19 @@ def report(settings: argparse.Namespace, command: str) -> tuple[str, dict]:
     ]
     document = {"command": command, "machine": about, "cases": {}}
     for key, case in CASES.items():
-        lines += [f"## {case.name}", ""]
         for pattern, targets in SPARSITIES.items():
             runs, dense = finished(case, pattern, settings)
             if not runs:
                 continue
+            if key not in document["cases"]:
+                document["cases"][key] = {}
+                lines += [f"## {case.name}", ""]
             seeds = f"{len(runs)} seed{'s' if len(runs) > 1 else ''}"
             lines += [f"{pattern}; dense {cell(dense)}; {seeds}", ""]
             lines += [*accuracy_table(runs, targets), ""]
             if pattern == "unstructured":
                 lines += ["Damping, greedy selection:", "", *damping_table(runs), ""]
-            document["cases"].setdefault(key, {})[pattern] = {
+            document["cases"][key][pattern] = {
                 "dense": dense, "outcomes": [[asdict(o) for o in run] for run in runs],
             }  # fmt: skip
     return "\n".join(lines), document
