@@ -223,8 +223,8 @@ def report(settings: argparse.Namespace, command: str) -> tuple[str, dict]:
         f"{about['date']}.  Test accuracy in per cent after pruning the encoder's linear layers, "
         "one global ranking, nothing trained afterwards; mean ± standard deviation over the seeds. "
         f" All rows saw the same {TEXTS} training texts, in {TEXTS // TEXTS_PER_GRAD} gradients of "
-        f"{TEXTS_PER_GRAD} where they take gradients (of TREC's 4078 texts 32 come twice); magnitude "
-        "saw none.  Block size 50, 48 for N:M.",
+        f"{TEXTS_PER_GRAD} where they take gradients (of TREC's 4078 texts 32 come twice); "
+        "magnitude saw none.  Block size 50, 48 for N:M.",
         "",
         "Wanda's score: |W| times the norm of the input, ranked in each row.  oBERT: diagonal "
         "scores, sum update, and of the dampings "
