@@ -13,13 +13,6 @@ inline double pivot_tolerance(DType type, int n) {
     return epsilon * n;
 }
 
-inline VecD load_widened(const double* p) {
-    return load(p);
-}
-inline VecD load_widened(const float* p) {
-    return widen(p);
-}
-
 // a = damping I + scale gram[b], [n, stride], columns zero from n up to a whole vector: the
 // upper triangle, or all of it if `full`.  Packed rows are columns of the upper triangle, so
 // it is built from transposed squares.
@@ -37,7 +30,7 @@ void unpack(const Fisher& fisher, int64_t b, int n, double* a, int stride) {
             const T* row = packed + int64_t(i0) * (i0 + 1) / 2 + j0;
 #pragma GCC unroll 8
             for (int r = 0; r < kLanes; ++r, row += i0 + r)
-                if (r < rows) square[r] = fisher.scale * load_widened(row);
+                if (r < rows) square[r] = fisher.scale * widen(row);
             if (full) store_square(square, a + int64_t(i0) * stride + j0, stride);
             transpose<double>(square);
             store_square(square, a + int64_t(j0) * stride + i0, stride);

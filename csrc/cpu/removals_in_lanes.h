@@ -48,7 +48,7 @@ void read_triangles(const Fisher& fisher, LaneBlocks<n>& blocks) {
         Square square = {};
         for (int l = 0; l < kLanes; ++l) {
             const T* from = gram + blocks.block(l) * entries + at;
-            square[l] = entries < kLanes ? widen_first(from, entries) : load_widened(from);
+            square[l] = entries < kLanes ? widen_first(from, entries) : widen(from);
         }
         transpose<double>(square);
         for (int r = 0; r < min_int(kLanes, entries); ++r)

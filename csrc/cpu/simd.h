@@ -127,6 +127,10 @@ inline void narrow(VecD v, float* p) {
 }
 #endif
 
+inline VecD widen(const double* p) {
+    return load(p);
+}
+
 // Like load_first, one vector of doubles.
 inline VecD widen_first(const double* p, int count) {
     return load_first(p, count);

@@ -26,10 +26,8 @@ struct Gradients {
 inline VecF load_as(const float* p, float) {
     return load(p);
 }
-inline VecD load_as(const double* p, double) {
-    return load(p);
-}
-inline VecD load_as(const float* p, double) {
+template <class Source>
+inline VecD load_as(const Source* p, double) {
     return widen(p);
 }
 
