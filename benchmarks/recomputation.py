@@ -105,8 +105,8 @@ def main() -> None:
                     "sparsity": sparsity,
                     "accuracy": classification.accuracy(model, test),
                     "damping": [
-                        min((t for t in report.damping_trials if t["step"] == step),
-                            key=lambda t: t["loss"])["relative"]
+                        min((t for t in report.damping_trials if t.step == step),
+                            key=lambda t: t.cost).relative
                         for step in range(1, steps + 1)
                     ],
                 })  # fmt: skip

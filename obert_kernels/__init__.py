@@ -17,6 +17,7 @@ from .grid import run_grid
 from .group_gradients import GroupGradients
 from .layers import find_weights
 from .live import LiveFisher
+from .losses import sampled_loss
 from .masks import magnitude_scores, select_masks
 from .ops import NumericalError
 from .patterns import Pattern, register_pattern
@@ -53,5 +54,6 @@ __all__ = [
     "register_pattern",
     "register_saliency",
     "run_grid",
+    "sampled_loss",
     "select_masks",
 ]

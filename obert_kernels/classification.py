@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 from .downloads import import_extra
 from .estimate import Progress
 from .gradients import to_device
+from .losses import sampled_loss
 from .text_data import Texts
 
 Batch = dict[str, Tensor]
@@ -127,6 +128,16 @@ def text_loss(model: nn.Module, batch: Batch) -> Tensor:
     the losses of trials need no more."""
     with _for_backward(batch, batch["labels"].device):
         return model(**batch).loss.float()
+
+
+def sampled_text_loss(model: nn.Module, batch: Batch) -> Tensor:
+    """Return :func:`obert_kernels.sampled_loss`, in bfloat16 where that is faster."""
+    with _for_backward(batch, batch["labels"].device):
+        return sampled_loss(model, batch)
+
+
+# What the commands take gradients of, by the labels that decide it.
+LOSSES = {"given": text_loss, "sampled": sampled_text_loss}
 
 
 def fine_tune(

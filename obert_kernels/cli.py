@@ -21,6 +21,8 @@ from .cli_options import (
     FisherDtype,
     FisherDtypeOption,
     LabelColumn,
+    Labels,
+    LabelsOption,
     MaxLength,
     MaxMemory,
     Model,
@@ -160,10 +162,11 @@ def run(
         str,
         typer.Option(
             help="Added to the Fisher's diagonal: a number, or auto, which tries some and takes "
-            "the one with the least loss on held-back texts.",
+            "the one that changes the predictions on held-back texts least.",
             rich_help_panel="Fisher",
         ),
     ] = "auto",
+    labels: LabelsOption = Labels.sampled,
     fisher_dtype: FisherDtypeOption = FisherDtype.float64,
     max_memory: MaxMemory = None,
     finetune_epochs: Annotated[

@@ -29,6 +29,13 @@ class FisherDtype(str, Enum):
     float32 = "float32"
 
 
+class Labels(str, Enum):
+    """Whose labels the gradients come from."""
+
+    given = "given"
+    sampled = "sampled"
+
+
 class ProgressBars:
     """A ``progress(stage, done, total)`` callable that draws a bar with the time left.
 
@@ -158,6 +165,14 @@ FisherDtypeOption = Annotated[
     FisherDtype,
     typer.Option(
         help="float32 takes half the memory but needs a larger damping.",
+        rich_help_panel="Fisher",
+    ),
+]
+LabelsOption = Annotated[
+    Labels,
+    typer.Option(
+        help="Gradients with labels drawn from the model's own predictions (the Fisher of the "
+        "model), or with those given in the data (the empirical Fisher, as in the papers).",
         rich_help_panel="Fisher",
     ),
 ]

@@ -10,8 +10,10 @@ import torch
 from torch import nn
 
 from .classification import Batch, text_loss
+from .damping import Trial
 from .estimate import Progress, estimate_fisher
 from .layers import find_weights
+from .losses import LossFn
 from .memory import plan_passes
 from .pruner import PruneResult, prune
 from .saliencies import saliencies
@@ -49,6 +51,7 @@ def compare(
     calibration: Sequence[Batch] = (),
     samples_per_grad: int | None = None,
     block_size: int = 50,
+    loss_fn: LossFn = text_loss,
     fisher_dtype: torch.dtype = torch.float64,
     max_memory: int | None = None,
     recover: Callable[[PruneResult], None] | None = None,
@@ -72,6 +75,7 @@ def compare(
         calibration: batches that damping "auto" is chosen on, at the highest sparsity.
         samples_per_grad: see :func:`obert_kernels.prune`.
         block_size: weights per Fisher block.
+        loss_fn: what the gradients are taken of.
         fisher_dtype: type of the Gram, float64 or float32.
         max_memory: bytes, see :func:`obert_kernels.prune`.
         recover: called after each pruning, for example to fine-tune under the masks.
@@ -88,14 +92,14 @@ def compare(
         **options,
         "batches": batches,
         "calibration": calibration,
-        "loss_fn": text_loss,
+        "loss_fn": loss_fn,
     }
     estimation: dict[str, Any] = {
         "num_grads": num_grads,
         "samples_per_grad": samples_per_grad,
         "block_size": block_size,
         "fisher_dtype": fisher_dtype,
-        "loss_fn": text_loss,
+        "loss_fn": loss_fn,
     }
     weights = find_weights(model, options["params"])
     streamed = samples_per_grad is not None
@@ -116,7 +120,7 @@ def compare(
         )
     else:
         second_order |= {"max_memory": max_memory, "estimator": estimator, **estimation}
-    trials: list[dict[str, float]] = []
+    trials: list[Trial] = []
     table = []
     try:
         if options["damping"] == "auto" and "fisher" in second_order:

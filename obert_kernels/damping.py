@@ -1,8 +1,12 @@
-"""Choosing the damping by the loss that remains after a trial pruning.
+"""Choosing the damping by what a trial pruning does to the model.
 
 The best damping moves with the number of gradients, the samples in each, the model and the
-sparsity, by orders of magnitude; the loss on a few batches that the Fisher has not seen says
-which it is.  The search starts from the scale of the Fisher itself.
+sparsity, by orders of magnitude; a few batches that the Fisher has not seen say which it is.  The
+search starts from the scale of the Fisher itself.
+
+What counts is how far the predictions have moved (:mod:`obert_kernels.predictions`), which is what
+the Fisher predicts.  The loss follows it only where pruning does damage: before that it is lowered
+by whatever makes a model less sure of its mistakes, and too large a damping does.
 """
 
 from __future__ import annotations
@@ -34,11 +38,21 @@ class Trial(NamedTuple):
         relative: damping over the mean diagonal of the Fisher.
         loss: mean loss of the calibration batches afterwards; infinite if the Fisher was not
             positive definite.
+        divergence: of the predictions from those of before, in nats a sample; None where the
+            model does not classify, and the loss decides.
+        step: 1 for the first sub-step.
     """
 
     damping: float
     relative: float
     loss: float
+    divergence: float | None = None
+    step: int = 1
+
+    @property
+    def cost(self) -> float:
+        """What the chosen one has the least of."""
+        return self.loss if self.divergence is None else self.divergence
 
 
 def mean_diagonal(fishers: Mapping[str, Fisher], keep: Mapping[str, Tensor]) -> float:
@@ -49,15 +63,15 @@ def mean_diagonal(fishers: Mapping[str, Fisher], keep: Mapping[str, Tensor]) -> 
 
 def choose_damping(
     scale: float,
-    loss_after: Callable[[float], float],
+    change_after: Callable[[float], tuple[float, float | None]],
     tried: Callable[[int], object],
     start: float | None = None,
 ) -> tuple[float, list[Trial]]:
-    """Find the damping with the least loss, in steps of 10 and then of the root of 10.
+    """Find the damping with the least cost, in steps of 10 and then of the root of 10.
 
     Args:
         scale: :func:`mean_diagonal` of the Fisher.
-        loss_after: the loss after pruning with a damping.
+        change_after: loss and divergence after pruning with a damping.
         tried: called with the number of trials so far.
         start: damping over ``scale`` to begin with.
 
@@ -72,19 +86,17 @@ def choose_damping(
     trials: dict[int, Trial] = {}  # by half-decades from the start
     last_error: NumericalError | None = None
 
-    def loss_at(step: int) -> float:
+    def cost_at(step: int) -> float:
         nonlocal last_error
         relative = start * 10 ** (step / 2)
         if step not in trials:
             try:
-                loss = loss_after(relative * scale)
+                change = change_after(relative * scale)
             except NumericalError as error:
-                loss, last_error = math.inf, error
-            trials[step] = Trial(
-                relative * scale, relative, loss if math.isfinite(loss) else math.inf
-            )
+                change, last_error = (math.inf, None), error
+            trials[step] = Trial(relative * scale, relative, *map(_or_infinite, change))
             tried(len(trials))
-        return trials[step].loss
+        return trials[step].cost
 
     best = 0
     for width in (2, 1):
@@ -96,13 +108,17 @@ def choose_damping(
                 if start * 10 ** (step / 2) * 1.001 >= _LEAST
                 and start * 10 ** (step / 2) <= _MOST * 1.001
             ]
-            better = min([best, *neighbours], key=loss_at)
+            better = min([best, *neighbours], key=cost_at)
             if better == best:
                 break
             best = better
-    if not math.isfinite(loss_at(best)) and last_error is not None:
+    if not math.isfinite(cost_at(best)) and last_error is not None:
         raise last_error
     return trials[best].damping, [trials[step] for step in sorted(trials)]
+
+
+def _or_infinite(value: float | None) -> float | None:
+    return value if value is None or math.isfinite(value) else math.inf
 
 
 class _Rest:

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from .estimators import Estimator, estimators
 from .fisher import Fisher
-from .gradients import LossFn, batch_gradients, take_batches
+from .gradients import batch_gradients, take_batches
 from .group_gradients import GroupGradients, NotServed, SplitBatches, split_batch
 from .layers import find_weights
+from .losses import LossFn
 from .memory import Plan, gradient_buffer, plan_passes
 from .patterns import UNSTRUCTURED, Pattern, find_pattern
 

@@ -47,6 +47,7 @@ class Settings:
     num_grads: int = 1024
     grad_batch_size: int = 8
     damping: float | str = "auto"
+    labels: str = "sampled"
     fisher_dtype: str = "float64"
     selection: str = "greedy"
     estimator: str = "gram"
@@ -159,6 +160,7 @@ def prune_classifier(
         calibration=held_back(settings, tokenizer, data),
         samples_per_grad=settings.grad_batch_size,
         block_size=block_size,
+        loss_fn=classification.LOSSES[settings.labels],
         fisher_dtype=fisher_dtype,
         max_memory=settings.max_memory,
         recover=recover if settings.recovery_epochs else None,

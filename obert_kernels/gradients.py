@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-LossFn = Callable[[nn.Module, Any], Tensor]
+from .losses import LossFn, model_loss
 
 
 def map_tensors(batch: Any, function: Callable[[Tensor], Any]) -> Any:
@@ -29,27 +29,6 @@ def to_device(batch: Any, device: torch.device) -> Any:
     return map_tensors(batch, lambda tensor: tensor.to(device))
 
 
-def model_loss(model: nn.Module, batch: Any) -> Tensor:
-    """Return ``model(**batch).loss``: the task loss of a Hugging Face model.
-
-    Raises:
-        TypeError: the batch is not a mapping, or the model returned no loss.
-    """
-    if not isinstance(batch, Mapping):
-        raise TypeError(
-            f"a batch of type {type(batch).__name__} needs loss_fn=lambda model, batch: loss; "
-            "without it batches must be mappings of model arguments with labels"
-        )
-    output = model(**batch)
-    loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
-    if loss is None:
-        raise TypeError(
-            f"{type(model).__name__} returned no loss for a batch with the keys "
-            f"{sorted(map(str, batch))}; add labels to the batches or pass loss_fn"
-        )
-    return loss
-
-
 @contextmanager
 def evaluation(model: nn.Module, weights: Iterable[nn.Parameter]) -> Iterator[None]:
     """Eval mode and gradients for ``weights``; everything as it was afterwards."""
@@ -65,17 +44,6 @@ def evaluation(model: nn.Module, weights: Iterable[nn.Parameter]) -> Iterator[No
             weight.requires_grad_(False)
         for module in training:
             module.training = True
-
-
-def mean_loss(model: nn.Module, batches: Iterable[Any], loss_fn: LossFn | None = None) -> float:
-    """Mean loss of some batches, in eval mode, every batch with the same weight."""
-    loss_fn = loss_fn or model_loss
-    device = next(model.parameters()).device
-    losses = []
-    with evaluation(model, []), torch.no_grad():
-        for batch in batches:
-            losses.append(float(loss_fn(model, to_device(batch, device))))
-    return sum(losses) / len(losses)
 
 
 def take_batches(batches: Iterable[Any], count: int | None = None) -> Iterator[Any]:

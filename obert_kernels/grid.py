@@ -14,8 +14,8 @@ from torch import nn
 
 from .estimate import Progress, estimate_fisher, silent
 from .estimators import estimators
-from .gradients import LossFn
 from .layers import find_weights
+from .losses import LossFn
 from .masks import check_sparsity
 from .memory import Plan, plan_passes
 from .patterns import find_pattern

@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from .damping import Trial, choose_damping, mean_diagonal
 from .estimate import Clock, Progress, silent
 from .fisher import Fisher
-from .gradients import LossFn, evaluation, mean_loss
+from .gradients import evaluation
+from .losses import LossFn
 from .masks import alive_groups, n_of_m_mask, prunes_anything, select_masks
 from .patterns import Pattern
+from .predictions import Predictions, divergence, predict
 from .saliencies import Problem, saliencies
 from .schedule import sub_targets
 
@@ -50,6 +52,8 @@ class Job:
     loss_fn: LossFn | None = None
     start: float | None = None  # where the search for a damping begins, over the mean diagonal
     trials: list[Trial] = field(default_factory=list)
+    # Of the model as it was given, once they are known; all sub-steps share the list.
+    before: list[Predictions] = field(default_factory=list)
 
     def masks(self, scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Choose the survivors among the matrices scored."""
@@ -148,19 +152,22 @@ class Job:
         if not self.calibration or self.trials:
             return
 
-        def loss_after(damping: float) -> float:
+        def change_after(damping: float) -> tuple[float, float | None]:
             trial = replace(self, damping=damping, clock=Clock(), progress=silent)
             masks = trial.masks(trial.score(fishers))
             new = {name: value for name, (value, _) in trial.apply(fishers, masks).items()}
             with _instead(self.weights, new):
-                return mean_loss(self.model, self.calibration, self.loss_fn)
+                after = predict(self.model, self.calibration, self.loss_fn)
+            return after.loss, divergence(self.before[0], after)
 
         def tried(count: int) -> None:
             self.progress("damping", count, count + 1)
 
         with self.clock.stage("damping"):
+            if not self.before:
+                self.before.append(predict(self.model, self.calibration, self.loss_fn))
             scale = mean_diagonal(fishers, self.keep)
-            self.damping, self.trials = choose_damping(scale, loss_after, tried, self.start)
+            self.damping, self.trials = choose_damping(scale, change_after, tried, self.start)
         self.progress("damping", len(self.trials), len(self.trials))
 
 

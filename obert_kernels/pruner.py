@@ -12,9 +12,9 @@ from ._checks import check_positive
 from .damping import hold_out
 from .estimate import Clock, FisherEstimate, Progress, check_counts, open_source, silent
 from .estimators import estimators
-from .gradients import LossFn
 from .job import Job, present_masks
 from .layers import find_weights, match_names
+from .losses import LossFn
 from .masks import check_sparsity
 from .patterns import find_pattern
 from .report import LayerReport, PruneReport
@@ -81,7 +81,8 @@ def prune(
         block_size: B, 1 to 256, weights per Fisher block; a multiple of M for N:M patterns.
             Default 50, or the multiple of M below.
         damping: added to the diagonal of the Fisher.  "auto": chosen by trial prunings, the one
-            with the least loss on the calibration batches (:mod:`obert_kernels.damping`).
+            that changes the predicted classes of the calibration batches least (the loss, where
+            there are no classes; :mod:`obert_kernels.damping`).
         calibration: batches for these trials, which the Fisher should not have seen; None: some
             256 samples, a quarter at most, are kept back from ``batches``.
         params: names or ``re:`` patterns of the matrices; None: encoder linear layers.
@@ -260,8 +261,6 @@ def _report(job: Job, steps: list[Step], settings: dict[str, Any], notes: list[s
             "the model was at least this sparse already; nothing was pruned or revived",
         ]
     trials = [
-        {"step": index + 1, **trial._asdict()}
-        for index, step in enumerate(steps)
-        for trial in step.trials
+        trial._replace(step=index + 1) for index, step in enumerate(steps) for trial in step.trials
     ]
     return PruneReport(layers, settings, job.clock.seconds, memory, notes, trials)

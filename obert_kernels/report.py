@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from .damping import Trial
+
 
 @dataclass
 class LayerReport:
@@ -42,8 +44,7 @@ class PruneReport:
             "update").
         memory: bytes planned ("gram", "gathered gradients", "other") and "passes".
         notes: what the user should know, one sentence each.
-        damping_trials: of damping "auto": "step" (1 for the first sub-step), "damping",
-            "relative" (to the mean diagonal of the Fisher) and "loss" of each trial.
+        damping_trials: those of damping "auto".
     """
 
     layers: list[LayerReport]
@@ -51,7 +52,7 @@ class PruneReport:
     seconds: dict[str, float]
     memory: dict[str, int]
     notes: list[str] = field(default_factory=list)
-    damping_trials: list[dict[str, float]] = field(default_factory=list)
+    damping_trials: list[Trial] = field(default_factory=list)
 
     @property
     def sparsity(self) -> float:
@@ -74,7 +75,7 @@ class PruneReport:
             "seconds": self.seconds,
             "memory": self.memory,
             "notes": self.notes,
-            "damping_trials": self.damping_trials,
+            "damping_trials": [trial._asdict() for trial in self.damping_trials],
             "layers": layers,
         }
 
@@ -92,11 +93,12 @@ class PruneReport:
             f"{_increase(self.predicted_increase)}"
         )
         rows.append("seconds: " + ", ".join(f"{k} {v:.1f}" for k, v in self.seconds.items()))
-        for step in sorted({int(t["step"]) for t in self.damping_trials}):
-            trials = [t for t in self.damping_trials if t["step"] == step]
-            best = min(trials, key=lambda t: t["loss"])["damping"]
-            tried = ", ".join(f"{t['damping']:.2g}: {t['loss']:.4g}" for t in trials)
-            rows.append(f"damping {best:.3g}, by loss after trials: {tried}")
+        for step in sorted({trial.step for trial in self.damping_trials}):
+            trials = [trial for trial in self.damping_trials if trial.step == step]
+            best = min(trials, key=lambda trial: trial.cost)
+            by = "loss" if best.divergence is None else "divergence"
+            tried = ", ".join(f"{trial.damping:.2g}: {trial.cost:.4g}" for trial in trials)
+            rows.append(f"damping {best.damping:.3g}, by {by} after trials: {tried}")
         rows += [f"note: {note}" for note in self.notes]
         return "\n".join(rows)
 

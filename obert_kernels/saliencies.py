@@ -9,7 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from .fisher import Fisher
-from .gradients import LossFn, to_device
+from .gradients import to_device
+from .losses import LossFn
 from .masks import magnitude_scores
 from .patterns import Pattern
 from .registry import Registry

@@ -9,13 +9,13 @@ from torch.utils.data import DataLoader
 
 from obert_kernels import NumericalError, estimate_fisher, find_weights, job, prune
 from obert_kernels.damping import choose_damping, hold_out, mean_diagonal
-from obert_kernels.gradients import mean_loss
 from obert_kernels.patterns import UNSTRUCTURED
+from obert_kernels.predictions import divergence, predict
 
 
 def search(loss_after, scale=1.0):
     counts = []
-    best, trials = choose_damping(scale, loss_after, counts.append)
+    best, trials = choose_damping(scale, lambda d: (loss_after(d), None), counts.append)
     assert counts == list(range(1, len(trials) + 1))
     assert [t.damping for t in trials] == sorted(t.damping for t in trials)
     assert all(t.damping == pytest.approx(t.relative * scale) for t in trials)
@@ -57,34 +57,67 @@ def test_what_breaks_down_is_avoided():
     assert search(lambda damping: math.nan if damping < 0.05 else 1.0)[0] > 0.05
 
 
+def test_divergence_counts_before_loss():
+    def change_after(damping):
+        steps = abs(math.log10(damping / 1e-3))
+        return -damping, None if damping > 1 else steps
+
+    best, trials = choose_damping(1.0, change_after, lambda count: None)
+    assert best == pytest.approx(1e-3)
+    assert all(trial.cost == trial.divergence for trial in trials)
+    best, trials = choose_damping(1.0, lambda d: (-d, math.nan if d < 0.05 else d), print)
+    assert best == pytest.approx(0.1)
+    assert trials[0].divergence == math.inf
+
+
 def trained():
     model, data = TinyEncoder(), batches(48)
     train(model, data, 10)
     return model, data
 
 
-def test_auto_takes_the_best_of_its_trials():
-    model, data = trained()
+def class_loss(model, batch):
+    return model(**batch)["loss"]
+
+
+class Unlabelled(TinyEncoder):
+    """Says no classes."""
+
+    def forward(self, tokens, labels=None):
+        return {"loss": super().forward(tokens, labels)["loss"]}
+
+
+@pytest.mark.parametrize("kind", [TinyEncoder, Unlabelled])
+@pytest.mark.parametrize("loss_fn", [None, class_loss])
+def test_auto_takes_the_best_of_its_trials(kind, loss_fn):
+    model, data = kind(), batches(48)
+    train(model, data, 10)
+    dense = predict(model, data[:12])
     fisher = estimate_fisher(model, data[12:], num_grads=36, block_size=12)
     before = snapshot(model)
     stages = []
     result = prune(
-        model, sparsity=0.6, fisher=fisher, calibration=data[:12],
+        model, sparsity=0.6, fisher=fisher, calibration=data[:12], loss_fn=loss_fn,
         progress=lambda stage, done, total: stages.append((stage, done, total)),
     )  # fmt: skip
     report = result.report
     trials = report.damping_trials
-    best = min(trials, key=lambda trial: trial["loss"])
-    assert report.settings["damping"] == best["damping"]
+    by = "loss" if kind is Unlabelled else "divergence"
+    best = min(trials, key=lambda trial: getattr(trial, by))
+    assert report.settings["damping"] == best.damping
+    assert report.to_dict()["damping_trials"] == [trial._asdict() for trial in trials]
     assert ("damping", len(trials), len(trials)) in stages and "damping" in report.seconds
-    assert f"damping {best['damping']:.3g}, by loss after trials" in str(report)
+    assert f"damping {best.damping:.3g}, by {by} after trials" in str(report)
     after = snapshot(model)
-    # The loss it found is that of the model it returns, and of a call with that number.
-    assert mean_loss(model, data[:12]) == pytest.approx(best["loss"], rel=1e-4)
+    # What it found is true of the model it returns, and of a call with that number.
+    assert predict(model, data[:12]).loss == pytest.approx(best.loss, rel=1e-4)
     for trial in trials:
         model.load_state_dict(before)
-        prune(model, sparsity=0.6, fisher=fisher, damping=trial["damping"])
-        assert mean_loss(model, data[:12]) == pytest.approx(trial["loss"], rel=1e-4)
+        prune(model, sparsity=0.6, fisher=fisher, damping=trial.damping)
+        found = predict(model, data[:12])
+        assert found.loss == pytest.approx(trial.loss, rel=1e-4)
+        if by == "divergence":
+            assert divergence(dense, found) == pytest.approx(trial.divergence, rel=1e-4)
         assert unchanged(model, after) == (trial == best)
 
 
@@ -117,7 +150,7 @@ def test_an_interrupted_trial_leaves_the_model_as_it_was(error):
 
     def loss_fn(model, batch):
         calls.append(1)
-        if len(calls) == 30:  # after 24 gradients: inside a trial
+        if len(calls) == 42:  # after 24 gradients and 12 batches before pruning: inside a trial
             assert not unchanged(model, before)
             raise error
         return model(**batch)["loss"]

@@ -12,8 +12,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from obert_kernels import GramFisher, WoodburyFisher, estimate_fisher, find_weights, prune
-from obert_kernels.gradients import model_loss
 from obert_kernels.group_gradients import GroupGradients, NotServed, samples_in, split_batch
+from obert_kernels.losses import model_loss
 
 
 def by_hooks(model, data, weights, count, group, loss_fn=None, at_once=32):

@@ -107,12 +107,12 @@ def test_damping_is_chosen_in_every_step():
     model, data = TinyEncoder(), batches(40)
     train(model, data, 5)
     report = prune(model, data, 0.8, num_grads=12, steps=2).report
-    by_step = {step: [t for t in report.damping_trials if t["step"] == step] for step in (1, 2)}
-    best = [min(trials, key=lambda t: t["loss"]) for trials in by_step.values()]
-    assert report.settings["damping"] == best[1]["damping"]
+    by_step = {step: [t for t in report.damping_trials if t.step == step] for step in (1, 2)}
+    best = [min(trials, key=lambda t: t.cost) for trials in by_step.values()]
+    assert report.settings["damping"] == best[1].damping
     # the second search begins where the first ended
-    assert any(t["relative"] == pytest.approx(best[0]["relative"]) for t in by_step[2])
-    assert str(report).count("by loss after trials") == 2
+    assert any(t.relative == pytest.approx(best[0].relative) for t in by_step[2])
+    assert str(report).count("by divergence after trials") == 2
 
 
 @pytest.mark.parametrize("at", [1, 2])

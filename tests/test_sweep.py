@@ -176,13 +176,15 @@ def test_sweep_writes_table_and_plot_and_goes_on(
 
 
 @pytest.mark.usefixtures("quick_plot")
+@pytest.mark.parametrize("labels", ["sampled", "given"])
 def test_sweep_figures_are_those_of_single_runs(
-    tmp_path: Path, data_file: str, command: Command
-) -> None:  # fmt: skip
+    tmp_path: Path, data_file: str, command: Command, labels: str
+) -> None:
     model, out = save_model(tmp_path / "model", head=True), tmp_path / "out"
-    assert command("sweep", model, data_file, "-s", 0.75, *QUICK, "-o", out)[0] == 0
+    asked = ("-s", 0.75, "--labels", labels)
+    assert command("sweep", model, data_file, *asked, *QUICK, "-o", out)[0] == 0
     single = ("--num-grads", 8, "--grad-batch-size", 4, "--block-size", 8, "--max-length", 16)
-    assert command("run", model, data_file, "-s", 0.75, *single, "-o", tmp_path / "run")[0] == 0
+    assert command("run", model, data_file, *asked, *single, "-o", tmp_path / "run")[0] == 0
     (row,) = rows_of(out)
     report = json.loads((tmp_path / "run" / "report.json").read_text())["results"][1]
     assert float(row["test_accuracy"]) == report["accuracy"]
@@ -198,6 +200,7 @@ def test_sweep_figures_are_those_of_single_runs(
         (["--seed", 3], "seed was 0, now 3"),
         (["--pattern", "block4"], "pattern was unstructured, now block4"),
         (["--params", "re:.*output.*"], "params was None, now"),
+        (["--labels", "given"], "labels was sampled, now given"),
         ("model", "the model's weights is not the same"),
         ("data", "the data is not the same"),
     ],
