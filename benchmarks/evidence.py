@@ -40,8 +40,8 @@ SPARSITIES = {
     "2:4": [0.5],
     "1:4": [0.75],
 }
-# Where the damping chosen by itself is held against fixed ones.
 OURS = "sampled"  # whose labels our gradients have
+# Where the damping chosen by itself is held against fixed ones.
 DAMPING_SPARSITIES = [0.6, 0.7, 0.8, 0.9]
 NAMES = {
     "magnitude": "magnitude",

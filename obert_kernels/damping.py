@@ -26,7 +26,7 @@ from .ops import NumericalError
 # Damping over the mean diagonal of the Fisher: where to start, and the ends of the search.
 _START = 1e-2
 _LEAST, _MOST = 1e-6, 1e2
-# Samples whose loss is measured, unless the batches given are fewer than four times that.
+# Samples that a trial is judged on, unless the batches given are fewer than four times that.
 _SAMPLES = 256
 
 
