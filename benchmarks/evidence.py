@@ -5,6 +5,7 @@
 
 Models are fine-tuned, then pruned by ``obert_kernels.sweep`` (what ``obert-prune sweep`` runs), a
 folder for each case, seed and pattern in ``--work``; an interrupted run goes on where it stopped.
+The tables keep what an earlier run left in results/evidence.json and this one did not do.
 A seed is one of fine-tuning and of the texts for MiniLM; MPNet is fine-tuned once, and a seed is
 one of the texts.
 """
@@ -32,7 +33,9 @@ from obert_kernels.trial_table import BASIS_FILE, CSV_FILE, TrialTable
 from obert_kernels.trials import Outcome, Setting, make_grid
 
 RESULTS = Path(__file__).parent / "results"
+REPORT = RESULTS / "evidence.json"
 WANDA = Path(__file__).parent / "wanda.py"
+SEEDS = [0, 1, 2]
 TEXTS, TEXTS_PER_GRAD = 4096, 16
 SPARSITIES = {
     "unstructured": [0.5, 0.6, 0.7, 0.8, 0.9],
@@ -40,7 +43,6 @@ SPARSITIES = {
     "2:4": [0.5],
     "1:4": [0.75],
 }
-OURS = "sampled"  # whose labels our gradients have
 # Where the damping chosen by itself is held against fixed ones.
 DAMPING_SPARSITIES = [0.6, 0.7, 0.8, 0.9]
 NAMES = {
@@ -71,9 +73,10 @@ class Case:
     def name(self) -> str:
         return f"{self.dense.name} on {self.dataset.upper()}"
 
-    def folder(self, work: Path, seed: int, pattern: str, labels: str = "given") -> Path:
-        key = f"{self.dense.name}-{self.dataset}-seed{seed}-{pattern.replace(':', 'of')}"
-        return work / "evidence" / (key if labels == "given" else f"{key}-{labels}")
+    def folder(self, work: Path, seed: int, pattern: str, gradients_of: str) -> Path:
+        pattern = pattern.replace(":", "of")
+        key = f"{self.dense.name}-{self.dataset}-seed{seed}-{pattern}-{gradients_of}"
+        return work / "evidence" / key
 
 
 CASES = {
@@ -86,7 +89,7 @@ CASES = {
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS, choices=SEEDS)
     parser.add_argument("--patterns", nargs="+", default=list(SPARSITIES), choices=SPARSITIES)
     parser.add_argument("--work", type=Path, default=cache_folder() / "benchmark_accuracy")
     parser.add_argument("--report", action="store_true", help="prune nothing")
@@ -111,11 +114,11 @@ def measure(case: Case, seed: int, pattern: str, work: Path) -> None:
         model=str(model),
         data=f"demo:{case.dataset}",
         sparsity=SPARSITIES[pattern],
-        output=case.folder(work, seed, pattern),
+        output=case.folder(work, seed, pattern, "labels"),
         pattern=pattern,
         plugin=[str(WANDA)],
         fisher_dtype=case.fisher_dtype,
-        labels="given",
+        gradients_of="labels",
         max_length=MAX_LENGTH[case.dataset],
         seed=seed,
     )
@@ -124,7 +127,11 @@ def measure(case: Case, seed: int, pattern: str, work: Path) -> None:
         *grid(pattern, ["diagonal"], case.dampings),
     ]
     sweep_classifier(others, known, progress=progress)
-    ours = replace(others, labels=OURS, output=case.folder(work, seed, pattern, OURS))
+    ours = replace(
+        others,
+        gradients_of="predictions",
+        output=case.folder(work, seed, pattern, "predictions"),
+    )
     sweep_classifier(ours, grid(pattern, ["greedy"], ["auto"]), progress=progress)
     if pattern == "unstructured":
         some = replace(ours, sparsity=DAMPING_SPARSITIES)
@@ -202,15 +209,13 @@ def damping_table(runs: Runs) -> list[str]:
     return lines
 
 
-def finished(case: Case, pattern: str, settings: argparse.Namespace) -> tuple[Runs, list[float]]:
+def finished(case: Case, pattern: str, work: Path) -> dict[int, tuple[list[Outcome], float]]:
     """Outcomes and dense accuracy of every seed that is whole."""
-    runs, dense = [], []
+    found = {}
     count = len(SPARSITIES[pattern]) * (3 + len(case.dampings))
     count += len(DAMPING_SPARSITIES) * len(case.dampings) * (pattern == "unstructured")
-    for seed in settings.seeds:
-        others, ours = (
-            case.folder(settings.work, seed, pattern, labels) for labels in ("given", OURS)
-        )
+    for seed in SEEDS:
+        others, ours = (case.folder(work, seed, pattern, of) for of in ("labels", "predictions"))
         if not all((folder / CSV_FILE).is_file() for folder in (others, ours)):
             continue
         outcomes = [
@@ -220,12 +225,25 @@ def finished(case: Case, pattern: str, settings: argparse.Namespace) -> tuple[Ru
             if (outcome.setting.selection == "greedy") == (folder == ours)
         ]
         if len(outcomes) == count:
-            runs.append(outcomes)
-            dense.append(json.loads((ours / BASIS_FILE).read_text())["dense"]["test_accuracy"])
-    return runs, dense
+            basis = json.loads((ours / BASIS_FILE).read_text())
+            found[seed] = outcomes, basis["dense"]["test_accuracy"]
+    return found
 
 
-def report(settings: argparse.Namespace, command: str) -> tuple[str, dict]:
+def finished_before(
+    earlier: dict, case: str, pattern: str
+) -> dict[int, tuple[list[Outcome], float]]:
+    """The same, of the last report."""
+    known = earlier.get("cases", {}).get(case, {}).get(pattern, {})
+    return {
+        seed: ([Outcome(Setting(**o.pop("setting")), **o) for o in outcomes], dense)
+        for seed, outcomes, dense in zip(
+            known.get("seeds", ()), known.get("outcomes", ()), known.get("dense", ()), strict=True
+        )
+    }
+
+
+def report(work: Path, command: str) -> tuple[str, dict]:
     about = machine()
     lines = [
         "# One shot at the same texts",
@@ -240,27 +258,31 @@ def report(settings: argparse.Namespace, command: str) -> tuple[str, dict]:
         "Wanda's score: |W| times the norm of the input, ranked in each row.  oBERT: diagonal "
         "scores, sum update, and of the dampings "
         f"{', '.join(f'{d:g}' for d in CASES['minilm-mr'].dampings)} for every sparsity the one "
-        "with the best mean accuracy on the held-back texts.  Ours: the defaults, labels drawn "
-        "from the model's own predictions, greedy selection, joint update, damping chosen on 256 "
+        "with the best mean accuracy on the held-back texts.  Ours: the defaults, gradients "
+        "of the model's predictions, greedy selection, joint update, damping chosen on 256 "
         "held-back texts.",
         "",
     ]
     document = {"command": command, "machine": about, "cases": {}}
+    earlier = json.loads(REPORT.read_text()) if REPORT.is_file() else {}
     for key, case in CASES.items():
         for pattern, targets in SPARSITIES.items():
-            runs, dense = finished(case, pattern, settings)
-            if not runs:
+            whole = finished_before(earlier, key, pattern) | finished(case, pattern, work)
+            if not whole:
                 continue
+            seeds = sorted(whole)
+            runs, dense = map(list, zip(*(whole[seed] for seed in seeds), strict=True))
             if key not in document["cases"]:
                 document["cases"][key] = {}
                 lines += [f"## {case.name}", ""]
-            seeds = f"{len(runs)} seed{'s' if len(runs) > 1 else ''}"
-            lines += [f"{pattern}; dense {cell(dense)}; {seeds}", ""]
+            count = f"{len(runs)} seed{'s' if len(runs) > 1 else ''}"
+            lines += [f"{pattern}; dense {cell(dense)}; {count}", ""]
             lines += [*accuracy_table(runs, targets), ""]
             if pattern == "unstructured":
                 lines += ["Damping, greedy selection:", "", *damping_table(runs), ""]
             document["cases"][key][pattern] = {
-                "dense": dense, "outcomes": [[asdict(o) for o in run] for run in runs],
+                "seeds": seeds, "dense": dense,
+                "outcomes": [[asdict(o) for o in run] for run in runs],
             }  # fmt: skip
     return "\n".join(lines), document
 
@@ -274,10 +296,10 @@ def main() -> None:
             for key in settings.cases:
                 for pattern in settings.patterns:
                     measure(CASES[key], seed, pattern, settings.work)
-    text, document = report(settings, command.removesuffix(" --report"))
+    text, document = report(settings.work, command.removesuffix(" --report"))
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "evidence.md").write_text(text, encoding="utf-8")
-    (RESULTS / "evidence.json").write_text(json.dumps(document, indent=1) + "\n")
+    REPORT.write_text(json.dumps(document, indent=1) + "\n")
     print(text)
 
 

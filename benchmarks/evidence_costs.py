@@ -102,7 +102,7 @@ def prune_with_ours(
     report = prune(
         model, None if method == "magnitude" else batches, settings.sparsity,
         num_grads=settings.texts // TEXTS_PER_GRAD, samples_per_grad=TEXTS_PER_GRAD,
-        loss_fn=classification.LOSSES["sampled" if method == "greedy" else "given"],
+        loss_fn=classification.LOSSES["predictions" if method == "greedy" else "labels"],
         fisher_dtype=getattr(torch, case.fisher_dtype),
         **options,
     ).report  # fmt: skip
@@ -166,7 +166,7 @@ def markdown(document: dict[str, Any]) -> str:
         f"Reference: m = {REFERENCE_GRADS} gradients of {TEXTS_PER_GRAD} texts, one backward pass "
         "and one einsum and baddbmm per matrix each, diagonal scores, sum update, B = "
         f"{BLOCK_SIZE}.  Others: gradients of {TEXTS_PER_GRAD} texts each, "
-        "many in a backward pass; greedy with labels drawn from the model's own predictions, "
+        "many in a backward pass; greedy with gradients of the model's predictions, "
         "joint update and damping chosen by itself (ours), "
         "diagonal with sum update and a given damping (oBERT on our kernels).  Accuracy on the "
         "test texts, one seed.",

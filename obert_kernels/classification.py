@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from .downloads import import_extra
 from .estimate import Progress
 from .gradients import to_device
-from .losses import sampled_loss
+from .losses import prediction_loss
 from .text_data import Texts
 
 Batch = dict[str, Tensor]
@@ -130,14 +130,14 @@ def text_loss(model: nn.Module, batch: Batch) -> Tensor:
         return model(**batch).loss.float()
 
 
-def sampled_text_loss(model: nn.Module, batch: Batch) -> Tensor:
-    """Return :func:`obert_kernels.sampled_loss`, in bfloat16 where that is faster."""
+def prediction_text_loss(model: nn.Module, batch: Batch) -> Tensor:
+    """Return :func:`obert_kernels.prediction_loss`, in bfloat16 where that is faster."""
     with _for_backward(batch, batch["labels"].device):
-        return sampled_loss(model, batch)
+        return prediction_loss(model, batch)
 
 
-# What the commands take gradients of, by the labels that decide it.
-LOSSES = {"given": text_loss, "sampled": sampled_text_loss}
+# What the commands take gradients of.
+LOSSES = {"labels": text_loss, "predictions": prediction_text_loss}
 
 
 def fine_tune(

@@ -29,11 +29,11 @@ class FisherDtype(str, Enum):
     float32 = "float32"
 
 
-class Labels(str, Enum):
-    """Whose labels the gradients come from."""
+class GradientsOf(str, Enum):
+    """What the gradients are taken of."""
 
-    given = "given"
-    sampled = "sampled"
+    predictions = "predictions"
+    labels = "labels"
 
 
 class ProgressBars:
@@ -168,11 +168,11 @@ FisherDtypeOption = Annotated[
         rich_help_panel="Fisher",
     ),
 ]
-LabelsOption = Annotated[
-    Labels,
+GradientsOfOption = Annotated[
+    GradientsOf,
     typer.Option(
-        help="Gradients with labels drawn from the model's own predictions (the Fisher of the "
-        "model), or with those given in the data (the empirical Fisher, as in the papers).",
+        help="The model's own predictions, softened, or the loss on the given labels (the "
+        "empirical Fisher, as in the papers).",
         rich_help_panel="Fisher",
     ),
 ]

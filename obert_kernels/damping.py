@@ -67,7 +67,10 @@ def choose_damping(
     tried: Callable[[int], object],
     start: float | None = None,
 ) -> tuple[float, list[Trial]]:
-    """Find the damping with the least cost, in steps of 10 and then of the root of 10.
+    """Find the damping with the least cost, downhill in steps of the root of 10.
+
+    Up to 90 % sparsity the divergence has one minimum, within a step of the start for gradients of
+    predictions: three to five trials.
 
     Args:
         scale: :func:`mean_diagonal` of the Fisher.
@@ -98,20 +101,18 @@ def choose_damping(
             tried(len(trials))
         return trials[step].cost
 
+    def inside(step: int) -> bool:
+        return _LEAST / 1.001 <= start * 10 ** (step / 2) <= _MOST * 1.001
+
     best = 0
-    for width in (2, 1):
-        while True:
-            low, high = best - width, best + width
-            neighbours = [
-                step
-                for step in (low, high)
-                if start * 10 ** (step / 2) * 1.001 >= _LEAST
-                and start * 10 ** (step / 2) <= _MOST * 1.001
-            ]
-            better = min([best, *neighbours], key=cost_at)
-            if better == best:
-                break
-            best = better
+    while not math.isfinite(cost_at(best)) and inside(best + 1):
+        best += 1  # not positive definite: too little
+    while True:
+        neighbours = filter(inside, (best - 1, best + 1))
+        better = min([best, *neighbours], key=cost_at)
+        if better == best:
+            break
+        best = better
     if not math.isfinite(cost_at(best)) and last_error is not None:
         raise last_error
     return trials[best].damping, [trials[step] for step in sorted(trials)]

@@ -47,7 +47,7 @@ class Settings:
     num_grads: int = 1024
     grad_batch_size: int = 8
     damping: float | str = "auto"
-    labels: str = "sampled"
+    gradients_of: str = "predictions"
     fisher_dtype: str = "float64"
     selection: str = "greedy"
     estimator: str = "gram"
@@ -160,7 +160,7 @@ def prune_classifier(
         calibration=held_back(settings, tokenizer, data),
         samples_per_grad=settings.grad_batch_size,
         block_size=block_size,
-        loss_fn=classification.LOSSES[settings.labels],
+        loss_fn=classification.LOSSES[settings.gradients_of],
         fisher_dtype=fisher_dtype,
         max_memory=settings.max_memory,
         recover=recover if settings.recovery_epochs else None,

@@ -1,4 +1,4 @@
-"""The loss that gradients are taken of: the model's own, or that of labels it draws itself."""
+"""What gradients are taken of: the model's own loss, or its predictions."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ import torch
 from torch import Tensor, nn
 
 LossFn = Callable[[nn.Module, Any], Tensor]
+
+# Of predictions.  Between 2 and infinity it matters little; 1 is worse where much is pruned.
+TEMPERATURE = 4.0
 
 # Of labels that are left out of a loss, as in torch and Hugging Face models.
 _LEFT_OUT = -100
@@ -35,42 +38,72 @@ def model_loss(model: nn.Module, batch: Any) -> Tensor:
     return loss
 
 
-def sampled_loss(model: nn.Module, batch: Any) -> Tensor:
-    """Return the mean cross entropy of labels drawn from the model's own predictions.
+def prediction_loss(model: nn.Module, batch: Any, temperature: float = TEMPERATURE) -> Tensor:
+    """Return a loss whose gradients are those of the model's predictions: no labels are needed.
 
-    Its gradients give the Fisher information matrix, which is the second derivative of the
-    predictions' divergence, where those of given labels give the "empirical" one (Kunstner,
-    Balles, Hennig: Limitations of the empirical Fisher approximation, 2019).  A gradient of g
-    samples then stands for 1/g of the mean of their g Fishers, whatever g.
+    With logits z and p = softmax(z / T) of a sample, diag(p) - p p^T is the second derivative,
+    by z, of T^2 times the divergence of the softened predictions (the loss of distillation).
+    The gradient by z here is a random u with mean 0 and exactly that as the mean of u u^T, so
+    that the squares of gradients by weights give the Fisher matrix of the predictions, where
+    those of given labels give the "empirical" one (Kunstner, Balles, Hennig: Limitations of the
+    empirical Fisher approximation, 2019).  A gradient of g samples stands for 1/g of the mean of
+    their g Fishers.
 
-    The same batch gets the same labels every time, and torch's own random state is left alone.
+    Predictions are softened because a fitted model is sure of most of its training texts: with
+    T = 1 these say next to nothing about the weights, though pruning changes what the model makes
+    of them as well.
+
+    The value is the model's own loss where batches have labels, else 0.  The same batch gets the
+    same u every time, and torch's own random state is left alone.
 
     Args:
         model: returns an output with ``.logits`` of classes in its last dimension, as Hugging
             Face classifiers, taggers and masked language models do.
-        batch: mapping of its arguments.  Of ``labels``, if there are any, only those of -100
-            matter: what they mark is left out.
+        batch: mapping of its arguments.  Samples whose ``labels`` are -100 are left out.
+        temperature: T; 1 for the Fisher of the predictions as they are.
 
     Raises:
         TypeError: the batch is not a mapping, or the model gives no classes.
     """
     if not isinstance(batch, Mapping):
         raise TypeError(
-            f"sampled_loss needs batches that are mappings of model arguments, got a "
+            f"prediction_loss needs batches that are mappings of model arguments, got a "
             f"{type(batch).__name__}"
         )
-    logits = class_logits(model, model(**{k: v for k, v in batch.items() if k != "labels"}))
+    output = model(**batch)
+    logits = class_logits(model, output)
     if logits is None:
         raise TypeError(
-            f"{type(model).__name__} gives no logits of classes to draw labels from: use the "
-            "given labels (leave sampled_loss out)"
+            f"{type(model).__name__} gives no logits of classes: take gradients of its loss "
+            "(leave prediction_loss out)"
         )
     logits = logits.flatten(0, -2).float()
-    labels = _draw(logits.detach().softmax(dim=1), _seed(batch))
-    given = batch.get("labels")
-    if isinstance(given, Tensor) and given.numel() == labels.numel():
-        labels = labels.masked_fill(given.flatten() == _LEFT_OUT, _LEFT_OUT)
-    return nn.functional.cross_entropy(logits, labels, ignore_index=_LEFT_OUT)
+    labels = batch.get("labels")
+    if isinstance(labels, Tensor) and labels.numel() == len(logits):
+        logits = logits[labels.flatten() != _LEFT_OUT]
+    direction = _root_of_fisher((logits.detach() / temperature).softmax(dim=1), _seed(batch))
+    change = (logits * direction).sum(dim=1).mean()
+    own = _part(output, "loss")
+    return change - change.detach() + (0.0 if own is None else own.detach())
+
+
+def _root_of_fisher(p: Tensor, seed: int) -> Tensor:
+    """Return u ``[samples, classes]`` with mean 0 and mean of u u^T = diag(p) - p p^T.
+
+    That is R R^T for R = (diag(sqrt p) - p sqrt(p)^T) Q with Q any orthonormal basis; sqrt p
+    itself is mapped to zero.  Q here is the reflection of the likeliest class k to -sqrt p, whose
+    column k can be left out: u = sqrt(p) * (r - w (w, r) / (1 + sqrt p_k)), w = sqrt(p) + e_k,
+    for signs r with r_k = 0.  With two classes u u^T is exact, whatever the signs.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    signs = torch.randint(0, 2, p.shape, generator=generator, dtype=torch.int8).mul_(2).sub_(1)
+    signs = signs.to(p.device, p.dtype)
+    root = p.sqrt()
+    likeliest = p.argmax(dim=1, keepdim=True)
+    signs.scatter_(1, likeliest, 0.0)
+    most = root.gather(1, likeliest)
+    along = root.scatter_add(1, likeliest, torch.ones_like(most))
+    return root * (signs - along * (root * signs).sum(dim=1, keepdim=True) / (1 + most))
 
 
 def class_logits(model: nn.Module, output: Any) -> Tensor | None:
@@ -87,14 +120,6 @@ def class_logits(model: nn.Module, output: Any) -> Tensor | None:
 
 def _part(output: Any, name: str) -> Any:
     return output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
-
-
-def _draw(probabilities: Tensor, seed: int) -> Tensor:
-    """A class for each row of ``[samples, classes]``; any, where they are no numbers, which shows
-    in the loss."""
-    generator = torch.Generator().manual_seed(seed)
-    usable = torch.where(probabilities.isfinite(), probabilities, 1.0).cpu()
-    return torch.multinomial(usable, 1, generator=generator)[:, 0].to(probabilities.device)
 
 
 def _seed(batch: Mapping[str, Any]) -> int:

@@ -126,14 +126,14 @@ def test_other_ways_to_prune(
             assert torch.equal(columns.any(1), columns.all(1))
 
 
-def test_labels_decide_the_fisher(
+def test_what_gradients_are_taken_of_decides_the_fisher(
     tmp_path: Path, data_file: str, command: Callable[..., tuple[int, str, str]]
 ) -> None:
     model = save_model(tmp_path / "model", head=True)
     increases = []
-    for labels in ([], ["--labels", "sampled"], ["--labels", "given"]):
+    for of in ([], ["--gradients-of", "predictions"], ["--gradients-of", "labels"]):
         out = tmp_path / f"out{len(increases)}"
-        options = [*QUICK, "-s", 0.5, "--damping", 1e-3, *labels]
+        options = [*QUICK, "-s", 0.5, "--damping", 1e-3, *of]
         code, _, stderr = command("run", model, data_file, "-o", out, *options)
         assert code == 0, stderr
         report = json.loads((out / "sparsity-0.5" / "report.json").read_text())

@@ -28,7 +28,7 @@ def search(loss_after, scale=1.0):
 def test_the_search_finds_the_least_of_a_valley(at, scale):
     best, trials = search(lambda damping: abs(math.log10(damping / scale / at)), scale)
     assert abs(math.log10(best / scale / at)) <= 0.25 + 1e-6
-    assert len(trials) <= 4 + 2 * abs(math.log10(at / 1e-2)) + 2
+    assert len(trials) <= 3 + math.ceil(2 * abs(math.log10(at / 1e-2)))
 
 
 def test_the_search_has_ends():
@@ -47,6 +47,14 @@ def test_what_breaks_down_is_avoided():
     best, trials = search(loss_after)
     assert best == pytest.approx(0.1)
     assert sum(math.isinf(t.loss) for t in trials) >= 2
+
+    # However far it breaks down, what holds is found.
+    def late(damping):
+        if damping < 20.0:
+            raise NumericalError("block 3 is not positive definite", 3)
+        return damping
+
+    assert search(late)[0] == pytest.approx(31.6, rel=0.01)
 
     def never(damping):
         raise NumericalError("block 3 is not positive definite", 3)
@@ -167,7 +175,7 @@ def test_by_default_and_in_passes(max_memory, scope):
     model, data = trained()
     report = prune(model, data, 0.5, num_grads=36, max_memory=max_memory, scope=scope).report
     assert (report.memory["passes"] > 1) == (max_memory is not None)
-    assert len(report.damping_trials) >= 4
+    assert len(report.damping_trials) >= 3
     assert report.sparsity == pytest.approx(0.5, abs=0.01)
     assert not report.notes
 

@@ -1,5 +1,6 @@
-"""Labels that a model draws from its own predictions: what their gradients are, and when not."""
+"""Gradients of predictions: what their squares are, and what they are refused for."""
 
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -7,65 +8,110 @@ import torch
 from tiny import TinyEncoder, batches
 from torch import nn
 
-from obert_kernels import estimate_fisher, find_weights, prune, sampled_loss
+from obert_kernels import estimate_fisher, find_weights, prediction_loss, prune
 from obert_kernels.gradients import batch_gradients
 from obert_kernels.group_gradients import SplitBatches
 
-
-def exact_fisher(model, tokens, weight):
-    """Over all classes of one sample, by their probabilities."""
-    log_p = model(tokens)["logits"].log_softmax(dim=1)[0]
-    total = torch.zeros(weight.numel(), weight.numel(), dtype=weight.dtype)
-    for value in log_p:
-        (gradient,) = torch.autograd.grad(value, weight, retain_graph=True)
-        total += value.detach().exp() * gradient.flatten().outer(gradient.flatten())
-    return total
+WEIGHT = "layer.1.narrow.weight"
 
 
-@pytest.mark.parametrize("group", [1, 5])
-def test_the_fisher_is_that_of_the_model(group):
-    """The mean over many draws, for one sample; g samples in a gradient divide it by g."""
-    model = TinyEncoder().double().eval()
-    weight = model.layer[1]["narrow"].weight
-    tokens = batches(1, size=1)[0]["tokens"]
-    expected = exact_fisher(model, tokens, weight)
+class Given(nn.Module):
+    """These logits, whatever the batch."""
+
+    def __init__(self, logits):
+        super().__init__()
+        self.logits = logits
+
+    def forward(self, x):
+        return SimpleNamespace(logits=self.logits)
+
+
+def second_derivative(model, tokens, temperature):
+    """Of T^2 times the mean divergence of the softened predictions, by autograd."""
+    weight = find_weights(model)[WEIGHT]
     with torch.no_grad():
-        p = model(tokens)["logits"].softmax(dim=1)
-    assert p.max() < 0.8, "else a class is hardly ever drawn"
-    many = 6000 * group
-    # Labels that tell the pieces apart, so that each draws its own.
-    batch = {"tokens": tokens.expand(many, -1), "labels": torch.arange(many)}
+        p = (model(tokens)["logits"] / temperature).softmax(dim=1)
+
+    def divergence(flat):
+        changed = torch.func.functional_call(model, {WEIGHT: flat.view_as(weight)}, (tokens,))
+        log_q = (changed["logits"] / temperature).log_softmax(dim=1)
+        return -(temperature**2) * (p * log_q).sum(dim=1).mean()
+
+    return torch.autograd.functional.hessian(divergence, weight.detach().flatten())
+
+
+@pytest.mark.parametrize("temperature", [1.0, 4.0, 1e3])
+@pytest.mark.parametrize("group", [1, 5])
+def test_the_fisher_is_that_of_the_predictions(group, temperature):
+    """The mean over many draws, for five samples; g of them in a gradient divide it by g."""
+    model = TinyEncoder().double().eval()
+    with torch.no_grad():
+        model.head.weight *= 4
+    weight = find_weights(model)[WEIGHT]
+    tokens = batches(1, size=5)[0]["tokens"]
+    expected = second_derivative(model, tokens, temperature)
+    draws = 1000
+    # A column that no sample shares, so that each has signs of its own; the model ignores it.
+    model.forward = lambda tokens, other: TinyEncoder.forward(model, tokens)
+    batch = {"tokens": tokens.repeat(draws, 1), "other": torch.arange(5 * draws)}
     found = torch.zeros_like(expected)
-    name = "layer.1.narrow.weight"
     for part in SplitBatches([batch], group):
-        (gradient,) = torch.autograd.grad(sampled_loss(model, part), weight)
-        found += gradient.flatten().outer(gradient.flatten()) * group / 6000
-    assert name in find_weights(model)
-    assert (found - expected).norm() < 0.06 * expected.norm()
+        loss = prediction_loss(model, part, temperature)
+        (gradient,) = torch.autograd.grad(loss, weight)
+        found += gradient.flatten().outer(gradient.flatten()) * group**2 / (5 * draws)
+    assert (found - expected).norm() < 0.08 * expected.norm()
 
 
-def test_the_same_batch_gets_the_same_labels():
+def test_two_classes_are_exact():
+    """The squares of one sample's gradient are its Fisher, whatever the signs."""
+    logits = torch.randn(64, 2, dtype=torch.float64).mul_(3).requires_grad_()
+    model = Given(logits)
+    prediction_loss(model, {"x": torch.arange(64)}, 2.0).backward()
+    p = (logits.detach() / 2).softmax(dim=1)
+    expected = torch.diag_embed(p) - p.unsqueeze(2) * p.unsqueeze(1)
+    found = 64**2 * logits.grad.unsqueeze(2) * logits.grad.unsqueeze(1)
+    assert torch.allclose(found, expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("classes", [2, 3, 17])
+def test_logits_are_pushed_both_ways_and_never_all(classes):
+    """Mean 0 over draws, sum 0 over classes: as of any loss of a softmax."""
+    logits = torch.randn(classes).expand(20000, -1).clone().requires_grad_()
+    prediction_loss(Given(logits), {"x": torch.arange(20000)}).backward()
+    pushes = logits.grad * 20000
+    assert pushes.sum(dim=1).abs().max() < 1e-5
+    assert pushes.mean(dim=0).abs().max() < 0.02
+    assert pushes.square().sum(dim=1).min() > 0.01, "every sample says something"
+
+
+def test_a_model_that_is_sure_still_has_gradients():
+    logits = torch.tensor([[60.0, 0.0, -60.0], [0.0, 200.0, 0.0]], requires_grad=True)
+    prediction_loss(Given(logits), {"x": torch.arange(2)}).backward()
+    assert torch.isfinite(logits.grad).all() and (logits.grad[0] != 0).any()
+    logits.grad = None
+    prediction_loss(Given(logits), {"x": torch.arange(2)}, 1.0).backward()
+    assert torch.isfinite(logits.grad).all() and logits.grad.abs().max() < 1e-6
+
+
+def test_the_same_batch_gives_the_same_gradient():
     model, (batch, other) = TinyEncoder().eval(), batches(2, size=64)
+    weight = find_weights(model)[WEIGHT]
+
+    def gradient(batch):
+        return torch.autograd.grad(prediction_loss(model, batch), weight)[0]
+
     state = torch.random.get_rng_state()
-    first = sampled_loss(model, batch)
+    first = gradient(batch)
     assert torch.equal(torch.random.get_rng_state(), state)
     torch.rand(5)
-    assert torch.equal(sampled_loss(model, batch), first)
-    assert not torch.equal(sampled_loss(model, other), first)
+    assert torch.equal(gradient(batch), first)
+    assert not torch.equal(gradient({**batch, "labels": other["labels"]}), first)
 
 
-@torch.no_grad()
-def test_classes_come_as_often_as_they_are_probable():
-    logits = torch.tensor([0.0, 1.0, -2.0])
-
-    class Constant(nn.Module):
-        def forward(self, x):
-            self.seen = logits.expand(len(x), -1)
-            return SimpleNamespace(logits=self.seen)
-
-    loss = sampled_loss(Constant(), {"x": torch.arange(40000)})
-    p = logits.softmax(dim=0)
-    assert float(loss) == pytest.approx(-float((p * p.log()).sum()), rel=0.02)
+def test_the_value_is_the_models_loss():
+    model, (batch,) = TinyEncoder().eval(), batches(1)
+    assert torch.equal(prediction_loss(model, batch), model(**batch)["loss"])
+    assert prediction_loss(model, {"tokens": batch["tokens"]}) == 0
 
 
 class Tagger(nn.Module):
@@ -80,10 +126,10 @@ class Tagger(nn.Module):
 
 
 def test_what_is_marked_is_left_out():
-    model, tokens = Tagger(), torch.randint(0, 20, (3, 7))
+    model, tokens = Tagger(), torch.arange(20).view(4, 5)
     labels = torch.full_like(tokens, -100)
     labels[1, 2:5] = 1
-    sampled_loss(model, {"tokens": tokens, "labels": labels}).backward()
+    prediction_loss(model, {"tokens": tokens, "labels": labels}).backward()
     touched = model.embedding.weight.grad.abs().sum(dim=1) > 0
     assert set(touched.nonzero().flatten().tolist()) == set(tokens[1, 2:5].tolist())
 
@@ -95,15 +141,15 @@ def test_pruning_with_it_whole_in_passes_and_in_groups():
         torch.manual_seed(5)
         model = TinyEncoder()
         prune(
-            model, data, 0.5, num_grads=32, damping=1e-4, loss_fn=sampled_loss,
+            model, data, 0.5, num_grads=32, damping=1e-4, loss_fn=prediction_loss,
             max_memory=max_memory,
         )  # fmt: skip
         results.append(model.state_dict())
     for name, value in results[0].items():
-        assert torch.equal(value, results[1][name]), "the labels of a pass are those of all"
+        assert torch.equal(value, results[1][name]), "the signs of a pass are those of all"
     model = TinyEncoder()
     fisher = estimate_fisher(
-        model, data, num_grads=64, samples_per_grad=4, loss_fn=sampled_loss, block_size=12
+        model, data, num_grads=64, samples_per_grad=4, loss_fn=prediction_loss, block_size=12
     )
     given = estimate_fisher(model, data, num_grads=64, samples_per_grad=4, block_size=12)
     for name, found in fisher.fishers.items():
@@ -111,19 +157,30 @@ def test_pruning_with_it_whole_in_passes_and_in_groups():
         assert found.mean_squares() != given.fishers[name].mean_squares()
 
 
-def test_damping_auto_with_it():
-    model, data = TinyEncoder(), batches(40, size=8)
-    trials = prune(model, data, 0.5, num_grads=24, loss_fn=sampled_loss).report.damping_trials
-    assert all(trial.divergence is not None for trial in trials)
+def test_texts_without_labels_will_do():
+    data = [{"tokens": batch["tokens"]} for batch in batches(40, size=8)]
+    report = prune(TinyEncoder(), data, 0.5, num_grads=24, loss_fn=prediction_loss).report
+    assert report.sparsity == pytest.approx(0.5, abs=1e-3)
+    assert all(trial.divergence is not None for trial in report.damping_trials)
+
+
+def test_the_temperature_can_be_chosen():
+    model, data = TinyEncoder().eval(), batches(1)[0]
+    weight = find_weights(model)[WEIGHT]
+    gradients = [
+        torch.autograd.grad(loss(model, data), weight)[0]
+        for loss in (prediction_loss, partial(prediction_loss, temperature=1.0))
+    ]
+    assert not torch.equal(*gradients)
 
 
 def test_errors_name_the_remedy():
     with pytest.raises(TypeError, match="mappings of model arguments, got a Tensor"):
-        sampled_loss(TinyEncoder(), torch.ones(2))
+        prediction_loss(TinyEncoder(), torch.ones(2))
     model = TinyEncoder()
     model.config = SimpleNamespace(problem_type="regression")
     with pytest.raises(TypeError, match="TinyEncoder gives no logits of classes"):
-        sampled_loss(model, batches(1)[0])
+        prediction_loss(model, batches(1)[0])
 
 
 def test_a_model_gone_wrong_is_named():
@@ -131,5 +188,6 @@ def test_a_model_gone_wrong_is_named():
     with torch.no_grad():
         model.head.bias[0] = torch.nan
     weights = find_weights(model)
-    with pytest.raises(ValueError, match="batch 0"):
-        next(iter(batch_gradients(model, batches(), weights, 1, sampled_loss)))
+    for batch in (batches(1)[0], {"tokens": batches(1)[0]["tokens"]}):
+        with pytest.raises(ValueError, match="batch 0"):
+            next(iter(batch_gradients(model, [batch], weights, 1, prediction_loss)))

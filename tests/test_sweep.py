@@ -176,12 +176,12 @@ def test_sweep_writes_table_and_plot_and_goes_on(
 
 
 @pytest.mark.usefixtures("quick_plot")
-@pytest.mark.parametrize("labels", ["sampled", "given"])
+@pytest.mark.parametrize("gradients_of", ["predictions", "labels"])
 def test_sweep_figures_are_those_of_single_runs(
-    tmp_path: Path, data_file: str, command: Command, labels: str
+    tmp_path: Path, data_file: str, command: Command, gradients_of: str
 ) -> None:
     model, out = save_model(tmp_path / "model", head=True), tmp_path / "out"
-    asked = ("-s", 0.75, "--labels", labels)
+    asked = ("-s", 0.75, "--gradients-of", gradients_of)
     assert command("sweep", model, data_file, *asked, *QUICK, "-o", out)[0] == 0
     single = ("--num-grads", 8, "--grad-batch-size", 4, "--block-size", 8, "--max-length", 16)
     assert command("run", model, data_file, *asked, *single, "-o", tmp_path / "run")[0] == 0
@@ -200,7 +200,7 @@ def test_sweep_figures_are_those_of_single_runs(
         (["--seed", 3], "seed was 0, now 3"),
         (["--pattern", "block4"], "pattern was unstructured, now block4"),
         (["--params", "re:.*output.*"], "params was None, now"),
-        (["--labels", "given"], "labels was sampled, now given"),
+        (["--gradients-of", "labels"], "gradients-of was predictions, now labels"),
         ("model", "the model's weights is not the same"),
         ("data", "the data is not the same"),
     ],
