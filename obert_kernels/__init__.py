@@ -17,7 +17,7 @@ from .grid import run_grid
 from .group_gradients import GroupGradients
 from .layers import find_weights
 from .live import LiveFisher
-from .losses import prediction_loss
+from .losses import model_loss, prediction_loss
 from .masks import magnitude_scores, select_masks
 from .ops import NumericalError
 from .patterns import Pattern, register_pattern
@@ -49,6 +49,7 @@ __all__ = [
     "load_plugin",
     "magnitude_scores",
     "make_grid",
+    "model_loss",
     "prediction_loss",
     "prune",
     "register_fisher",

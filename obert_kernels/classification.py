@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from .downloads import import_extra
 from .estimate import Progress
 from .gradients import to_device
-from .losses import prediction_loss
+from .losses import default_loss
 from .text_data import Texts
 
 Batch = dict[str, Tensor]
@@ -131,9 +131,9 @@ def text_loss(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def prediction_text_loss(model: nn.Module, batch: Batch) -> Tensor:
-    """Return :func:`obert_kernels.prediction_loss`, in bfloat16 where that is faster."""
+    """Return :func:`obert_kernels.losses.default_loss`, in bfloat16 where that is faster."""
     with _for_backward(batch, batch["labels"].device):
-        return prediction_loss(model, batch)
+        return default_loss(model, batch)
 
 
 # What the commands take gradients of.

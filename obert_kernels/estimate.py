@@ -17,7 +17,7 @@ from .fisher import Fisher
 from .gradients import batch_gradients, take_batches
 from .group_gradients import GroupGradients, NotServed, SplitBatches, split_batch
 from .layers import find_weights
-from .losses import LossFn
+from .losses import LossFn, default_loss
 from .memory import Plan, gradient_buffer, plan_passes
 from .patterns import UNSTRUCTURED, Pattern, find_pattern
 
@@ -298,6 +298,7 @@ def estimate_fisher(
     Raises:
         ValueError, TypeError, MemoryError: as for :func:`prune`.
     """
+    loss_fn = loss_fn or default_loss
     check_counts(num_grads, samples_per_grad)
     shape = find_pattern(pattern)
     block_size = shape.block_size(block_size)

@@ -29,13 +29,19 @@ def model_loss(model: nn.Module, batch: Any) -> Tensor:
             f"a batch of type {type(batch).__name__} needs loss_fn=lambda model, batch: loss; "
             "without it batches must be mappings of model arguments with labels"
         )
-    loss = _part(model(**batch), "loss")
-    if loss is None:
-        raise TypeError(
-            f"{type(model).__name__} returned no loss for a batch with the keys "
-            f"{sorted(map(str, batch))}; add labels to the batches or pass loss_fn"
-        )
-    return loss
+    return _own_loss(model, batch, model(**batch))
+
+
+def default_loss(model: nn.Module, batch: Any) -> Tensor:
+    """Return :func:`prediction_loss` where a model gives each sample one of several classes, and
+    its own loss, :func:`model_loss`, anywhere else."""
+    if not isinstance(batch, Mapping):
+        return model_loss(model, batch)  # raises, with the remedy
+    output = model(**batch)
+    logits = class_logits(model, output)
+    if logits is None or logits.dim() != 2:
+        return _own_loss(model, batch, output)
+    return _of_predictions(output, logits, batch, TEMPERATURE)
 
 
 def prediction_loss(model: nn.Module, batch: Any, temperature: float = TEMPERATURE) -> Tensor:
@@ -53,8 +59,8 @@ def prediction_loss(model: nn.Module, batch: Any, temperature: float = TEMPERATU
     T = 1 these say next to nothing about the weights, though pruning changes what the model makes
     of them as well.
 
-    The value is the model's own loss where batches have labels, else 0.  The same batch gets the
-    same u every time, and torch's own random state is left alone.
+    The value is the model's own loss where batches have labels, else 0.  The same sample gets
+    the same u every time, and torch's own random state is left alone.
 
     Args:
         model: returns an output with ``.logits`` of classes in its last dimension, as Hugging
@@ -74,36 +80,10 @@ def prediction_loss(model: nn.Module, batch: Any, temperature: float = TEMPERATU
     logits = class_logits(model, output)
     if logits is None:
         raise TypeError(
-            f"{type(model).__name__} gives no logits of classes: take gradients of its loss "
-            "(leave prediction_loss out)"
+            f"{type(model).__name__} gives no logits of classes: take gradients of its loss, "
+            "loss_fn=obert_kernels.model_loss"
         )
-    logits = logits.flatten(0, -2).float()
-    labels = batch.get("labels")
-    if isinstance(labels, Tensor) and labels.numel() == len(logits):
-        logits = logits[labels.flatten() != _LEFT_OUT]
-    direction = _root_of_fisher((logits.detach() / temperature).softmax(dim=1), _seed(batch))
-    change = (logits * direction).sum(dim=1).mean()
-    own = _part(output, "loss")
-    return change - change.detach() + (0.0 if own is None else own.detach())
-
-
-def _root_of_fisher(p: Tensor, seed: int) -> Tensor:
-    """Return u ``[samples, classes]`` with mean 0 and mean of u u^T = diag(p) - p p^T.
-
-    That is R R^T for R = (diag(sqrt p) - p sqrt(p)^T) Q with Q any orthonormal basis; sqrt p
-    itself is mapped to zero.  Q here is the reflection of the likeliest class k to -sqrt p, whose
-    column k can be left out: u = sqrt(p) * (r - w (w, r) / (1 + sqrt p_k)), w = sqrt(p) + e_k,
-    for signs r with r_k = 0.  With two classes u u^T is exact, whatever the signs.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    signs = torch.randint(0, 2, p.shape, generator=generator, dtype=torch.int8).mul_(2).sub_(1)
-    signs = signs.to(p.device, p.dtype)
-    root = p.sqrt()
-    likeliest = p.argmax(dim=1, keepdim=True)
-    signs.scatter_(1, likeliest, 0.0)
-    most = root.gather(1, likeliest)
-    along = root.scatter_add(1, likeliest, torch.ones_like(most))
-    return root * (signs - along * (root * signs).sum(dim=1, keepdim=True) / (1 + most))
+    return _of_predictions(output, logits, batch, temperature)
 
 
 def class_logits(model: nn.Module, output: Any) -> Tensor | None:
@@ -122,13 +102,64 @@ def _part(output: Any, name: str) -> Any:
     return output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
 
 
-def _seed(batch: Mapping[str, Any]) -> int:
-    """A number made of what is in a batch."""
-    seed = 0
+def _own_loss(model: nn.Module, batch: Mapping[str, Any], output: Any) -> Tensor:
+    loss = _part(output, "loss")
+    if loss is None:
+        raise TypeError(
+            f"{type(model).__name__} returned no loss for a batch with the keys "
+            f"{sorted(map(str, batch))}; add labels to the batches or pass loss_fn"
+        )
+    return loss
+
+
+def _of_predictions(
+    output: Any, logits: Tensor, batch: Mapping[str, Any], temperature: float
+) -> Tensor:
+    signs = _signs(batch, logits).flatten(0, -2).to(logits.device)
+    logits = logits.flatten(0, -2).float()
+    labels = batch.get("labels")
+    if isinstance(labels, Tensor) and labels.numel() == len(logits):
+        counted = labels.flatten() != _LEFT_OUT
+        logits, signs = logits[counted], signs[counted]
+    direction = _root_of_fisher((logits.detach() / temperature).softmax(dim=1), signs)
+    change = (logits * direction).sum(dim=1).mean()
+    own = _part(output, "loss")
+    return change - change.detach() + (0.0 if own is None else own.detach())
+
+
+def _root_of_fisher(p: Tensor, signs: Tensor) -> Tensor:
+    """Return u ``[samples, classes]`` with mean 0 and mean of u u^T = diag(p) - p p^T.
+
+    That is R R^T for R = (diag(sqrt p) - p sqrt(p)^T) Q with Q any orthonormal basis; sqrt p
+    itself is mapped to zero.  Q here is the reflection of the likeliest class k to -sqrt p, whose
+    column k can be left out: u = sqrt(p) * (r - w (w, r) / (1 + sqrt p_k)), w = sqrt(p) + e_k,
+    for signs r with r_k = 0.  With two classes u u^T is exact, whatever the signs.
+    """
+    root = p.sqrt()
+    likeliest = p.argmax(dim=1, keepdim=True)
+    signs = signs.to(p.dtype).scatter(1, likeliest, 0.0)
+    most = root.gather(1, likeliest)
+    along = root.scatter_add(1, likeliest, torch.ones_like(most))
+    return root * (signs - along * (root * signs).sum(dim=1, keepdim=True) / (1 + most))
+
+
+def _signs(batch: Mapping[str, Any], logits: Tensor) -> Tensor:
+    """Random -1 and 1 in the shape of the logits, int8 on the CPU.
+
+    Those of a sample are decided by what its rows of the batch hold, so that it has the same ones
+    in every pass, and alone or in company (a gradient of a group is held against that).
+    """
+    seeds = [0] * len(logits)
     for tensor in _tensors(batch):
-        plain = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
-        seed = zlib.crc32(plain.numpy().tobytes(), seed)
-    return seed
+        if tensor.dim() > 0 and len(tensor) == len(seeds):
+            rows = tensor.detach().cpu().contiguous().view(len(seeds), -1).view(torch.uint8)
+            seeds = [zlib.crc32(row, seed) for row, seed in zip(rows.numpy(), seeds, strict=True)]
+    generators = (torch.Generator().manual_seed(seed) for seed in seeds)
+    drawn = [
+        torch.randint(0, 2, logits.shape[1:], generator=generator, dtype=torch.int8)
+        for generator in generators
+    ]
+    return torch.stack(drawn).mul_(2).sub_(1)
 
 
 def _tensors(batch: Any) -> Iterator[Tensor]:

@@ -14,7 +14,7 @@ from .estimate import Clock, FisherEstimate, Progress, check_counts, open_source
 from .estimators import estimators
 from .job import Job, present_masks
 from .layers import find_weights, match_names
-from .losses import LossFn
+from .losses import LossFn, default_loss
 from .masks import check_sparsity
 from .patterns import find_pattern
 from .report import LayerReport, PruneReport
@@ -65,8 +65,8 @@ def prune(
     Args:
         model: any module; nothing of it changes if the call fails or is interrupted.
         batches: an iterable of batches, one gradient each; started over when it ends before
-            ``num_grads``.  Mappings are passed as ``model(**batch)`` and must give ``.loss``;
-            anything else needs ``loss_fn``.
+            ``num_grads``.  Mappings are passed as ``model(**batch)`` and must give ``.logits`` of
+            classes or ``.loss``; anything else needs ``loss_fn``.
         sparsity: share of weights to be zero, counted over all pruned matrices; or a mapping
             from name or ``re:`` pattern to the sparsity of each matrix it matches.  Default 0.8,
             or what an N:M pattern prescribes.
@@ -86,7 +86,10 @@ def prune(
         calibration: batches for these trials, which the Fisher should not have seen; None: some
             256 samples, a quarter at most, are kept back from ``batches``.
         params: names or ``re:`` patterns of the matrices; None: encoder linear layers.
-        loss_fn: ``loss_fn(model, batch)`` returning the scalar task loss.
+        loss_fn: ``loss_fn(model, batch)``, a scalar, the mean of something over the samples, that
+            gradients are taken of.  None: :func:`prediction_loss` for models that give each sample
+            one of several classes, which needs no labels, and the model's own loss for others.
+            :func:`model_loss`: always the model's own, as in the papers.
         selection: "greedy" ranks by what exact removals one after the other cost inside each
             block (for N:M: removes from each M-group the set that costs least); "diagonal"
             (oBERT's) by the OBS saliency of each weight or group as if it went alone; "magnitude"
@@ -117,6 +120,7 @@ def prune(
         MemoryError: the call would not fit; the message gives the figures and the remedies.
         NumericalError: a Fisher block is not positive definite.
     """
+    loss_fn = loss_fn or default_loss
     check_counts(num_grads, samples_per_grad)
     kind = estimators.find(estimator)
     if damping != "auto":

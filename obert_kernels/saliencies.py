@@ -30,7 +30,7 @@ class Problem:
         fishers: name to Fisher, if the saliency uses one.
         damping: of the Fishers.
         batches: as given to :func:`obert_kernels.prune`; None if none were.
-        loss_fn: as given.
+        loss_fn: as given, or the default.
         progress: called as ``progress(stage, done, total)``.
     """
 

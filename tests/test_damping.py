@@ -7,7 +7,7 @@ import torch
 from tiny import TinyEncoder, batches, snapshot, train, unchanged
 from torch.utils.data import DataLoader
 
-from obert_kernels import NumericalError, estimate_fisher, find_weights, job, prune
+from obert_kernels import NumericalError, estimate_fisher, find_weights, job, model_loss, prune
 from obert_kernels.damping import choose_damping, hold_out, mean_diagonal
 from obert_kernels.patterns import UNSTRUCTURED
 from obert_kernels.predictions import divergence, predict
@@ -134,7 +134,7 @@ def test_scale_of_the_fisher():
     weights = find_weights(model)
     with torch.no_grad():
         weights["layer.0.wide.weight"][:, :6] = 0
-    estimate = estimate_fisher(model, data, num_grads=48, block_size=7)
+    estimate = estimate_fisher(model, data, num_grads=48, block_size=7, loss_fn=model_loss)
     keep = job.present_masks(weights, UNSTRUCTURED)
     total = 0.0
     for batch in data:

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from obert_kernels import GramFisher, WoodburyFisher, estimate_fisher, find_weights, prune
 from obert_kernels.group_gradients import GroupGradients, NotServed, samples_in, split_batch
-from obert_kernels.losses import model_loss
+from obert_kernels.losses import default_loss, model_loss
 
 
 def by_hooks(model, data, weights, count, group, loss_fn=None, at_once=32):
@@ -372,7 +372,9 @@ def test_gradients_stream_into_a_woodbury_inverse():
     model, data = TinyEncoder(), batches(4, 8)
     weights = find_weights(model)
     fishers = {n: WoodburyFisher(w.numel(), 16, 12, damping=1e-4) for n, w in weights.items()}
-    run = GroupGradients(model, weights, 2).run(data, 16, lambda n, g: fishers[n].accumulate(g))
+    run = GroupGradients(model, weights, 2, default_loss).run(
+        data, 16, lambda n, g: fishers[n].accumulate(g)
+    )
     assert list(run) == [4, 8, 12, 16]
     expected = estimate_fisher(model, data, num_grads=16, samples_per_grad=2, block_size=12)
     for name, fisher in fishers.items():

@@ -8,9 +8,10 @@ import torch
 from tiny import TinyEncoder, batches
 from torch import nn
 
-from obert_kernels import estimate_fisher, find_weights, prediction_loss, prune
+from obert_kernels import estimate_fisher, find_weights, model_loss, prediction_loss, prune
 from obert_kernels.gradients import batch_gradients
 from obert_kernels.group_gradients import SplitBatches
+from obert_kernels.losses import default_loss
 
 WEIGHT = "layer.1.narrow.weight"
 
@@ -108,6 +109,20 @@ def test_the_same_batch_gives_the_same_gradient():
     assert not torch.equal(gradient({**batch, "labels": other["labels"]}), first)
 
 
+@pytest.mark.parametrize("labels", [True, False])
+def test_a_sample_says_the_same_alone_and_in_company(labels):
+    """What gradients of groups of a batch rest on."""
+    model, (batch,) = TinyEncoder().double().eval(), batches(1, size=6)
+    batch = batch if labels else {"tokens": batch["tokens"]}
+    weight = find_weights(model)[WEIGHT]
+    (whole,) = torch.autograd.grad(prediction_loss(model, batch), weight)
+    parts = [
+        torch.autograd.grad(prediction_loss(model, part), weight)[0]
+        for part in SplitBatches([batch], 2)
+    ]
+    torch.testing.assert_close(sum(parts) / 3, whole, rtol=1e-6, atol=1e-9)
+
+
 def test_the_value_is_the_models_loss():
     model, (batch,) = TinyEncoder().eval(), batches(1)
     assert torch.equal(prediction_loss(model, batch), model(**batch)["loss"])
@@ -151,7 +166,10 @@ def test_pruning_with_it_whole_in_passes_and_in_groups():
     fisher = estimate_fisher(
         model, data, num_grads=64, samples_per_grad=4, loss_fn=prediction_loss, block_size=12
     )
-    given = estimate_fisher(model, data, num_grads=64, samples_per_grad=4, block_size=12)
+    assert not fisher.notes, "one backward pass serves many groups"
+    given = estimate_fisher(
+        model, data, num_grads=64, samples_per_grad=4, block_size=12, loss_fn=model_loss
+    )
     for name, found in fisher.fishers.items():
         assert found.mean_squares() > 0
         assert found.mean_squares() != given.fishers[name].mean_squares()
@@ -162,6 +180,30 @@ def test_texts_without_labels_will_do():
     report = prune(TinyEncoder(), data, 0.5, num_grads=24, loss_fn=prediction_loss).report
     assert report.sparsity == pytest.approx(0.5, abs=1e-3)
     assert all(trial.divergence is not None for trial in report.damping_trials)
+
+
+def test_classifiers_are_pruned_by_their_predictions_others_by_their_loss():
+    data = batches(8)
+
+    class Scorer(TinyEncoder):
+        """One number for each sample, and no classes."""
+
+        def forward(self, tokens, labels):
+            loss = super().forward(tokens, labels)["loss"]
+            return {"loss": loss, "logits": torch.zeros(len(tokens), 1)}
+
+    for kind, same in ((TinyEncoder, prediction_loss), (Scorer, model_loss), (Tagger, None)):
+        torch.manual_seed(3)
+        model = kind().eval()
+        if kind is Tagger:
+            with pytest.raises(TypeError, match="Tagger returned no loss"):
+                default_loss(model, data[0])
+            continue
+        default, named = (
+            estimate_fisher(model, data, num_grads=8, **options).fishers[WEIGHT].diagonal(1e-3)
+            for options in ({}, {"loss_fn": same})
+        )
+        assert torch.equal(default, named)
 
 
 def test_the_temperature_can_be_chosen():
