@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader
 
+from .batches import to_device
 from .downloads import import_extra
 from .estimate import Progress
-from .gradients import to_device
 from .losses import default_loss
 from .text_data import Texts
 
@@ -112,7 +112,7 @@ def _autocast(device: torch.device, bfloat16: bool | None) -> torch.autocast:
 
 
 @contextmanager
-def _for_backward(
+def for_backward(
     batch: Batch, device: torch.device, bfloat16: bool | None = None
 ) -> Iterator[None]:
     """Autocast, and on the CPU what keeps a backward pass in bfloat16 from being slow."""
@@ -126,13 +126,13 @@ def _for_backward(
 def text_loss(model: nn.Module, batch: Batch) -> Tensor:
     """Return the model's own loss, in bfloat16 where that is faster: gradients for a Fisher and
     the losses of trials need no more."""
-    with _for_backward(batch, batch["labels"].device):
+    with for_backward(batch, batch["labels"].device):
         return model(**batch).loss.float()
 
 
 def prediction_text_loss(model: nn.Module, batch: Batch) -> Tensor:
     """Return :func:`obert_kernels.losses.default_loss`, in bfloat16 where that is faster."""
-    with _for_backward(batch, batch["labels"].device):
+    with for_backward(batch, batch["labels"].device):
         return default_loss(model, batch)
 
 
@@ -194,7 +194,7 @@ def fine_tune(
         with seeded(seed, device):
             for step, batch in enumerate(_endless(loader, steps)):
                 batch = to_device(batch, device)
-                with _for_backward(batch, device, bfloat16):
+                with for_backward(batch, device, bfloat16):
                     loss = model(**batch).loss
                 if not torch.isfinite(loss):
                     raise ValueError(

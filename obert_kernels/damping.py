@@ -18,9 +18,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from .batches import samples_in, take_batches
 from .fisher import Fisher
-from .gradients import take_batches
-from .group_gradients import samples_in
 from .ops import NumericalError
 
 # Damping over the mean diagonal of the Fisher: where to start, and the ends of the search.

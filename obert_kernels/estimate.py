@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .batches import SplitBatches, split_batch, take_batches
 from .estimators import Estimator, estimators
 from .fisher import Fisher
-from .gradients import batch_gradients, take_batches
-from .group_gradients import GroupGradients, NotServed, SplitBatches, split_batch
+from .gradients import batch_gradients
+from .group_gradients import GroupGradients, NotServed
 from .layers import find_weights
 from .losses import LossFn, default_loss
 from .memory import Plan, gradient_buffer, plan_passes

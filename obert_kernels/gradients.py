@@ -2,31 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .batches import take_batches, to_device
 from .losses import LossFn, model_loss
-
-
-def map_tensors(batch: Any, function: Callable[[Tensor], Any]) -> Any:
-    """Apply a function to the tensors of a batch (mapping, tuple, list or tensor)."""
-    if isinstance(batch, Tensor):
-        return function(batch)
-    if isinstance(batch, Mapping):
-        return {key: map_tensors(value, function) for key, value in batch.items()}
-    if isinstance(batch, list | tuple):
-        return type(batch)(map_tensors(value, function) for value in batch)
-    return batch
-
-
-def to_device(batch: Any, device: torch.device) -> Any:
-    """Move the tensors of a batch to a device."""
-    return map_tensors(batch, lambda tensor: tensor.to(device))
 
 
 @contextmanager
@@ -44,30 +28,6 @@ def evaluation(model: nn.Module, weights: Iterable[nn.Parameter]) -> Iterator[No
             weight.requires_grad_(False)
         for module in training:
             module.training = True
-
-
-def take_batches(batches: Iterable[Any], count: int | None = None) -> Iterator[Any]:
-    """Yield ``count`` batches (None: without end), starting over when the iterable ends early.
-
-    Raises:
-        ValueError: there are none, or a one-shot iterator ends too early.
-    """
-    done = 0
-    while done != count:
-        before = done
-        for batch in islice(iter(batches), None if count is None else count - done):
-            done += 1
-            yield batch
-        if done == count:
-            return
-        if done == before == 0:
-            raise ValueError("batches is empty: no gradient can be computed")
-        if iter(batches) is batches:
-            wanted = "" if count is None else f" of num_grads={count}"
-            raise ValueError(
-                f"batches ended after {done}{wanted}: pass a list or a DataLoader, which can be "
-                "iterated again, or a smaller num_grads"
-            )
 
 
 def batch_gradients(

@@ -16,15 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .gradients import (
-    LossFn,
-    check_loss,
-    evaluation,
-    map_tensors,
-    model_loss,
-    take_batches,
-    to_device,
-)
+from .batches import samples_in, split_batch, take_batches, to_device
+from .gradients import check_loss, evaluation
+from .losses import LossFn, model_loss
 from .memory import STREAMED_PER_UPDATE
 from .patterns import UNSTRUCTURED, Pattern
 
@@ -33,43 +27,6 @@ Receive = Callable[[str, Tensor], None]
 
 class NotServed(ValueError):
     """Inputs and outputs of layers do not give these gradients; says why."""
-
-
-def samples_in(batch: Any) -> int | None:
-    """Return the common first dimension of a batch's tensors, None if they have none."""
-    sizes: set[int | None] = set()
-    map_tensors(batch, lambda tensor: sizes.add(tensor.shape[0] if tensor.dim() else None))
-    return sizes.pop() if len(sizes) == 1 else None
-
-
-def split_batch(batch: Any, size: int) -> list[Any]:
-    """Cut a batch into batches of ``size`` samples, the last one of what is left.
-
-    Raises:
-        ValueError: its tensors have no common first dimension.
-    """
-    samples = samples_in(batch)
-    if samples is None:
-        raise ValueError(
-            "samples_per_grad needs batches whose tensors all have one row per sample; got a "
-            f"{type(batch).__name__} without; leave samples_per_grad out for one gradient per batch"
-        )
-    return [
-        map_tensors(batch, lambda tensor, i=i: tensor[i : i + size])
-        for i in range(0, samples, size)
-    ]
-
-
-class SplitBatches:
-    """The pieces of ``size`` samples of every batch of an iterable."""
-
-    def __init__(self, batches: Iterable[Any], size: int) -> None:
-        self.batches = batches
-        self.size = size
-
-    def __iter__(self) -> Iterator[Any]:
-        for batch in self.batches:
-            yield from split_batch(batch, self.size)
 
 
 class _Tap(torch.autograd.Function):

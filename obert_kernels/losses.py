@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from .batches import tensors_in
 
 LossFn = Callable[[nn.Module, Any], Tensor]
 
@@ -150,7 +152,7 @@ def _signs(batch: Mapping[str, Any], logits: Tensor) -> Tensor:
     in every pass, and alone or in company (a gradient of a group is held against that).
     """
     seeds = [0] * len(logits)
-    for tensor in _tensors(batch):
+    for tensor in tensors_in(batch):
         if tensor.dim() > 0 and len(tensor) == len(seeds):
             rows = tensor.detach().cpu().contiguous().view(len(seeds), -1).view(torch.uint8)
             seeds = [zlib.crc32(row, seed) for row, seed in zip(rows.numpy(), seeds, strict=True)]
@@ -160,11 +162,3 @@ def _signs(batch: Mapping[str, Any], logits: Tensor) -> Tensor:
         for generator in generators
     ]
     return torch.stack(drawn).mul_(2).sub_(1)
-
-
-def _tensors(batch: Any) -> Iterator[Tensor]:
-    if isinstance(batch, Tensor):
-        yield batch
-    elif isinstance(batch, Mapping):
-        for value in batch.values():
-            yield from _tensors(value)

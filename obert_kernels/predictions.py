@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .gradients import evaluation, to_device
+from .batches import to_device
+from .gradients import evaluation
 from .losses import LossFn, class_logits, model_loss
 
 

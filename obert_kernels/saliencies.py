@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .batches import to_device
 from .fisher import Fisher
-from .gradients import to_device
 from .losses import LossFn
 from .masks import magnitude_scores
 from .patterns import Pattern

@@ -303,7 +303,7 @@ def test_sorted_loader_gives_every_text_once(tmp_path: Path, data_file: str) -> 
 def test_attention_is_written_out_for_short_texts_in_bfloat16(tokens, bfloat16, fused):
     """There the backward pass of the fused one is slow."""
     batch = {"input_ids": torch.zeros(2, tokens), "labels": torch.zeros(2)}
-    with classification._for_backward(batch, torch.device("cpu"), bfloat16):
+    with classification.for_backward(batch, torch.device("cpu"), bfloat16):
         assert torch.backends.cuda.flash_sdp_enabled() == fused
         assert torch.is_autocast_enabled("cpu") == bfloat16
     assert torch.backends.cuda.flash_sdp_enabled()

@@ -12,7 +12,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from obert_kernels import GramFisher, WoodburyFisher, estimate_fisher, find_weights, prune
-from obert_kernels.group_gradients import GroupGradients, NotServed, samples_in, split_batch
+from obert_kernels.batches import samples_in, split_batch
+from obert_kernels.group_gradients import GroupGradients, NotServed
 from obert_kernels.losses import default_loss, model_loss
 
 

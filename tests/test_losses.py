@@ -9,8 +9,8 @@ from tiny import TinyEncoder, batches
 from torch import nn
 
 from obert_kernels import estimate_fisher, find_weights, model_loss, prediction_loss, prune
+from obert_kernels.batches import SplitBatches
 from obert_kernels.gradients import batch_gradients
-from obert_kernels.group_gradients import SplitBatches
 from obert_kernels.losses import default_loss
 
 WEIGHT = "layer.1.narrow.weight"

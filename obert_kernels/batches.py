@@ -1,0 +1,93 @@
+"""What is done with batches, whatever they are: mappings, tuples, lists or tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def map_tensors(batch: Any, function: Callable[[Tensor], Any]) -> Any:
+    """Apply a function to the tensors of a batch (mapping, tuple, list or tensor)."""
+    if isinstance(batch, Tensor):
+        return function(batch)
+    if isinstance(batch, Mapping):
+        return {key: map_tensors(value, function) for key, value in batch.items()}
+    if isinstance(batch, list | tuple):
+        return type(batch)(map_tensors(value, function) for value in batch)
+    return batch
+
+
+def tensors_in(batch: Any) -> list[Tensor]:
+    """Return the tensors of a batch."""
+    found: list[Tensor] = []
+    map_tensors(batch, found.append)
+    return found
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """Move the tensors of a batch to a device."""
+    return map_tensors(batch, lambda tensor: tensor.to(device))
+
+
+def take_batches(batches: Iterable[Any], count: int | None = None) -> Iterator[Any]:
+    """Yield ``count`` batches (None: without end), starting over when the iterable ends early.
+
+    Raises:
+        ValueError: there are none, or a one-shot iterator ends too early.
+    """
+    done = 0
+    while done != count:
+        before = done
+        for batch in islice(iter(batches), None if count is None else count - done):
+            done += 1
+            yield batch
+        if done == count:
+            return
+        if done == before == 0:
+            raise ValueError("batches is empty: no gradient can be computed")
+        if iter(batches) is batches:
+            wanted = "" if count is None else f" of num_grads={count}"
+            raise ValueError(
+                f"batches ended after {done}{wanted}: pass a list or a DataLoader, which can be "
+                "iterated again, or a smaller num_grads"
+            )
+
+
+def samples_in(batch: Any) -> int | None:
+    """Return the common first dimension of a batch's tensors, None if they have none."""
+    sizes = {tensor.shape[0] if tensor.dim() else None for tensor in tensors_in(batch)}
+    return sizes.pop() if len(sizes) == 1 else None
+
+
+def split_batch(batch: Any, size: int) -> list[Any]:
+    """Cut a batch into batches of ``size`` samples, the last one of what is left.
+
+    Raises:
+        ValueError: its tensors have no common first dimension.
+    """
+    samples = samples_in(batch)
+    if samples is None:
+        raise ValueError(
+            "samples_per_grad needs batches whose tensors all have one row per sample; got a "
+            f"{type(batch).__name__} without; leave samples_per_grad out for one gradient per batch"
+        )
+    return [
+        map_tensors(batch, lambda tensor, i=i: tensor[i : i + size])
+        for i in range(0, samples, size)
+    ]
+
+
+class SplitBatches:
+    """The pieces of ``size`` samples of every batch of an iterable."""
+
+    def __init__(self, batches: Iterable[Any], size: int) -> None:
+        self.batches = batches
+        self.size = size
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in self.batches:
+            yield from split_batch(batch, self.size)
