@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .batches import tensors_in
+from .batches import samples_in, tensors_in
 
 LossFn = Callable[[nn.Module, Any], Tensor]
 
@@ -149,9 +149,12 @@ def _signs(batch: Mapping[str, Any], logits: Tensor) -> Tensor:
     """Random -1 and 1 in the shape of the logits, int8 on the CPU.
 
     Those of a sample are decided by what its rows of the batch hold, so that it has the same ones
-    in every pass, and alone or in company (a gradient of a group is held against that).
+    in every pass, and alone or in company (a gradient of a group is held against that).  Where
+    not all of a batch is by rows, their position counts as well: no two are to be the same.
     """
-    seeds = [0] * len(logits)
+    if len(logits) == 0:
+        return torch.empty(logits.shape, dtype=torch.int8)
+    seeds = list(range(len(logits))) if samples_in(batch) != len(logits) else [0] * len(logits)
     for tensor in tensors_in(batch):
         if tensor.dim() > 0 and len(tensor) == len(seeds):
             rows = tensor.detach().cpu().contiguous().view(len(seeds), -1).view(torch.uint8)

@@ -123,6 +123,18 @@ def test_a_sample_says_the_same_alone_and_in_company(labels):
     torch.testing.assert_close(sum(parts) / 3, whole, rtol=1e-6, atol=1e-9)
 
 
+def test_samples_that_no_row_tells_apart_have_signs_of_their_own():
+    logits = torch.zeros(64, 3, requires_grad=True)
+    prediction_loss(Given(logits), {"x": "sixty-four texts in words"}).backward()
+    assert len(logits.grad.unique(dim=0)) > 2
+
+
+def test_a_batch_of_nothing_is_named():
+    model, empty = TinyEncoder(), {"tokens": torch.zeros(0, 6, dtype=torch.long)}
+    with pytest.raises(ValueError, match="batch 0"):
+        next(iter(batch_gradients(model, [empty], find_weights(model), 1, prediction_loss)))
+
+
 def test_the_value_is_the_models_loss():
     model, (batch,) = TinyEncoder().eval(), batches(1)
     assert torch.equal(prediction_loss(model, batch), model(**batch)["loss"])
