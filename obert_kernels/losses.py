@@ -13,7 +13,8 @@ from .batches import samples_in, tensors_in
 
 LossFn = Callable[[nn.Module, Any], Tensor]
 
-# Of predictions.  Between 2 and infinity it matters little; 1 is worse where much is pruned.
+# Of predictions.  From 2 upwards it matters little; 1 is worse where much is pruned
+# (benchmarks/results/temperature.md).
 TEMPERATURE = 4.0
 
 # Of labels that are left out of a loss, as in torch and Hugging Face models.
