@@ -1,6 +1,6 @@
 """What gradients are taken of: given labels, or predictions at several temperatures.
 
-    python benchmarks/temperature.py          # a quarter of an hour on two cores; the committed table: --sets trec
+    python benchmarks/temperature.py --sets trec  # a quarter of an hour
 
 A fine-tuned MiniLM is pruned once for each, from the same texts, one seed; the rest as by default.
 """
