@@ -28,7 +28,7 @@ class Measurement:
         target: the sparsity asked for.
         sparsity: share of pruned weights reached, over the pruned matrices.
         accuracy: on the test texts, as a fraction.
-        predicted_increase: of the training loss, by the Fisher; None without one.
+        predicted_increase: see :class:`obert_kernels.LayerReport`; None without a Fisher.
         damping: of the Fisher; None without one.
     """
 
