@@ -68,8 +68,8 @@ def choose_damping(
 ) -> tuple[float, list[Trial]]:
     """Find the damping with the least cost, downhill in steps of the root of 10.
 
-    Up to 90 % sparsity the divergence has one minimum, within a step of the start for gradients of
-    predictions: three to five trials.
+    The divergence has one minimum there (seen on TREC, 60 to 90 % sparsity), for gradients of
+    predictions within two steps of the start: three to five trials.
 
     Args:
         scale: :func:`mean_diagonal` of the Fisher.
