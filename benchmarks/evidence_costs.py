@@ -32,9 +32,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from obert_kernels import classification, find_weights, load_plugin, prune
-from obert_kernels.calibration import calibration_batches, tokens_at_once
+from obert_kernels.calibration import calibration_batches, held_back, tokens_at_once
 from obert_kernels.downloads import cache_folder
-from obert_kernels.experiment import Settings, held_back
 from obert_kernels.text_data import load_demo_set
 
 METHODS = ("magnitude", "wanda", "diagonal", "greedy", "reference")
@@ -132,9 +131,7 @@ def measure(case: Case, method: str, settings: argparse.Namespace) -> dict[str, 
         TEXTS_PER_GRAD, max_length=length, seed=settings.seed,
         max_tokens=1 if reference else tokens_at_once(model.config.hidden_size),
     )  # fmt: skip
-    held = held_back(
-        Settings(str(folder), "", [], Path(), max_length=length), tokenizer, data
-    )  # fmt: skip
+    held = held_back(tokenizer, data, max_length=length)
     start = time.perf_counter()
     if reference:
         by_stage = prune_as_reference(model, batches, settings.sparsity, settings.damping)

@@ -21,7 +21,7 @@ from machine import machine
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from obert_kernels import estimate_fisher, model_loss, prediction_loss, prune
-from obert_kernels.calibration import calibration_batches, tokens_at_once
+from obert_kernels.calibration import calibration_batches, held_back, tokens_at_once
 from obert_kernels.classification import accuracy, for_backward, make_loader
 from obert_kernels.downloads import cache_folder
 from obert_kernels.losses import LossFn
@@ -34,7 +34,6 @@ LOSSES: dict[str, LossFn] = {
     **{f"T = {t}": partial(prediction_loss, temperature=t) for t in (1, 4, 1000)},
 }
 SPARSITIES = [0.8, 0.9]
-HELD = 256
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -55,7 +54,7 @@ def measure(name: str, settings: argparse.Namespace) -> dict:
         tokenizer, data.train, TEXTS // TEXTS_PER_GRAD, TEXTS_PER_GRAD, max_length=length,
         max_tokens=tokens_at_once(model.config.hidden_size), seed=settings.seed,
     )  # fmt: skip
-    held = list(make_loader(tokenizer, data.dev, 32, max_length=length))[: HELD // 32]
+    held = held_back(tokenizer, data, max_length=length)
     test = list(make_loader(tokenizer, data.test, 32, max_length=length, by_length=True))
     dense = {key: value.clone() for key, value in model.state_dict().items()}
     result: dict = {"dense": accuracy(model, test), "rows": {}}
@@ -85,7 +84,7 @@ def markdown(document: dict) -> str:
         f"`{document['command']}` on {about['cpu']}, {about['threads']} threads, torch "
         f"{about['torch']}, {about['date']}.  Test accuracy in per cent of all-MiniLM-L6-v2 after "
         f"one shot from {TEXTS} texts in gradients of {TEXTS_PER_GRAD}, one seed; greedy "
-        f"selection, joint update, damping chosen on {HELD} held-back texts.  T = 1000: as good "
+        f"selection, joint update, damping chosen on 256 held-back texts.  T = 1000: as good "
         "as squared differences of logits.",
     ]
     for name, result in document["sets"].items():

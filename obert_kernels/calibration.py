@@ -1,4 +1,4 @@
-"""Texts to the batches that gradients are taken from."""
+"""Texts to the batches that gradients are taken from, and that the damping is chosen on."""
 
 from __future__ import annotations
 
@@ -6,15 +6,17 @@ from typing import Any
 
 import torch
 
-from .classification import Batch, collator, encode
+from .classification import Batch, collator, encode, make_loader
 from .downloads import import_extra
-from .text_data import Texts
+from .text_data import TextData, Texts
 
 Rows = list[dict[str, Any]]
 
 # Tokens of a backward pass, for layers of 768: as much memory as a training step with 32 texts of
 # 128 tokens.
 _TOKENS_AT_ONCE = 4096
+# Texts that a damping is judged on, and of them in a batch.
+_TRIAL_TEXTS, _TRIAL_BATCH = 256, 64
 
 
 def tokens_at_once(hidden_size: int) -> int:
@@ -88,3 +90,17 @@ def _by_length(gradients: list[Rows], max_tokens: int) -> list[Rows]:
 
 def _longest(rows: Rows) -> int:
     return max(len(row["input_ids"]) for row in rows)
+
+
+def held_back(tokenizer: Any, data: TextData, *, max_length: int = 128) -> list[Batch]:
+    """Return batches of texts to choose the damping on, always the same ones, by length.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer.
+        data: its ``dev`` texts are taken, or ``train`` where it has none.
+        max_length: longer texts are cut to this number of tokens.
+    """
+    texts = data.dev if len(data.dev) else data.train
+    order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(0)).tolist()
+    some = texts.subset(order[:_TRIAL_TEXTS])
+    return list(make_loader(tokenizer, some, _TRIAL_BATCH, max_length=max_length, by_length=True))

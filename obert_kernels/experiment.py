@@ -7,14 +7,13 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from . import checkpoints, classification
-from .calibration import calibration_batches, tokens_at_once
+from .calibration import calibration_batches, held_back, tokens_at_once
 from .comparison import Measurement, compare
 from .downloads import demo_model_folder, import_extra
 from .estimate import Progress
@@ -31,7 +30,6 @@ from .text_data import DEMO_PREFIX, TextData, load_text_data
 DEMO_MODEL = DEMO_PREFIX + "minilm"
 
 EVALUATION_BATCH = 64  # texts
-_TRIAL_TEXTS = 256
 
 
 @dataclass(frozen=True)
@@ -157,7 +155,7 @@ def prune_classifier(
             "estimator": settings.estimator,
         },
         num_grads=settings.num_grads,
-        calibration=held_back(settings, tokenizer, data),
+        calibration=held_back(tokenizer, data, max_length=settings.max_length),
         samples_per_grad=settings.grad_batch_size,
         block_size=block_size,
         loss_fn=classification.LOSSES[settings.gradients_of],
@@ -261,15 +259,6 @@ def _match_labels(settings: Settings, config: Any, data: TextData) -> tuple[Text
 def _shorten(names: Sequence[str]) -> str:
     shown = ", ".join(names[:6])
     return f"{shown}, … ({len(names)})" if len(names) > 6 else shown
-
-
-def held_back(settings: Settings, tokenizer: Any, data: TextData) -> list[classification.Batch]:
-    """Texts to choose the damping on."""
-    texts = data.dev if len(data.dev) else data.train
-    loader = classification.make_loader(
-        tokenizer, texts, EVALUATION_BATCH, max_length=settings.max_length, shuffle=True
-    )
-    return list(islice(loader, _TRIAL_TEXTS // EVALUATION_BATCH))
 
 
 def describe(settings: Settings, data: TextData, weights: int) -> str:

@@ -14,14 +14,14 @@ import torch
 from torch import nn
 
 from . import classification
-from .calibration import calibration_batches, tokens_at_once
+from .calibration import calibration_batches, held_back, tokens_at_once
 from .downloads import import_extra
 from .estimate import Progress
-from .experiment import EVALUATION_BATCH, Settings, describe, held_back, load_classifier
+from .experiment import EVALUATION_BATCH, Settings, describe, load_classifier
 from .grid import check_grid, run_grid
 from .layers import find_weights
 from .plots import plot_sweep
-from .text_data import DEMO_PREFIX, TextData, Texts, load_text_data
+from .text_data import DEMO_PREFIX, TextData, load_text_data
 from .trial_table import CSV_FILE, TABLE_FILE, TrialTable, check_basis, format_table, write_basis
 from .trials import Outcome, Scores, Setting, label
 
@@ -97,7 +97,7 @@ def sweep_classifier(
         settings.sparsity,
         **shared,
         estimator=settings.estimator,
-        calibration=held_back(settings, tokenizer, data),
+        calibration=held_back(tokenizer, data, max_length=settings.max_length),
         loss_fn=classification.LOSSES[settings.gradients_of],
         fisher_dtype=getattr(torch, settings.fisher_dtype),
         max_memory=settings.max_memory,
@@ -119,17 +119,8 @@ def _with_held_back(data: TextData, seed: int) -> TextData:
         return data
     order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(seed)).tolist()
     count = min(_MOST_HELD_BACK, max(1, len(order) // 10))
-    dev, train = (_subset(data.train, part) for part in (order[:count], sorted(order[count:])))
+    dev, train = map(data.train.subset, (order[:count], sorted(order[count:])))
     return replace(data, train=train, dev=dev)
-
-
-def _subset(texts: Texts, indices: Iterable[int]) -> Texts:
-    indices = list(indices)
-    return Texts(
-        [texts.texts[i] for i in indices],
-        [texts.labels[i] for i in indices],
-        None if texts.pairs is None else [texts.pairs[i] for i in indices],
-    )
 
 
 def _check_texts(grid: Iterable[Setting], data: TextData) -> None:

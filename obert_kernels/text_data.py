@@ -7,7 +7,7 @@ so that the same text falls into the same part on every machine and in every run
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -59,6 +59,15 @@ class Texts:
 
     def __len__(self) -> int:
         return len(self.texts)
+
+    def subset(self, indices: Iterable[int]) -> Texts:
+        """Return these examples, in this order."""
+        indices = list(indices)
+        return Texts(
+            [self.texts[i] for i in indices],
+            [self.labels[i] for i in indices],
+            None if self.pairs is None else [self.pairs[i] for i in indices],
+        )
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,8 @@ pytest.importorskip("typer")
 from tiny_text import save_model  # noqa: E402
 
 from obert_kernels import checkpoints, classification, cli, cli_options, demo, prune  # noqa: E402
-from obert_kernels.calibration import calibration_batches  # noqa: E402
-from obert_kernels.text_data import load_text_data  # noqa: E402
+from obert_kernels.calibration import calibration_batches, held_back  # noqa: E402
+from obert_kernels.text_data import Texts, load_text_data  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -295,6 +296,24 @@ def test_sorted_loader_gives_every_text_once(tmp_path: Path, data_file: str) -> 
     )
     widths = [batch["input_ids"].shape[1] for batch in ordered]
     assert widths == sorted(widths)
+
+
+def test_texts_that_judge_a_damping_are_the_same_for_all_and_not_padded_much(
+    tmp_path: Path, data_file: str
+) -> None:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(save_model(tmp_path / "m", head=False))
+    data = load_text_data(data_file)
+    dev = Texts([f"{'good ' * (i % 40)}film" for i in range(400)], [i % 2 for i in range(400)])
+    held = held_back(tokenizer, replace(data, dev=dev))
+    assert [len(batch["labels"]) for batch in held] == [64] * 4
+    widths = [batch["input_ids"].shape[1] for batch in held]
+    assert widths == sorted(widths) and widths[0] < widths[-1]
+    again = held_back(tokenizer, replace(data, dev=dev))
+    assert all(
+        torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(held, again, strict=True)
+    )
+    few = held_back(tokenizer, replace(data, dev=Texts([], [])))
+    assert sum(len(batch["labels"]) for batch in few) == min(256, len(data.train))
 
 
 @pytest.mark.parametrize(
