@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .classification import Batch, text_loss
+from .classification import Batch, prediction_text_loss
 from .damping import Trial
 from .estimate import Progress, estimate_fisher
 from .layers import find_weights
@@ -17,6 +17,7 @@ from .losses import LossFn
 from .memory import plan_passes
 from .pruner import PruneResult, prune
 from .saliencies import saliencies
+from .scored_once import score_once
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ def compare(
     calibration: Sequence[Batch] = (),
     samples_per_grad: int | None = None,
     block_size: int = 50,
-    loss_fn: LossFn = text_loss,
+    loss_fn: LossFn = prediction_text_loss,
     fisher_dtype: torch.dtype = torch.float64,
     max_memory: int | None = None,
     recover: Callable[[PruneResult], None] | None = None,
@@ -118,6 +119,7 @@ def compare(
             progress=progress,
             **estimation,
         )
+        score_once(second_order["fisher"], next(iter(weights.values())).device, max_memory)
     else:
         second_order |= {"max_memory": max_memory, "estimator": estimator, **estimation}
     trials: list[Trial] = []

@@ -20,6 +20,7 @@ from .masks import check_sparsity
 from .memory import Plan, plan_passes
 from .patterns import find_pattern
 from .pruner import prune
+from .scored_once import score_once
 from .trials import Outcome, Scores, Setting
 
 Trial = tuple[Setting, float]
@@ -254,6 +255,7 @@ class _Work:
         shared = ("params", "pattern", "loss_fn", "estimator")
         options = {name: self.options[name] for name in shared}
         fisher = estimate_fisher(self.model, batches, progress=self.progress, **options, **how)
+        score_once(fisher, next(iter(self.weights.values())).device, self.max_memory)
         return _Fisher({"fisher": fisher, "batches": batches, **calibration}, fisher.seconds)
 
     def plan(self, setting: Setting) -> Plan | None:

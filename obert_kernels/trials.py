@@ -74,7 +74,8 @@ class Outcome:
         damping_used: of the Fisher; None without one.
         gradients_seconds, fisher_seconds: of the estimate, whether or not other trials shared it.
         damping_seconds: of choosing the damping.
-        selection_seconds: of scores, masks and update.
+        selection_seconds: of scores, masks and update.  Scores that an earlier trial has asked
+            for take no time in these two.
         trial_seconds: of everything but a shared estimate, evaluation included.
         error: why it failed, else empty; all figures but the seconds are None then.
     """

@@ -130,13 +130,13 @@ def test_one_estimate_serves_all_its_trials_and_the_weights_come_back(estimates)
 def test_trials_are_those_of_single_calls():
     model = tiny.TinyEncoder()
     before = tiny.snapshot(model)
-    for outcome in tiny_grid(model, SETTINGS, [0.75]).outcomes:
+    for outcome in tiny_grid(model, SETTINGS, [0.75, 0.5]).outcomes:
         setting = outcome.setting
         how = {} if setting.damping is None else {"damping": setting.damping}
         grid.prune(
             model,
             tiny.batches(setting.num_grads or 1, setting.texts_per_grad or 1),
-            0.75,
+            outcome.target,
             params=["re:layer.*weight"],
             num_grads=setting.num_grads or 1,
             samples_per_grad=setting.texts_per_grad,
