@@ -87,6 +87,7 @@ def measure(dataset: str, seed: int, settings: argparse.Namespace) -> dict[str, 
         num_grads=settings.num_grads,
         samples_per_grad=settings.grad_batch_size,
         block_size=settings.block_size,
+        loss_fn=classification.text_loss,
         progress=progress,
     )
     for method, options in METHODS.items():
@@ -163,7 +164,7 @@ def report(results: dict[str, Any], settings: argparse.Namespace, command: str) 
         f"{MINILM.name} fine-tuned, pruned in one shot (encoder linear layers, unstructured, one "
         "global ranking), no training afterwards.  Test accuracy in per cent, mean ± standard "
         f"deviation over {len(settings.seeds)} seeds of fine-tuning and gradients; every "
-        "second-order row of a seed uses the same gradients.",
+        "second-order row of a seed uses the same gradients, those of the loss, as in the paper.",
         "",
         f"Settings: {settings.epochs:g} epochs at learning rate {settings.learning_rate:g}, batch "
         f"32; {settings.num_grads} gradients of {settings.grad_batch_size} texts, block size "

@@ -122,8 +122,10 @@ def measure(case: Case, seed: int, pattern: str, work: Path) -> None:
         max_length=MAX_LENGTH[case.dataset],
         seed=seed,
     )
+    # Magnitude sees no texts: what it does to a model serves all seeds of texts.
+    without_damping = ["wanda"] if seed >= case.fine_tunings else ["magnitude", "wanda"]
     known = [
-        *grid(pattern, ["magnitude", "wanda"], ["auto"]),
+        *grid(pattern, without_damping, ["auto"]),
         *grid(pattern, ["diagonal"], case.dampings),
     ]
     sweep_classifier(others, known, progress=progress)
@@ -209,6 +211,13 @@ def damping_table(runs: Runs) -> list[str]:
     return lines
 
 
+def trials(folder: Path, *selections: str) -> list[Outcome]:
+    """Those of a folder that are there."""
+    path = folder / CSV_FILE
+    outcomes = TrialTable(path).outcomes if path.is_file() else []
+    return [outcome for outcome in outcomes if outcome.setting.selection in selections]
+
+
 def finished(case: Case, pattern: str, work: Path) -> dict[int, tuple[list[Outcome], float]]:
     """Outcomes and dense accuracy of every seed that is whole."""
     found = {}
@@ -216,13 +225,11 @@ def finished(case: Case, pattern: str, work: Path) -> dict[int, tuple[list[Outco
     count += len(DAMPING_SPARSITIES) * len(case.dampings) * (pattern == "unstructured")
     for seed in SEEDS:
         others, ours = (case.folder(work, seed, pattern, of) for of in ("labels", "predictions"))
-        if not all((folder / CSV_FILE).is_file() for folder in (others, ours)):
-            continue
+        first = case.folder(work, seed % case.fine_tunings, pattern, "labels")
         outcomes = [
-            outcome
-            for folder in (others, ours)
-            for outcome in TrialTable(folder / CSV_FILE).outcomes
-            if (outcome.setting.selection == "greedy") == (folder == ours)
+            *trials(others, "wanda", "diagonal"),
+            *trials(first, "magnitude"),
+            *trials(ours, "greedy"),
         ]
         if len(outcomes) == count:
             basis = json.loads((ours / BASIS_FILE).read_text())
