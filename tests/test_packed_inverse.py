@@ -11,7 +11,7 @@ from conftest import CUDA_ON_HOST, INSTRUCTION_SETS
 from problems import DAMPING, fresh_inverse, gradients, gram_of, onto_nan, relative_error
 
 import obert_kernels
-from obert_kernels import WoodburyFisher, ops, reference
+from obert_kernels import WoodburyFisher, _lib, ops, reference
 from obert_kernels.reference import block_size_of, pack_inverse, unpack_inverse
 
 HERE = Path(__file__).parent
@@ -242,6 +242,35 @@ def test_scores_of_the_good_blocks_survive_a_failed_one(isa, size):
     good[4 * size : 6 * size] = False
     assert relative_error(scores[good], expected[good]) < TOLERANCE[torch.float32]
     assert status.item() == 4
+
+
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS, indirect=True)
+@pytest.mark.parametrize("size", [7, 50])
+def test_many_scores_are_those_of_few(isa, size):
+    """From 2^20 on they are written past the caches, if they begin on a cache line."""
+    n = (1 << 20) + 333
+    blocks = reference.num_blocks(n, size)
+    state, weight = torch.rand(blocks, size * (size + 1) // 2) + 0.5, torch.randn(n)
+    status = ops.new_status()
+    many = onto_nan(ops.inverse_scores, state, weight, 1, status)
+    diagonal = state[:, :size].flatten()[:n].double()
+    assert relative_error(many, 0.5 * weight.double() ** 2 / diagonal) < TOLERANCE[torch.float32]
+    few = 1000  # blocks
+    for first in range(0, blocks, few):
+        part = slice(first * size, (first + few) * size)
+        scores = ops.inverse_scores(state[first : first + few], weight[part], 1, status)
+        assert torch.equal(many[part], scores)
+    state[[blocks - 3, 4000], size - 1] = torch.tensor([0.0, float("nan")])
+    for offset in (0, 1, 16):
+        status = ops.new_status()
+        out = torch.full((n + 17,), float("nan"))
+        _lib.core().inverse_scores(
+            state.data_ptr(), n, size, weight.data_ptr(), ops.DTYPE_CODES[torch.float32], 1,
+            out[offset:].data_ptr(), status.data_ptr(), 2,
+        )  # fmt: skip
+        assert status.item() == 4000
+        same = out[offset : offset + n] == many
+        assert (~same).sum() == 2 and out.isnan().sum() == 18
 
 
 # ---- What is left alone ---------------------------------------------------------------

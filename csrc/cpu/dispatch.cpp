@@ -122,6 +122,10 @@ void report(const Status& status, int64_t failed) {
     if (failed >= 0 && status.first_failed_block[0] < 0) status.first_failed_block[0] = failed;
 }
 
+// A call that scores fewer single weights from an inverse takes less time than a thread does to
+// start.
+constexpr int64_t kScoresForThreads = 1 << 20;
+
 // Faulting in a large fresh output page by page takes as long as computing it.  A hint only.
 void prefer_huge_pages(void* data, int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
@@ -217,10 +221,17 @@ void woodbury_update(const WoodburyUpdate& args, int threads) {
     report(args.status, run(args, threads, 1, current().load()->woodbury_update));
 }
 void inverse_scores(const InverseScores& args, int threads) {
-    report(args.status, run(args, threads, group_granularity(args.partition, args.group_size),
-                            current().load()->inverse_scores));
+    const int64_t n = args.partition.num_weights;
+    prefer_huge_pages(args.scores, n / args.group_size * sizeof(float));
+    if (args.group_size == 1 && n < kScoresForThreads) threads = 1;
+    // Sixteen blocks of single scores fill whole cache lines.
+    const int64_t granularity =
+        args.group_size == 1 ? 16 : group_granularity(args.partition, args.group_size);
+    report(args.status, run(args, threads, granularity, current().load()->inverse_scores));
 }
 void inverse_update(const InverseUpdate& args, int threads) {
+    prefer_huge_pages(args.update.new_weight,
+                      args.partition.num_weights * (args.update.weight_type == DType::f64 ? 8 : 4));
     report(args.status, run(args, threads, 1, current().load()->inverse_update));
 }
 

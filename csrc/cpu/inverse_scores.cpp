@@ -6,46 +6,91 @@ namespace obert {
 namespace OBERT_ISA {
 namespace {
 
-VecF diagonal_of(const float* diagonal, int count, float) {
-    return load_first(diagonal, count);
+// Diagonals that are laid side by side, so that vectors are whole whatever the block size.  A
+// multiple of 16 blocks: their scores begin on a cache line if those of all do.
+inline int blocks_side_by_side(int block_size) {
+    return 16 * max_int(1, 64 / block_size);
 }
-VecD diagonal_of(const float* diagonal, int count, double) {
-    return widen_first(diagonal, count);
+
+// Scores that would not stay in the caches until somebody ranks them.
+constexpr int64_t kTooManyToCache = 1 << 20;
+
+inline VecF as_vector(const float* p, float) {
+    return load(p);
 }
-void store_scores(float* scores, VecF values, int count) {
+inline VecD as_vector(const float* p, double) {
+    return widen(p);
+}
+
+template <bool past_caches>
+inline void store_scores(float* scores, VecF values) {
+    past_caches ? stream(scores, values) : store(scores, values);
+}
+template <bool>
+inline void store_scores(float* scores, VecD values) {
+    narrow(values, scores);
+}
+inline void store_some_scores(float* scores, VecF values, int count) {
     store_first(scores, values, count);
 }
-void store_scores(float* scores, VecD values, int count) {
-    float narrowed[kLanes];
+inline void store_some_scores(float* scores, VecD values, int count) {
+    float narrowed[Simd<float>::lanes];
     narrow(values, narrowed);
     copy(narrowed, count, scores);
 }
 
-// 1/2 w (w / d): the square of a small float32 weight would underflow.
-template <class T>
-int64_t single_scores(const InverseScores& args, cpu::BlockRange range) {
+// 1/2 w (w / d): the square of a small float32 weight would underflow.  `diagonal` goes on with
+// ones up to a whole vector.  Returns whether all of it is positive and finite.
+template <class T, bool past_caches>
+bool score_singles(const T* weight, const float* diagonal, int count, float* scores) {
     using Vec = typename Simd<T>::Vec;
     using Mask = typename Simd<T>::Index;
     constexpr int lanes = Simd<T>::lanes;
-    const int size = args.partition.block_size;
-    Mask lane{};
-    for (int l = 0; l < lanes; ++l) lane[l] = l;
+    Mask good = ~Mask{};
+    auto score = [&](int i, Vec w) {
+        const Vec d = as_vector(diagonal + i, T{});
+        good &= (d > T(0)) & (d < T(__builtin_inf()));
+        return T(0.5) * w * (w / d);
+    };
+    int i = 0;
+    for (; i + lanes <= count; i += lanes)
+        store_scores<past_caches>(scores + i, score(i, load(weight + i)));
+    if (i < count)
+        store_some_scores(scores + i, score(i, load_first(weight + i, count - i)), count - i);
+    return !any(~good);
+}
+
+template <class T>
+int64_t single_scores(const InverseScores& args, cpu::BlockRange range, char* workspace) {
+    constexpr int lanes = Simd<T>::lanes;
+    const Partition& partition = args.partition;
+    const int size = partition.block_size, most = blocks_side_by_side(size);
+    float* diagonal = Scratch{workspace}.take<float>(most * size + lanes);
+    const bool past_caches = kStreams && partition.num_weights >= kTooManyToCache &&
+                             uintptr_t(args.scores + range.begin * size) % 64 == 0;
     // The diagonals lie too far apart for the processor to see them coming.
     const int64_t ahead = max_int(1, 1024 / size) * packed_size(size);
-    return over_blocks(args.partition, range, [&](int64_t b, int n) {
-        const float* diagonal = packed_block(args.inverse, b, size).diagonal;
-        const int64_t start = b * size;
-        prefetch(diagonal + ahead, n * int64_t(sizeof(float)) + 63);
-        Mask good = ~Mask{};
-        for (int i = 0; i < n; i += lanes) {
-            const int count = min_int(lanes, n - i);
-            const Vec w = load_first(static_cast<const T*>(args.weight) + start + i, count);
-            const Vec d = diagonal_of(diagonal + i, count, T{});
-            good &= ((d > T(0)) & (d < T(__builtin_inf()))) | (lane >= (Mask{} + count));
-            store_scores(args.scores + start + i, T(0.5) * w * (w / d), count);
+    int64_t failed = -1;
+    for (int64_t b = range.begin; b < range.end; b += most) {
+        const int blocks = b + most < range.end ? most : int(range.end - b);
+        int count = 0;
+        for (int i = 0; i < blocks; ++i) {
+            const float* source = packed_block(args.inverse, b + i, size).diagonal;
+            const int n = block_length(partition, b + i);
+            prefetch_once(source + ahead, n * int64_t(sizeof(float)) + 63);
+            copy(source, n, diagonal + count);
+            count += n;
         }
-        return !any(~good);
-    });
+        for (int i = 0; i < lanes; ++i) diagonal[count + i] = 1;
+        const T* weight = static_cast<const T*>(args.weight) + b * size;
+        float* scores = args.scores + b * size;
+        const bool good = past_caches ? score_singles<T, true>(weight, diagonal, count, scores)
+                                      : score_singles<T, false>(weight, diagonal, count, scores);
+        for (int i = 0; !good && failed < 0; ++i)
+            if (!is_positive(diagonal[i])) failed = b + i / size;
+    }
+    if (past_caches) finish_streams();
+    return failed;
 }
 
 }  // namespace
@@ -56,8 +101,8 @@ int64_t inverse_scores(const InverseScores& args, cpu::BlockRange range, char* w
     Scratch scratch{workspace};
     const Buffers buffers = buffers_for(size, scratch);
     if (args.group_size == 1)
-        return args.weight_type == DType::f32 ? single_scores<float>(args, range)
-                                              : single_scores<double>(args, range);
+        return args.weight_type == DType::f32 ? single_scores<float>(args, range, workspace)
+                                              : single_scores<double>(args, range, workspace);
     GroupSystems systems(min_int(args.group_size, kMaxSystem), scratch);
     return over_chunks(partition, range, buffers, [&](const Chunk& chunk) {
         read_weights(args.weight_type, args.weight, chunk, buffers.weight);

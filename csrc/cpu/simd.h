@@ -216,6 +216,30 @@ inline void prefetch(const void* begin, int64_t bytes) {
     for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(begin) + i);
 }
 
+// The same for what is read a single time: it need not displace anything else.
+inline void prefetch_once(const void* begin, int64_t bytes) {
+    for (int64_t i = 0; i < bytes; i += 64)
+        __builtin_prefetch(static_cast<const char*>(begin) + i, 0, 0);
+}
+
+// Stores an aligned vector without reading the rest of its cache line first, nor keeping it in a
+// cache; finish_streams() before another thread reads it.
+#if defined(__AVX512F__)
+constexpr bool kStreams = true;
+inline void stream(float* p, VecF v) {
+    _mm512_stream_ps(p, __m512(v));
+}
+inline void finish_streams() {
+    _mm_sfence();
+}
+#else
+constexpr bool kStreams = false;
+inline void stream(float* p, VecF v) {
+    store(p, v);
+}
+inline void finish_streams() {}
+#endif
+
 // destination[0..n) = source[0..n); nothing past n is touched.
 template <class T>
 inline void copy(const T* source, int n, T* destination) {
