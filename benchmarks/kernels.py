@@ -3,8 +3,10 @@
     python benchmarks/kernels.py                 # everything, about 6 minutes on 2 cores
     python benchmarks/kernels.py --block 50 --rows 768 --columns 768
 
-Every figure is the median over rounds; in each round every contender runs once on the same
-data, after a pause and, if it takes no gradients, a call that is not timed.  "gradients to
+Every figure is the median over rounds; in each round every contender runs on the same data, after
+a pause: once if it takes gradients, else, after a call that is not timed, as often as that call's
+time goes into 20 ms (a processor takes its first milliseconds after a pause to wake up, and a model
+has a matrix after the other).  "gradients to
 inverse" is m times the cost of one gradient (measured over k gradients, in one call for ours)
 plus one inversion.  The reference adds its gradients one by one, and its cost per gradient does
 not depend on how many came before, so it is measured on a few.
@@ -16,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import shlex
 import statistics
 import sys
@@ -34,13 +37,16 @@ M = 1024
 DAMPING = 1e-7
 SCALE = 1e-4
 SETTLE = 0.03  # seconds after which the other contender's threads no longer spin
+AWAKE = 0.02  # seconds of short calls, one after the other
 RESULTS = Path(__file__).parent / "results"
 
 
-def seconds(call: Callable[[], object]) -> float:
+def seconds(call: Callable[[], object], times: int = 1) -> float:
+    """Of one call, the mean of several."""
     start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
+    for _ in range(times):
+        call()
+    return (time.perf_counter() - start) / times
 
 
 def ceilings() -> dict[str, float]:
@@ -155,9 +161,9 @@ def measure(rows: int, columns: int, size: int, k: int, rounds: int, top: dict) 
     for index in range(rounds + 1):
         for name, (call, count) in calls.items():
             time.sleep(SETTLE)
-            if count == 1:  # short: begin with warm caches, whoever ran before
-                call()
-            spent = seconds(call) / count
+            # Short ones begin with warm caches, whoever ran before.
+            repeats = math.ceil(AWAKE / seconds(call)) if count == 1 else 1
+            spent = seconds(call, repeats) / count
             if index > 0:  # the first round warms up
                 times[name].append(spent)
     if status.item() != -1:
