@@ -37,7 +37,8 @@ if IS_X86:
     ]
 
 KERNEL_SOURCES = [
-    "gram", "factor", "selection", "woodbury", "inverse_scores", "inverse_update", "kernels",
+    "gram", "gram_living", "factor", "selection", "woodbury", "inverse_scores", "inverse_update",
+    "kernels",
 ]  # fmt: skip
 CXX_FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -Wall -Wextra -Werror=return-type".split()
 # Kernels: no errno from sqrt, no exceptions; ABI notes about wide vectors do not apply, as

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from conftest import INSTRUCTION_SETS
 from problems import DAMPING, gradients, relative_error
 from tiny import TinyEncoder, batches, snapshot, unchanged
 
@@ -111,6 +112,45 @@ def test_the_operator_against_its_oracle(isa, dtype, gram_dtype, k):
     assert relative_error(live._gram, expected._gram) < (
         1e-5 if gram_dtype.itemsize == 4 else 1e-12
     )
+
+
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS, indirect=True)
+@pytest.mark.parametrize("gram_dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("blocks", [1, 5, 1500])
+def test_blocks_of_any_sizes_in_any_order(isa, gram_dtype, blocks):
+    """Small ones share vectors; some are empty, and some places have no weight."""
+    sizes = torch.randint(0, 11, (blocks,))
+    sizes[torch.rand(blocks) < 0.05] = 256
+    sizes[blocks // 3 : 2 * blocks // 3] *= (
+        torch.rand(blocks)[: blocks // 3 * 2 - blocks // 3] < 0.1
+    )
+    first_place = torch.cat([torch.zeros(1, dtype=torch.long), sizes.cumsum(0)])
+    places = int(first_place[-1])
+    source = torch.arange(places, dtype=torch.int32)
+    source[torch.rand(places) < 0.2] = -1
+    triangles = sizes * (sizes + 1) // 2
+    gram_start = triangles.cumsum(0) - triangles
+    gram = torch.randn(int(triangles.sum()), dtype=gram_dtype)
+    expected = gram.double()
+    for k in (3, 40):
+        g = gradients(k, max(places, 1))
+        living_ops.gram_accumulate_living(gram, g, gram_start, first_place, source)
+        living_ops._in_torch(expected, g, gram_start, first_place, source)
+    if gram.numel():
+        assert relative_error(gram, expected) < (1e-5 if gram_dtype.itemsize == 4 else 1e-12)
+
+
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS, indirect=True)
+@pytest.mark.parametrize("size", [3, 7, 11])
+def test_a_gradient_that_is_nan_stays_in_its_block(isa, size):
+    blocks, triangle = 403, size * (size + 1) // 2
+    first_place, gram_start = torch.arange(blocks + 1) * size, torch.arange(blocks) * triangle
+    source = torch.arange(blocks * size, dtype=torch.int32)
+    gram, g = torch.zeros(blocks * triangle, dtype=torch.float64), gradients(8, blocks * size)
+    g[:, [10 * size, 402 * size]] = float("nan")
+    living_ops.gram_accumulate_living(gram, g, gram_start, first_place, source)
+    bad = gram.view(blocks, triangle).isnan().any(dim=1).nonzero().flatten()
+    assert bad.tolist() == [10, 402]
 
 
 def test_the_operator_checks_its_arguments():
