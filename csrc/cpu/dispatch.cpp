@@ -5,8 +5,6 @@
 #include <memory>
 #include <new>
 #include <numeric>
-#include <system_error>
-#include <thread>
 #include <vector>
 
 #ifdef __linux__
@@ -14,6 +12,7 @@
 #endif
 
 #include "../api.h"
+#include "helper_threads.h"
 
 namespace obert {
 
@@ -91,40 +90,27 @@ int64_t parallel_blocks(const Partition& partition, int threads, int64_t granula
     const int64_t per_task = std::max<int64_t>(1, units / (workers * 8));
     const int64_t tasks = (units + per_task - 1) / per_task;
 
-    // Everything that can fail is allocated before a thread starts.
+    // Everything that can fail is allocated before the work begins.
     std::vector<Workspace> workspaces;
     for (int64_t i = 0; i < workers; ++i)
         workspaces.push_back(allocate_workspace(partition.block_size));
     std::atomic<int64_t> next{0};
     std::atomic<int64_t> failed{-1};
-    auto work = [&](char* workspace) {
+    auto work = [&](int worker) {
+        char* workspace = workspaces[worker].get();
         for (int64_t task; (task = next.fetch_add(1)) < tasks;) {
             const int64_t begin = task * per_task * granularity;
             const int64_t end = std::min(blocks, begin + per_task * granularity);
             record_failure(failed, body(BlockRange{begin, end}, workspace));
         }
     };
-    std::vector<std::thread> pool;
-    pool.reserve(workers - 1);
-    for (int64_t i = 1; i < workers; ++i) {
-        try {
-            pool.emplace_back(work, workspaces[i].get());
-        } catch (const std::system_error&) {
-            break;  // no more threads to be had: the others take the work
-        }
-    }
-    work(workspaces[0].get());
-    for (std::thread& thread : pool) thread.join();
+    HelperThreads::run(static_cast<int>(workers), work);
     return failed.load();
 }
 
 void report(const Status& status, int64_t failed) {
     if (failed >= 0 && status.first_failed_block[0] < 0) status.first_failed_block[0] = failed;
 }
-
-// A call that scores fewer single weights from an inverse takes less time than a thread does to
-// start.
-constexpr int64_t kScoresForThreads = 1 << 20;
 
 // Faulting in a large fresh output page by page takes as long as computing it.  A hint only.
 void prefer_huge_pages(void* data, int64_t bytes) {
@@ -221,9 +207,8 @@ void woodbury_update(const WoodburyUpdate& args, int threads) {
     report(args.status, run(args, threads, 1, current().load()->woodbury_update));
 }
 void inverse_scores(const InverseScores& args, int threads) {
-    const int64_t n = args.partition.num_weights;
-    prefer_huge_pages(args.scores, n / args.group_size * sizeof(float));
-    if (args.group_size == 1 && n < kScoresForThreads) threads = 1;
+    const int64_t scores = args.partition.num_weights / args.group_size;
+    prefer_huge_pages(args.scores, scores * sizeof(float));
     // Sixteen blocks of single scores fill whole cache lines.
     const int64_t granularity =
         args.group_size == 1 ? 16 : group_granularity(args.partition, args.group_size);
