@@ -36,7 +36,7 @@ from obert_kernels.memory import gradient_buffer
 M = 1024
 DAMPING = 1e-7
 SCALE = 1e-4
-SETTLE = 0.03  # seconds after which the other contender's threads no longer spin
+SETTLE = 0.3  # seconds after which nothing is left of the other contender: threads that spin
 AWAKE = 0.02  # seconds of short calls, one after the other
 RESULTS = Path(__file__).parent / "results"
 

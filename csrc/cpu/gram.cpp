@@ -4,7 +4,8 @@
 // read and written once, each gradient read once); flops k B (B+1).
 //
 // Blocks are taken in stretches: while the tiles of one are computed every tile asks for one
-// run of a row of the next.
+// run of a row of the next.  A block's triangle is asked for when its tiles begin, as each of them
+// ends with a part of it.
 #include "add_to_gram.h"
 #include "stretch.h"
 
@@ -17,13 +18,15 @@ namespace {
 constexpr int kPanelBytes = 32 * 1024;
 
 // A stretch: so many gradients, and bytes of each.  Two of them and the Grams of their blocks
-// should stay in the second-level cache.
+// should stay in the second-level cache, where float32 Grams leave more room.
 constexpr int kMaxGradients = 64;
-constexpr int kStretchBytes = 2048;
+template <class T>
+constexpr int kStretchBytes = 16384 / sizeof(T);
 
+template <class T>
 Stretch stretch_at(const Gradients& gradients, cpu::BlockRange range, int64_t block,
                    int64_t gradient) {
-    const int64_t end = block + blocks_in_stretch(gradients, kStretchBytes);
+    const int64_t end = block + blocks_in_stretch(gradients, kStretchBytes<T>);
     const int64_t left = gradients.count - gradient;
     return {block, end < range.end ? end : range.end, gradient,
             left < kMaxGradients ? int(left) : kMaxGradients};
@@ -46,12 +49,12 @@ void accumulate(const GramAccumulate& args, cpu::BlockRange range, char* workspa
     T* panel = Scratch{workspace}.take<T>(int64_t(depth) * stride);
     for (int64_t i = 0; i < int64_t(depth) * stride; ++i) panel[i] = 0;
 
-    Stretch now = stretch_at(gradients, range, range.begin, 0);
+    Stretch now = stretch_at<T>(gradients, range, range.begin, 0);
     while (now.first_block < range.end) {
         const int64_t following = now.first_gradient + kMaxGradients;
         const bool more = following < gradients.count;
-        const Stretch next = stretch_at(gradients, range, more ? now.first_block : now.last_block,
-                                        more ? following : 0);
+        const Stretch next = stretch_at<T>(
+            gradients, range, more ? now.first_block : now.last_block, more ? following : 0);
         Runs runs = runs_of(gradients, next,
                             (now.last_block - now.first_block) * tiles_in_triangle<T>(block_size) *
                                 divide_up(now.gradients, depth));
@@ -62,11 +65,14 @@ void accumulate(const GramAccumulate& args, cpu::BlockRange range, char* workspa
             for (int t0 = 0; t0 < now.gradients; t0 += depth) {
                 const int rows = min_int(depth, now.gradients - t0);
                 read_rows(gradients, b0, now.first_gradient + t0, rows, columns, panel, stride);
-                for (int64_t b = b0; b < b1; ++b)
+                for (int64_t b = b0; b < b1; ++b) {
+                    T* gram = static_cast<T*>(args.gram) + b * packed_size(block_size);
+                    prefetch(gram, packed_size(block_size) * int64_t(sizeof(T)));
                     lower_product<T, false>(
                         panel + (b - b0) * block_size, stride, rows,
                         block_length(args.partition, b), [&] { return runs.next(rows); },
-                        AddToGram<T>{static_cast<T*>(args.gram) + b * packed_size(block_size)});
+                        AddToGram<T>{gram});
+                }
             }
         }
         now = next;

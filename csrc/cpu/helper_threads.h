@@ -5,6 +5,7 @@
 #pragma once
 
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <cstdint>
 #include <mutex>
@@ -80,31 +81,52 @@ class HelperThreads {
             std::lock_guard<std::mutex> lock(mutex_);
             call_ = call;
             wanted_ = count;
-            ++round_;
+            round_.fetch_add(1);
         }
         wake_.notify_all();
     }
 
     // Those that have not woken up yet need not; the others are waited for.
     void finish() {
+        {
+            std::lock_guard<std::mutex> lock(mutex_);
+            wanted_ = 0;
+        }
+        spin_until([this] { return working_.load() == 0; });
         std::unique_lock<std::mutex> lock(mutex_);
-        wanted_ = 0;
-        done_.wait(lock, [this] { return working_ == 0; });
+        done_.wait(lock, [this] { return working_.load() == 0; });
     }
 
     void serve(int index) {
         uint64_t seen = 0;
-        std::unique_lock<std::mutex> lock(mutex_);
         for (;;) {
-            wake_.wait(lock, [&] { return round_ != seen && index <= wanted_; });
-            seen = round_;
+            spin_until([&] { return round_.load() != seen; });
+            std::unique_lock<std::mutex> lock(mutex_);
+            wake_.wait(lock, [&] { return round_.load() != seen && index <= wanted_; });
+            seen = round_.load();
             const Call call = call_;
-            ++working_;
+            working_.fetch_add(1);
             lock.unlock();
             call.call(call.job, index);
             lock.lock();
-            if (--working_ == 0) done_.notify_one();
+            if (working_.fetch_sub(1) == 1) done_.notify_one();
         }
+    }
+
+    // Looks for a while, as long as sleeping and waking up takes: calls often follow each other
+    // closely.
+    template <class Condition>
+    static void spin_until(Condition condition) {
+        const auto end = std::chrono::steady_clock::now() + std::chrono::microseconds(100);
+        while (!condition() && std::chrono::steady_clock::now() < end) pause();
+    }
+
+    static void pause() {
+#if defined(__x86_64__)
+        __builtin_ia32_pause();
+#else
+        std::this_thread::yield();
+#endif
     }
 
     const int64_t process_ = this_process();
@@ -113,9 +135,10 @@ class HelperThreads {
     std::mutex mutex_;  // of all below
     std::condition_variable wake_, done_;
     Call call_;
-    int wanted_ = 0;   // helpers 1 .. wanted_ are to take part
-    int working_ = 0;  // and so many do
-    uint64_t round_ = 0;
+    int wanted_ = 0;  // helpers 1 .. wanted_ are to take part
+    // Changed under the lock, looked at without.
+    std::atomic<int> working_{0};  // so many do
+    std::atomic<uint64_t> round_{0};
 };
 
 }  // namespace cpu
