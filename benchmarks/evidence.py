@@ -134,10 +134,8 @@ def measure(case: Case, seed: int, pattern: str, work: Path) -> None:
         gradients_of="predictions",
         output=case.folder(work, seed, pattern, "predictions"),
     )
-    sweep_classifier(ours, grid(pattern, ["greedy"], ["auto"]), progress=progress)
-    if pattern == "unstructured":
-        some = replace(ours, sparsity=DAMPING_SPARSITIES)
-        sweep_classifier(some, grid(pattern, ["greedy"], case.dampings), progress=progress)
+    fixed = case.dampings if pattern == "unstructured" else ()
+    sweep_classifier(ours, grid(pattern, ["greedy"], ["auto", *fixed]), progress=progress)
 
 
 # ---- tables ------------------------------------------------------------------------
@@ -218,6 +216,10 @@ def trials(folder: Path, *selections: str) -> list[Outcome]:
     return [outcome for outcome in outcomes if outcome.setting.selection in selections]
 
 
+def _is_shown(ours: Outcome) -> bool:
+    return ours.setting.damping == "auto" or ours.target in DAMPING_SPARSITIES
+
+
 def finished(case: Case, pattern: str, work: Path) -> dict[int, tuple[list[Outcome], float]]:
     """Outcomes and dense accuracy of every seed that is whole."""
     found = {}
@@ -229,7 +231,7 @@ def finished(case: Case, pattern: str, work: Path) -> dict[int, tuple[list[Outco
         outcomes = [
             *trials(others, "wanda", "diagonal"),
             *trials(first, "magnitude"),
-            *trials(ours, "greedy"),
+            *(o for o in trials(ours, "greedy") if _is_shown(o)),
         ]
         if len(outcomes) == count:
             basis = json.loads((ours / BASIS_FILE).read_text())
@@ -250,13 +252,22 @@ def finished_before(
     }
 
 
-def report(work: Path, command: str) -> tuple[str, dict]:
-    about = machine()
+def report(work: Path, command: str | None) -> tuple[str, dict]:
+    """The tables of what is there; ``command`` is what has added to it, if anything did."""
+    earlier = json.loads(REPORT.read_text()) if REPORT.is_file() else {"made_by": []}
+    made_by = earlier["made_by"] + ([] if command is None else [{"command": command, **machine()}])
     lines = [
         "# One shot at the same texts",
         "",
-        f"`{command}` on {about['cpu']}, {about['threads']} threads, torch {about['torch']}, "
-        f"{about['date']}.  Test accuracy in per cent after pruning the encoder's linear layers, "
+        "Made by, each with what the ones before it had not done:",
+        "",
+        *(
+            f"- `{run['command']}` on {run['cpu']}, {run['threads']} threads, torch "
+            f"{run['torch']}, {run['date']}"
+            for run in made_by
+        ),
+        "",
+        "Test accuracy in per cent after pruning the encoder's linear layers, "
         "one global ranking, nothing trained afterwards; mean ± standard deviation over the seeds. "
         f" All rows saw the same {TEXTS} training texts, in {TEXTS // TEXTS_PER_GRAD} gradients of "
         f"{TEXTS_PER_GRAD} where they take gradients (of TREC's 4078 texts 32 come twice); "
@@ -271,8 +282,7 @@ def report(work: Path, command: str) -> tuple[str, dict]:
         "test accuracy say the same.",
         "",
     ]
-    document = {"command": command, "machine": about, "cases": {}}
-    earlier = json.loads(REPORT.read_text()) if REPORT.is_file() else {}
+    document = {"made_by": made_by, "cases": {}}
     for key, case in CASES.items():
         for pattern, targets in SPARSITIES.items():
             whole = finished_before(earlier, key, pattern) | finished(case, pattern, work)
@@ -304,7 +314,7 @@ def main() -> None:
             for key in settings.cases:
                 for pattern in settings.patterns:
                     measure(CASES[key], seed, pattern, settings.work)
-    text, document = report(settings.work, command.removesuffix(" --report"))
+    text, document = report(settings.work, None if settings.report else command)
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "evidence.md").write_text(text, encoding="utf-8")
     REPORT.write_text(json.dumps(document, indent=1) + "\n")
