@@ -1,15 +1,14 @@
 """CPU kernels against the reference algorithm in torch, alternated in one process.
 
-    python benchmarks/kernels.py                 # everything, about 6 minutes on 2 cores
+    python benchmarks/kernels.py                 # everything, about 5 minutes on 2 cores
     python benchmarks/kernels.py --block 50 --rows 768 --columns 768
 
 Every figure is the median over rounds; in each round every contender runs on the same data, after
 a pause: once if it takes gradients, else, after a call that is not timed, as often as that call's
 time goes into 20 ms (a processor takes its first milliseconds after a pause to wake up, and a model
-has a matrix after the other).  "gradients to
-inverse" is m times the cost of one gradient (measured over k gradients, in one call for ours)
-plus one inversion.  The reference adds its gradients one by one, and its cost per gradient does
-not depend on how many came before, so it is measured on a few.
+has a matrix after the other).  "gradients to inverse" is m times the cost of one gradient (measured
+over k gradients, in one call for ours) plus one inversion.  The reference adds its gradients one by
+one, and its cost per gradient does not depend on how many came before, so it is measured on a few.
 Bounds are calculated from bytes and flops (stated per row in the JSON) against ceilings
 measured here: reading memory, and matrix products in the same precision.
 """
