@@ -93,10 +93,12 @@ def test_the_core_knows_no_torch():
 def test_kernels_use_no_standard_library():
     """The linker could keep an AVX-512 copy of a template for the baseline path."""
     for path in (ROOT / "csrc" / "cpu").iterdir():
-        if path.stem == "dispatch":
+        if path.name in ("dispatch.cpp", "helper_threads.h"):
             continue
-        includes = re.findall(r"#\s*include\s*<(.+)>", path.read_text())
+        source = path.read_text()
+        includes = re.findall(r"#\s*include\s*<(.+)>", source)
         assert set(includes) <= {"stdint.h", "immintrin.h"}, path
+        assert "helper_threads.h" not in source, f"{path}: only dispatch.cpp has threads"
 
 
 def test_files_stay_readable():
