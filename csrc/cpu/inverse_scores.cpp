@@ -15,13 +15,6 @@ inline int blocks_side_by_side(int block_size) {
 // Scores that would not stay in the caches until somebody ranks them.
 constexpr int64_t kTooManyToCache = 1 << 20;
 
-inline VecF as_vector(const float* p, float) {
-    return load(p);
-}
-inline VecD as_vector(const float* p, double) {
-    return widen(p);
-}
-
 template <bool past_caches>
 inline void store_scores(float* scores, VecF values) {
     past_caches ? stream(scores, values) : store(scores, values);
@@ -48,7 +41,7 @@ bool score_singles(const T* weight, const float* diagonal, int count, float* sco
     constexpr int lanes = Simd<T>::lanes;
     Mask good = ~Mask{};
     auto score = [&](int i, Vec w) {
-        const Vec d = as_vector(diagonal + i, T{});
+        const Vec d = load_as(diagonal + i, T{});
         good &= (d > T(0)) & (d < T(__builtin_inf()));
         return T(0.5) * w * (w / d);
     };

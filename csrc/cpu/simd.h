@@ -131,6 +131,15 @@ inline VecD widen(const double* p) {
     return load(p);
 }
 
+// A vector of T from as many elements.
+inline VecF load_as(const float* p, float) {
+    return load(p);
+}
+template <class Source>
+inline VecD load_as(const Source* p, double) {
+    return widen(p);
+}
+
 // Like load_first, one vector of doubles.
 inline VecD widen_first(const double* p, int count) {
     return load_first(p, count);

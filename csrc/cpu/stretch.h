@@ -22,15 +22,6 @@ struct Gradients {
     }
 };
 
-// A vector of T from as many elements.
-inline VecF load_as(const float* p, float) {
-    return load(p);
-}
-template <class Source>
-inline VecD load_as(const Source* p, double) {
-    return widen(p);
-}
-
 // The same of the first `count` elements, the rest zero; nothing past them is read.
 inline VecF load_first_as(const float* p, int count, float) {
     return load_first(p, count);
