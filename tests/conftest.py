@@ -103,6 +103,7 @@ def command(
     def run(*arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["obert-prune", *map(str, arguments)])
         monkeypatch.setenv("COLUMNS", "200")
+        capsys.readouterr()  # what the test itself has caused, say progress bars of transformers
         with pytest.raises(SystemExit) as end:
             cli.main()
             raise SystemExit(0)
