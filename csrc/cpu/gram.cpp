@@ -6,7 +6,6 @@
 // Blocks are taken in stretches: while the tiles of one are computed every tile asks for one
 // run of a row of the next.  A block's triangle is asked for when its tiles begin, as each of them
 // ends with a part of it.
-#include "add_to_gram.h"
 #include "stretch.h"
 
 namespace obert {
@@ -22,6 +21,32 @@ constexpr int kPanelBytes = 32 * 1024;
 constexpr int kMaxGradients = 64;
 template <class T>
 constexpr int kStretchBytes = 16384 / sizeof(T);
+
+// Adds a tile to the packed lower triangle of one block.
+template <class T>
+struct AddToGram {
+    using Vec = typename Simd<T>::Vec;
+    T* gram;
+
+    T* at(int row, int column) const { return gram + row * (row + 1) / 2 + column; }
+
+    // Elements of a vector up to the diagonal.
+    static int count(int row, int column) { return min_int(row + 1 - column, Simd<T>::lanes); }
+
+    void operator()(int row, int column, bool is_last, Vec sum) const {
+        if (is_last)
+            store_first(at(row, column), sum, count(row, column));
+        else
+            store(at(row, column), sum);
+    }
+};
+
+template <class T>
+inline void add_present(const AddToGram<T>& gram, int row, int column, bool is_last,
+                        typename Simd<T>::Vec& sum) {
+    const T* present = gram.at(row, column);
+    sum += is_last ? load_first(present, gram.count(row, column)) : load(present);
+}
 
 template <class T>
 Stretch stretch_at(const Gradients& gradients, cpu::BlockRange range, int64_t block,
