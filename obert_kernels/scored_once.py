@@ -35,6 +35,11 @@ class ScoredOnce:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._fisher, name)
 
+    @property
+    def __class__(self) -> type[Fisher]:
+        """What isinstance() sees: a saliency of somebody else may ask what Fisher it is given."""
+        return type(self._fisher)
+
     def scores(self, weight: Tensor, damping: float, group_size: int = 1) -> Tensor:
         """See :meth:`Fisher.scores`."""
         return self._once("scores", (weight,), damping, group_size)

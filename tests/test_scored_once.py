@@ -46,6 +46,7 @@ def test_the_same_question_is_answered_once():
         assert torch.equal(found, GramFisher.scores(fisher, weight, 0.1))
     assert fisher.asked == {"greedy_scores": 2, "scores": 1}
     assert once.num_weights == N and once.gram is fisher.gram, "the rest is the Fisher's own"
+    assert isinstance(once, GramFisher) and isinstance(once, ScoredOnce)
 
 
 @pytest.mark.parametrize("changed", ["weight in place", "mask in place", "damping", "group"])
