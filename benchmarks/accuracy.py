@@ -77,6 +77,7 @@ def measure(dataset: str, seed: int, settings: argparse.Namespace) -> dict[str, 
         settings.grad_batch_size,
         max_length=length,
         max_tokens=tokens_at_once(model.config.hidden_size),
+        by_length=False,
         seed=seed,
     )
     dense = {name: value.clone() for name, value in model.state_dict().items()}

@@ -130,6 +130,7 @@ def measure(case: Case, method: str, settings: argparse.Namespace) -> dict[str, 
         tokenizer, data.train, REFERENCE_GRADS if reference else settings.texts // TEXTS_PER_GRAD,
         TEXTS_PER_GRAD, max_length=length, seed=settings.seed,
         max_tokens=1 if reference else tokens_at_once(model.config.hidden_size),
+        by_length=method == "greedy",  # whose gradients are those of predictions
     )  # fmt: skip
     held = held_back(tokenizer, data, max_length=length)
     start = time.perf_counter()

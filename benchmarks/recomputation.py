@@ -90,7 +90,7 @@ def main() -> None:
             num_grads = args.texts // g // steps
             batches = calibration_batches(
                 tokenizer, data.train, num_grads, g, steps=steps, seed=args.seed,
-                max_tokens=tokens_at_once(model.config.hidden_size), **options,
+                max_tokens=tokens_at_once(model.config.hidden_size), by_length=False, **options,
             )  # fmt: skip
             for sparsity in args.sparsity:
                 model.load_state_dict(dense)

@@ -171,8 +171,8 @@ FisherDtypeOption = Annotated[
 GradientsOfOption = Annotated[
     GradientsOf,
     typer.Option(
-        help="The model's own predictions, softened, or the loss on the given labels (the "
-        "empirical Fisher, as in the papers).",
+        help="The model's own predictions, or the loss on the given labels (the empirical "
+        "Fisher, as in the papers).",
         rich_help_panel="Fisher",
     ),
 ]

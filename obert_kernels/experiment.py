@@ -127,6 +127,7 @@ def prune_classifier(
         max_length=settings.max_length,
         max_tokens=tokens_at_once(model.config.hidden_size),
         steps=settings.steps,
+        by_length=settings.gradients_of == "predictions",
         seed=settings.seed,
     )
     latest: dict[str, Measurement] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -12,10 +13,6 @@ from torch import Tensor, nn
 from .batches import samples_in, tensors_in
 
 LossFn = Callable[[nn.Module, Any], Tensor]
-
-# Of predictions.  From 2 upwards it matters little; 1 is worse where much is pruned
-# (benchmarks/results/temperature.md).
-TEMPERATURE = 4.0
 
 # Of labels that are left out of a loss, as in torch and Hugging Face models.
 _LEFT_OUT = -100
@@ -44,23 +41,24 @@ def default_loss(model: nn.Module, batch: Any) -> Tensor:
     logits = class_logits(model, output)
     if logits is None or logits.dim() != 2:
         return _own_loss(model, batch, output)
-    return _of_predictions(output, logits, batch, TEMPERATURE)
+    return _of_predictions(output, logits, batch, math.inf)
 
 
-def prediction_loss(model: nn.Module, batch: Any, temperature: float = TEMPERATURE) -> Tensor:
+def prediction_loss(model: nn.Module, batch: Any, temperature: float = math.inf) -> Tensor:
     """Return a loss whose gradients are those of the model's predictions: no labels are needed.
 
-    With logits z and p = softmax(z / T) of a sample, diag(p) - p p^T is the second derivative,
-    by z, of T^2 times the divergence of the softened predictions (the loss of distillation).
-    The gradient by z here is a random u with mean 0 and exactly that as the mean of u u^T, so
-    that the squares of gradients by weights give the Fisher matrix of the predictions, where
-    those of given labels give the "empirical" one (Kunstner, Balles, Hennig: Limitations of the
-    empirical Fisher approximation, 2019).  A gradient of g samples stands for 1/g of the mean of
-    their g Fishers.
+    The gradient by the logits z of a sample is a random u with mean 0, and the mean of u u^T is
+    the second derivative of how far its predictions move, so that the squares of gradients by
+    weights give a Fisher matrix of the predictions where those of given labels give the
+    "empirical" one (Kunstner, Balles, Hennig: Limitations of the empirical Fisher approximation,
+    2019).  A gradient of g samples stands for 1/g of the mean of their g Fishers.
 
-    Predictions are softened because a fitted model is sure of most of its training texts: with
-    T = 1 these say next to nothing about the weights, though pruning changes what the model makes
-    of them as well.
+    How far predictions move is T^2 times the divergence of softened ones (the loss of
+    distillation), p = softmax(z / T) and its second derivative diag(p) - p p^T.  For T without
+    end, the default, that is half the variance of the change of the logits over the C classes:
+    every sample and every class count the same.  A fitted model is sure of most of its training
+    texts; with T = 1 these say next to nothing about the weights, though pruning changes what the
+    model makes of them as well (benchmarks/results/temperature.md).
 
     The value is the model's own loss where batches have labels, else 0.  The same sample gets
     the same u every time, and torch's own random state is left alone.
@@ -69,7 +67,8 @@ def prediction_loss(model: nn.Module, batch: Any, temperature: float = TEMPERATU
         model: returns an output with ``.logits`` of classes in its last dimension, as Hugging
             Face classifiers, taggers and masked language models do.
         batch: mapping of its arguments.  Samples whose ``labels`` are -100 are left out.
-        temperature: T; 1 for the Fisher of the predictions as they are.
+        temperature: T, positive; 1 for the Fisher of the predictions as they are.  Of a vocabulary,
+            where few classes matter, a small T looks at these.
 
     Raises:
         TypeError: the batch is not a mapping, or the model gives no classes.

@@ -17,9 +17,9 @@ class LayerReport:
         shape: rows and columns.
         weights: number of weights.
         pruned: how many of them are zero now.
-        predicted_increase: ``1/2 d^T F d`` for its change d: of the loss, or of the divergence
-            of softened predictions where gradients are theirs (of g samples: a g-th of it); None
-            where no Fisher was used.
+        predicted_increase: ``1/2 d^T F d`` for its change d: of the loss, or of half the
+            variance of the logits' change where gradients are of predictions (of g samples: a g-th
+            of it); None where no Fisher was used.
     """
 
     name: str

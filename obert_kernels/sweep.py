@@ -90,6 +90,7 @@ def sweep_classifier(
             texts,
             max_length=settings.max_length,
             max_tokens=tokens_at_once(model.config.hidden_size),
+            by_length=settings.gradients_of == "predictions",
             seed=settings.seed,
         ),
         evaluate,

@@ -298,6 +298,27 @@ def test_sorted_loader_gives_every_text_once(tmp_path: Path, data_file: str) -> 
     assert widths == sorted(widths)
 
 
+@pytest.mark.parametrize("by_length", [True, False])
+def test_texts_for_gradients_are_drawn_once_and_padded_little(
+    tmp_path: Path, by_length: bool
+) -> None:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(save_model(tmp_path / "m", head=False))
+    # The label tells one from the other.
+    texts = Texts([f"{'good ' * (i % 37)}film" for i in range(203)], list(range(203)))
+    batches = calibration_batches(
+        tokenizer, texts, 10, 10, max_tokens=600, steps=3, by_length=by_length, seed=1
+    )
+    drawn = torch.cat([batch["labels"] for batch in batches])
+    assert len(drawn) == 300
+    epochs = len(drawn[:200].unique()), len(drawn[200:].unique())
+    assert epochs == (200, 100), "all texts but three, then others than the hundred before"
+    groups = drawn.view(-1, 10)
+    assert all(len(group.unique()) == 10 for group in groups)
+    wanted = sum(int(batch["attention_mask"].sum()) for batch in batches)
+    padded = sum(batch["input_ids"].numel() for batch in batches)
+    assert (padded < 1.3 * wanted) == by_length
+
+
 def test_texts_that_judge_a_damping_are_the_same_for_all_and_not_padded_much(
     tmp_path: Path, data_file: str
 ) -> None:
