@@ -288,9 +288,9 @@ def report(work: Path, command: str | None) -> tuple[str, dict]:
         "Wanda's score: |W| times the norm of the input, ranked in each row.  oBERT: diagonal "
         "scores, sum update, and of the dampings named below for every sparsity the one with the "
         "best mean accuracy on the held-back texts.  Ours: the defaults, gradients "
-        "of the model's predictions, greedy selection, joint update, damping chosen on 256 "
-        "held-back texts.  Their temperature was chosen on seed 0 of MiniLM, where held-back and "
-        "test accuracy say the same.",
+        "of the model's predictions, texts of about the same length in each, greedy selection, "
+        "joint update, damping chosen on 256 held-back texts.  That predictions take no "
+        "temperature was chosen on MiniLM, where held-back and test accuracy say the same.",
         "",
     ]
     document = {"made_by": made_by, "cases": {}}

@@ -1,22 +1,26 @@
-"""What gradients are taken of: given labels, or predictions at several temperatures.
+"""What gradients are taken of: given labels, or predictions at several temperatures; and which
+texts share one.
 
     python benchmarks/temperature.py --sets trec  # a quarter of an hour
 
-A fine-tuned MiniLM is pruned once for each, from the same texts, one seed; the rest as by default.
+A fine-tuned MiniLM is pruned once for each, from the same texts; the rest as by default.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import shlex
+import statistics
 import sys
+import time
 from functools import partial
 from pathlib import Path
 
 import torch
 from dense_models import MAX_LENGTH, MINILM, Stages, fine_tuned
-from evidence import TEXTS, TEXTS_PER_GRAD, header, row
+from evidence import TEXTS, TEXTS_PER_GRAD, cell, header, row
 from machine import machine
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -28,51 +32,54 @@ from obert_kernels.losses import LossFn
 from obert_kernels.text_data import load_demo_set
 
 RESULTS = Path(__file__).parent / "results"
-# A thousand stands for no softmax at all: squared differences of the logits.
-LOSSES: dict[str, LossFn] = {
-    "labels": model_loss,
-    **{f"T = {t}": partial(prediction_loss, temperature=t) for t in (1, 4, 1000)},
+# What gradients are of, and whether texts of about the same length share one.
+WAYS: dict[str, tuple[LossFn, bool]] = {
+    "labels": (model_loss, False),
+    **{f"T = {t:g}": (partial(prediction_loss, temperature=t), True) for t in (1, 4, math.inf)},
+    "T = inf, texts of any length": (prediction_loss, False),
 }
-SPARSITIES = [0.8, 0.9]
+SPARSITIES = [0.5, 0.8, 0.9]
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sets", nargs="+", default=["trec", "mr"], choices=["trec", "mr"])
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--work", type=Path, default=cache_folder() / "benchmark_accuracy")
     return parser.parse_args()
 
 
-def measure(name: str, settings: argparse.Namespace) -> dict:
+def measure(name: str, seed: int, work: Path) -> dict:
+    """Accuracy and seconds of each way, one seed of fine-tuning and texts."""
     data = load_demo_set(name)
-    folder = fine_tuned(MINILM, name, settings.seed, data, settings.work, Stages(name))
+    folder = fine_tuned(MINILM, name, seed, data, work, Stages(name))
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
     length = MAX_LENGTH[name]
-    batches = calibration_batches(
-        tokenizer, data.train, TEXTS // TEXTS_PER_GRAD, TEXTS_PER_GRAD, max_length=length,
-        max_tokens=tokens_at_once(model.config.hidden_size), seed=settings.seed,
-    )  # fmt: skip
     held = held_back(tokenizer, data, max_length=length)
-    test = list(make_loader(tokenizer, data.test, 32, max_length=length, by_length=True))
+    test = list(make_loader(tokenizer, data.test, 64, max_length=length, by_length=True))
     dense = {key: value.clone() for key, value in model.state_dict().items()}
-    result: dict = {"dense": accuracy(model, test), "rows": {}}
-    longest = max(batches, key=lambda batch: batch["input_ids"].shape[1])
-    for label, loss_fn in LOSSES.items():
+    result: dict = {"dense": accuracy(model, test), "ways": {}}
+    for way, (loss_fn, by_length) in WAYS.items():
+        batches = calibration_batches(
+            tokenizer, data.train, TEXTS // TEXTS_PER_GRAD, TEXTS_PER_GRAD, max_length=length,
+            max_tokens=tokens_at_once(model.config.hidden_size), by_length=by_length, seed=seed,
+        )  # fmt: skip
+        longest = max(batches, key=lambda batch: batch["input_ids"].shape[1])
+        start = time.perf_counter()
         with for_backward(longest, torch.device("cpu")):
             fisher = estimate_fisher(
                 model, batches, num_grads=TEXTS // TEXTS_PER_GRAD,
                 samples_per_grad=TEXTS_PER_GRAD, loss_fn=loss_fn,
             )  # fmt: skip
-        found = []
+        found: dict = {"seconds": time.perf_counter() - start, "accuracy": []}
         for sparsity in SPARSITIES:
             model.load_state_dict(dense)
-            report = prune(model, sparsity=sparsity, fisher=fisher, calibration=held).report
-            found.append((accuracy(model, test), report.settings["damping"]))
-            print(name, label, sparsity, *found[-1], flush=True)
+            prune(model, sparsity=sparsity, fisher=fisher, calibration=held)
+            found["accuracy"].append(accuracy(model, test))
         model.load_state_dict(dense)
-        result["rows"][label] = found
+        print(name, seed, way, found, flush=True)
+        result["ways"][way] = found
     return result
 
 
@@ -83,15 +90,20 @@ def markdown(document: dict) -> str:
         "",
         f"`{document['command']}` on {about['cpu']}, {about['threads']} threads, torch "
         f"{about['torch']}, {about['date']}.  Test accuracy in per cent of all-MiniLM-L6-v2 after "
-        f"one shot from {TEXTS} texts in gradients of {TEXTS_PER_GRAD}, one seed; greedy "
-        f"selection, joint update, damping chosen on 256 held-back texts.  T = 1000: as good "
-        "as squared differences of logits.",
+        f"one shot from {TEXTS} texts in gradients of {TEXTS_PER_GRAD}; greedy selection, joint "
+        "update, damping chosen on 256 held-back texts; mean ± standard deviation over the seeds "
+        f"{document['seeds']}.  Texts of about the same length share a gradient, but for labels "
+        "and where it says so; seconds of the estimate, gradients and Gram.",
     ]
-    for name, result in document["sets"].items():
-        lines += ["", f"{name.upper()}, dense {100 * result['dense']:.1f}", ""]
-        lines += header(["gradients of", *(f"{sparsity:.0%}" for sparsity in SPARSITIES)])
-        for label, found in result["rows"].items():
-            lines.append(row([label, *(f"{100 * share:.1f}" for share, _ in found)]))
+    for name, by_seed in document["sets"].items():
+        dense = cell([result["dense"] for result in by_seed])
+        lines += ["", f"{name.upper()}, dense {dense}", ""]
+        lines += header(["gradients of", "seconds", *(f"{share:.0%}" for share in SPARSITIES)])
+        for way in WAYS:
+            found = [result["ways"][way] for result in by_seed]
+            seconds = statistics.median(one["seconds"] for one in found)
+            columns = zip(*(one["accuracy"] for one in found), strict=True)
+            lines.append(row([way, f"{seconds:.0f}", *(cell(list(values)) for values in columns)]))
     return "\n".join(lines) + "\n"
 
 
@@ -100,7 +112,11 @@ def main() -> None:
     document = {
         "command": shlex.join(["python", "benchmarks/temperature.py", *sys.argv[1:]]),
         "machine": machine(),
-        "sets": {name: measure(name, settings) for name in settings.sets},
+        "seeds": settings.seeds,
+        "sets": {
+            name: [measure(name, seed, settings.work) for seed in settings.seeds]
+            for name in settings.sets
+        },
     }
     text = markdown(document)
     (RESULTS / "temperature.md").write_text(text, encoding="utf-8")
