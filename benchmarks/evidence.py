@@ -289,8 +289,8 @@ def report(work: Path, command: str | None) -> tuple[str, dict]:
         "scores, sum update, and of the dampings named below for every sparsity the one with the "
         "best mean accuracy on the held-back texts.  Ours: the defaults, gradients "
         "of the model's predictions, texts of about the same length in each, greedy selection, "
-        "joint update, damping chosen on 256 held-back texts.  That predictions take no "
-        "temperature was chosen on MiniLM, where held-back and test accuracy say the same.",
+        "joint update, damping chosen on 256 held-back texts.  What is asked "
+        "of predictions was chosen on MiniLM, where held-back and test accuracy say the same.",
         "",
     ]
     document = {"made_by": made_by, "cases": {}}

@@ -1,7 +1,6 @@
-"""What gradients are taken of: given labels, or predictions at several temperatures; and which
-texts share one.
+"""What gradients are taken of, and which texts share one: accuracy after one shot, and seconds.
 
-    python benchmarks/temperature.py --sets trec  # a quarter of an hour
+    python benchmarks/gradients_of.py --sets trec  # a quarter of an hour
 
 A fine-tuned MiniLM is pruned once for each, from the same texts; the rest as by default.
 """
@@ -10,12 +9,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import shlex
 import statistics
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -35,8 +32,9 @@ RESULTS = Path(__file__).parent / "results"
 # What gradients are of, and whether texts of about the same length share one.
 WAYS: dict[str, tuple[LossFn, bool]] = {
     "labels": (model_loss, False),
-    **{f"T = {t:g}": (partial(prediction_loss, temperature=t), True) for t in (1, 4, math.inf)},
-    "T = inf, texts of any length": (prediction_loss, False),
+    "labels, by length": (model_loss, True),
+    "predictions": (prediction_loss, False),
+    "predictions, by length": (prediction_loss, True),
 }
 SPARSITIES = [0.5, 0.8, 0.9]
 
@@ -86,14 +84,14 @@ def measure(name: str, seed: int, work: Path) -> dict:
 def markdown(document: dict) -> str:
     about = document["machine"]
     lines = [
-        "# Gradients of labels, and of predictions at several temperatures",
+        "# Gradients of labels and of predictions",
         "",
         f"`{document['command']}` on {about['cpu']}, {about['threads']} threads, torch "
         f"{about['torch']}, {about['date']}.  Test accuracy in per cent of all-MiniLM-L6-v2 after "
         f"one shot from {TEXTS} texts in gradients of {TEXTS_PER_GRAD}; greedy selection, joint "
         "update, damping chosen on 256 held-back texts; mean ± standard deviation over the seeds "
-        f"{document['seeds']}.  Texts of about the same length share a gradient, but for labels "
-        "and where it says so; seconds of the estimate, gradients and Gram.",
+        f"{document['seeds']}.  By length: texts of about the same length share a gradient; else "
+        "those that do are random.  Seconds of the estimate, gradients and Gram.",
     ]
     for name, by_seed in document["sets"].items():
         dense = cell([result["dense"] for result in by_seed])
@@ -110,7 +108,7 @@ def markdown(document: dict) -> str:
 def main() -> None:
     settings = parse_arguments()
     document = {
-        "command": shlex.join(["python", "benchmarks/temperature.py", *sys.argv[1:]]),
+        "command": shlex.join(["python", "benchmarks/gradients_of.py", *sys.argv[1:]]),
         "machine": machine(),
         "seeds": settings.seeds,
         "sets": {
@@ -119,8 +117,8 @@ def main() -> None:
         },
     }
     text = markdown(document)
-    (RESULTS / "temperature.md").write_text(text, encoding="utf-8")
-    (RESULTS / "temperature.json").write_text(json.dumps(document, indent=1) + "\n")
+    (RESULTS / "gradients_of.md").write_text(text, encoding="utf-8")
+    (RESULTS / "gradients_of.json").write_text(json.dumps(document, indent=1) + "\n")
     print(text)
 
 
