@@ -164,8 +164,8 @@ def markdown(document: dict[str, Any]) -> str:
         f"Reference: m = {REFERENCE_GRADS} gradients of {TEXTS_PER_GRAD} texts, one backward pass "
         "and one einsum and baddbmm per matrix each, diagonal scores, sum update, B = "
         f"{BLOCK_SIZE}.  Others: gradients of {TEXTS_PER_GRAD} texts each, "
-        "many in a backward pass; greedy with gradients of the model's predictions, "
-        "joint update and damping chosen by itself (ours), "
+        "many in a backward pass; greedy with gradients of the model's predictions, texts of "
+        "about the same length in each, joint update and damping chosen by itself (ours), "
         "diagonal with sum update and a given damping (oBERT on our kernels).  Accuracy on the "
         "test texts, one seed.",
         "",
