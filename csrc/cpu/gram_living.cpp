@@ -28,10 +28,22 @@ struct Piece {
     int count;
 };
 
-// panel[to[i]] = the weight from[i] of as many gradients as a vector has lanes.
+// Gradients that are read side by side: those of a vector, or of several short ones, as the cache
+// misses of a few do not keep the memory busy.
+template <class T>
+constexpr int kSideBySide = Simd<T>::lanes < 8 ? 8 : Simd<T>::lanes;
+
+// Where gradient r of a panel stands; a group of lanes begins every `stride` elements.
+template <class T>
+inline T* lane(T* panel, int r, int64_t stride) {
+    return panel + r / Simd<T>::lanes * stride + r % Simd<T>::lanes;
+}
+
+// panel[to[i]] = the weight from[i] of kSideBySide gradients.
 template <class Source, class T>
-void gather_lanes(const Piece& piece, T* panel) {
-    constexpr int lanes = Simd<T>::lanes, size = sizeof(Source), in_line = 64 / size;
+void gather_lanes(const Piece& piece, T* panel, int64_t stride) {
+    constexpr int lanes = Simd<T>::lanes, rows = kSideBySide<T>, size = sizeof(Source),
+                  in_line = 64 / size;
     const int32_t first = piece.from[0], last = piece.from[piece.count - 1];
     // Where most lines have no living weight, asking for all of them costs more than it brings.
     const bool is_dense = last - first <= 2 * in_line * piece.count;
@@ -42,51 +54,50 @@ void gather_lanes(const Piece& piece, T* panel) {
         for (; asked <= weight; asked += in_line) {
             const char* line = piece.rows + asked * size + kBytesAhead;
 #pragma GCC unroll 16
-            for (int r = 0; r < lanes; ++r) __builtin_prefetch(line + r * piece.row_bytes);
+            for (int r = 0; r < rows; ++r) __builtin_prefetch(line + r * piece.row_bytes);
         }
         const char* element = piece.rows + int64_t(weight) * size;
         T* target = panel + piece.to[i] * lanes;
 #pragma GCC unroll 16
-        for (int r = 0; r < lanes; ++r) {
+        for (int r = 0; r < rows; ++r) {
             Source value;
             __builtin_memcpy(&value, element + r * piece.row_bytes, size);
-            target[r] = static_cast<T>(to_float(value));
+            *lane(target, r, stride) = static_cast<T>(to_float(value));
         }
     }
 }
 
 // The same of fewer gradients; the other lanes are zero.
 template <class Source, class T>
-void gather_some(const Piece& piece, T* panel) {
-    constexpr int lanes = Simd<T>::lanes;
+void gather_some(const Piece& piece, T* panel, int64_t stride) {
     for (int i = 0; i < piece.count; ++i) {
         const char* element = piece.rows + piece.from[i] * int64_t(sizeof(Source));
-        T* target = panel + piece.to[i] * lanes;
-        for (int r = 0; r < lanes; ++r) {
+        T* target = panel + piece.to[i] * Simd<T>::lanes;
+        for (int r = 0; r < kSideBySide<T>; ++r) {
             Source value{};
             if (r < piece.num_rows)
                 __builtin_memcpy(&value, element + r * piece.row_bytes, sizeof(Source));
-            target[r] = static_cast<T>(to_float(value));
+            *lane(target, r, stride) = static_cast<T>(to_float(value));
         }
     }
 }
 
 template <class Source, class T>
-void gather(const Piece& piece, T* panel) {
+void gather(const Piece& piece, T* panel, int64_t stride) {
     if (piece.count == 0) return;
-    if (piece.num_rows == Simd<T>::lanes)
-        gather_lanes<Source>(piece, panel);
+    if (piece.num_rows == kSideBySide<T>)
+        gather_lanes<Source>(piece, panel, stride);
     else
-        gather_some<Source>(piece, panel);
+        gather_some<Source>(piece, panel, stride);
 }
 
 template <class T>
-void gather(DType type, const Piece& piece, T* panel) {
+void gather(DType type, const Piece& piece, T* panel, int64_t stride) {
     switch (type) {
-        case DType::f32: return gather<float>(piece, panel);
-        case DType::f64: return gather<double>(piece, panel);
-        case DType::bf16: return gather<BFloat16>(piece, panel);
-        case DType::f16: return gather<Float16>(piece, panel);
+        case DType::f32: return gather<float>(piece, panel, stride);
+        case DType::f64: return gather<double>(piece, panel, stride);
+        case DType::bf16: return gather<BFloat16>(piece, panel, stride);
+        case DType::f16: return gather<Float16>(piece, panel, stride);
     }
 }
 
@@ -127,13 +138,14 @@ void accumulate_living(const GramAccumulateLiving& args, cpu::BlockRange range, 
         for (int64_t t0 = 0; t0 < args.num_gradients; t0 += kMaxGathered) {
             const int rows = int(args.num_gradients - t0 < kMaxGathered ? args.num_gradients - t0
                                                                         : kMaxGathered);
-            int group = 0;
-            for (int t = 0; t < rows; t += lanes, ++group)
+            constexpr int at_once = kSideBySide<T>;
+            for (int t = 0; t < rows; t += at_once)
                 gather(args.gradient_type,
-                       {gradient(t0 + t), row_bytes, min_int(lanes, rows - t), from, to, count},
-                       panel + group * stride);
+                       {gradient(t0 + t), row_bytes, min_int(at_once, rows - t), from, to, count},
+                       panel + t / lanes * stride, stride);
+            const int filled = (rows + lanes - 1) / lanes;
             for (int64_t b = b0; b < b1; ++b)
-                add_triangle<T>({panel + (args.first_place[b] - first) * lanes, stride, group},
+                add_triangle<T>({panel + (args.first_place[b] - first) * lanes, stride, filled},
                                 int(args.first_place[b + 1] - args.first_place[b]),
                                 static_cast<T*>(args.gram) + args.gram_start[b]);
         }
