@@ -22,7 +22,7 @@ struct Gradients {
     }
 };
 
-// The same of the first `count` elements, the rest zero; nothing past them is read.
+// Like load_as, the first `count` elements, the rest zero; nothing past them is read.
 inline VecF load_first_as(const float* p, int count, float) {
     return load_first(p, count);
 }
