@@ -30,6 +30,9 @@ PLOT_FILE = "sweep.png"
 # Held back from the training texts where the data holds none back: a tenth, and no more than this.
 _MOST_HELD_BACK = 2000
 
+# A tokenizer is recognised by these; to tokenise them takes a fraction of a second.
+_TEXTS_FOR_DIGEST = 1000
+
 
 def sweep_classifier(
     settings: Settings,
@@ -69,7 +72,7 @@ def sweep_classifier(
     shared = {"pattern": settings.pattern, "scope": settings.scope, "params": settings.params}
     check_grid(model, grid, settings.sparsity, **shared)
     _check_texts(grid, data)
-    basis = _basis(settings, model, data)
+    basis = _basis(settings, tokenizer, model, data)
     known = check_basis(settings.output, basis)
     weights = find_weights(model, settings.params)
     echo(describe(settings, data, sum(weight.numel() for weight in weights.values())))
@@ -150,12 +153,16 @@ def _evaluation(
     return evaluate
 
 
-def _basis(settings: Settings, model: nn.Module, data: TextData) -> dict[str, Any]:
+def _basis(settings: Settings, tokenizer: Any, model: nn.Module, data: TextData) -> dict[str, Any]:
     """Everything a trial depends on besides its setting and sparsity, JSON-ready."""
-    texts = hashlib.sha256(repr((data.label_names, data.train, data.dev, data.test)).encode())
+    texts = repr((data.label_names, data.train, data.dev, data.test))
+    # A tokenizer is what it makes of texts; its files differ between versions of transformers.
+    some = data.dev.subset(range(min(len(data.dev), _TEXTS_FOR_DIGEST)))
+    tokens = repr(classification.encode(tokenizer, some))
     return {
-        "the model's weights": _digest(model.state_dict()),
-        "the data": f"sha256:{texts.hexdigest()}",
+        "the model's weights": _weights_digest(model.state_dict()),
+        "the tokenizer": _digest(tokens.encode()),
+        "the data": _digest(texts.encode()),
         "pattern": settings.pattern,
         "scope": settings.scope,
         "params": None if settings.params is None else sorted(settings.params),
@@ -169,15 +176,17 @@ def _basis(settings: Settings, model: nn.Module, data: TextData) -> dict[str, An
     }
 
 
+def _digest(content: bytes) -> str:
+    return f"sha256:{hashlib.sha256(content).hexdigest()}"
+
+
 def _plugin_digest(source: str) -> str:
     """A file's content; of a module only the name."""
     path = Path(source)
-    if path.suffix != ".py":
-        return source
-    return f"{path.name} sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}"
+    return f"{path.name} {_digest(path.read_bytes())}" if path.suffix == ".py" else source
 
 
-def _digest(state: Mapping[str, torch.Tensor]) -> str:
+def _weights_digest(state: Mapping[str, torch.Tensor]) -> str:
     found = hashlib.sha256()
     for name, value in state.items():
         found.update(f"{name} {value.dtype} {list(value.shape)}".encode())

@@ -202,6 +202,7 @@ def test_sweep_figures_are_those_of_single_runs(
         (["--params", "re:.*output.*"], "params was None, now"),
         (["--gradients-of", "labels"], "gradients-of was predictions, now labels"),
         ("model", "the model's weights is not the same"),
+        ("tokenizer", "the tokenizer is not the same"),
         ("data", "the data is not the same"),
     ],
 )
@@ -221,6 +222,9 @@ def test_other_settings_are_refused(
         with torch.no_grad():
             model.classifier.weight[0, 0] += 1e-6
         model.save_pretrained(folder)
+    elif changed == "tokenizer":
+        path = folder / "tokenizer.json"
+        path.write_text(path.read_text().replace('"good"', '"grand"'))
     elif changed == "data":
         with Path(data_file).open("a") as stream:
             stream.write("\na fine film indeed,0")
