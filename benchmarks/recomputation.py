@@ -1,6 +1,6 @@
 """One step against sub-steps with fresh gradients; living rows against refilled blocks.
 
-    python benchmarks/recomputation.py MODEL      # a MiniLM fine-tuned on MR; about 20 minutes
+    python benchmarks/recomputation.py MODEL      # a MiniLM fine-tuned on MR; about 30 minutes
 
 All rows see the same texts: ``--texts`` in all, a quarter of them in each of four sub-steps.
 "gram" holds the living weights of every block where they were; "refilled" gathers the living
@@ -66,7 +66,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", type=Path)
     parser.add_argument("--texts", type=int, default=4096)
-    parser.add_argument("--texts-per-grad", type=int, nargs="+", default=[16, 4])
+    parser.add_argument("--texts-per-grad", type=int, nargs="+", default=[16, 4, 1])
     parser.add_argument("--sparsity", type=float, nargs="+", default=[0.8, 0.9])
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -90,14 +90,14 @@ def main() -> None:
             num_grads = args.texts // g // steps
             batches = calibration_batches(
                 tokenizer, data.train, num_grads, g, steps=steps, seed=args.seed,
-                max_tokens=tokens_at_once(model.config.hidden_size), by_length=False, **options,
+                max_tokens=tokens_at_once(model.config.hidden_size), **options,
             )  # fmt: skip
             for sparsity in args.sparsity:
                 model.load_state_dict(dense)
                 report = prune(
                     model, batches, sparsity, num_grads=num_grads, samples_per_grad=g,
                     steps=steps, schedule=schedule, estimator=estimator, calibration=calibration,
-                    loss_fn=classification.text_loss,
+                    loss_fn=classification.prediction_text_loss,
                 ).report  # fmt: skip
                 rows.append({
                     "texts_per_grad": g, "estimator": estimator, "steps": steps,
@@ -124,7 +124,8 @@ def markdown(command: str, about: dict, rows: list[dict], args: argparse.Namespa
         "",
         f"`{command}` on {about['cpu']}, {about['threads']} threads, torch {about['torch']}, "
         f"{about['date']}.  MiniLM-L6 on MR, dense {float(about['dense']):.1%}, {args.texts} texts "
-        "in all, greedy selection, joint update, damping chosen in every sub-step; one seed.  "
+        "in all, gradients of predictions, greedy selection, joint update, damping chosen in every "
+        "sub-step; one seed.  "
         "Damping is relative to the mean diagonal of the Fisher.",
         "",
         "| texts per gradient | Fisher | sub-steps | gradients in each | sparsity | accuracy | "

@@ -19,8 +19,8 @@ def _load() -> None:
             "the native core of obert_kernels (obert_kernels/_C) could not be loaded.\n"
             f"  found:  {error}\n"
             "  wanted: the extension module compiled for this Python and machine\n"
-            "  do:     reinstall with `pip install --force-reinstall --no-deps obert-kernels`, or, "
-            "in a source checkout, `pip install -e .` (needs a C++17 compiler)"
+            "  do:     `pip install --force-reinstall --no-deps .` in the folder of the source "
+            "(needs a C++17 compiler)"
         )
         return
     wish = os.environ.get("OBERT_CPU_ISA")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ Rows = list[dict[str, Any]]
 _TOKENS_AT_ONCE = 4096
 # Texts that a damping is judged on, and of them in a batch.
 _TRIAL_TEXTS, _TRIAL_BATCH = 256, 64
+# Held back from the training texts where the data holds none back: a tenth, and no more than this.
+_MOST_HELD_BACK = 2000
 
 
 def tokens_at_once(hidden_size: int) -> int:
@@ -120,15 +123,25 @@ def _longest(rows: Rows) -> int:
     return max(map(_length, rows))
 
 
+def with_held_back(data: TextData, seed: int) -> TextData:
+    """Return the data with some texts kept from the Fisher to choose settings on: its own, or some
+    of ``train``, decided by ``seed``, where it has none."""
+    if len(data.dev):
+        return data
+    order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(seed)).tolist()
+    count = min(_MOST_HELD_BACK, max(1, len(order) // 10))
+    dev, train = map(data.train.subset, (order[:count], sorted(order[count:])))
+    return replace(data, train=train, dev=dev)
+
+
 def held_back(tokenizer: Any, data: TextData, *, max_length: int = 128) -> list[Batch]:
     """Return batches of texts to choose the damping on, always the same ones, by length.
 
     Args:
         tokenizer: a Hugging Face tokenizer.
-        data: its ``dev`` texts are taken, or ``train`` where it has none.
+        data: its ``dev`` texts are taken, see :func:`with_held_back`.
         max_length: longer texts are cut to this number of tokens.
     """
-    texts = data.dev if len(data.dev) else data.train
-    order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(0)).tolist()
-    some = texts.subset(order[:_TRIAL_TEXTS])
+    order = torch.randperm(len(data.dev), generator=torch.Generator().manual_seed(0)).tolist()
+    some = data.dev.subset(order[:_TRIAL_TEXTS])
     return list(make_loader(tokenizer, some, _TRIAL_BATCH, max_length=max_length, by_length=True))

@@ -11,8 +11,8 @@ try:
     import typer
 except ModuleNotFoundError as missing:
     raise SystemExit(
-        f"error: obert-prune needs {missing.name}; install it with "
-        '`pip install "obert-kernels[cli]"`'
+        f"error: obert-prune needs {missing.name}; install it with `pip install '.[cli]'` in the "
+        "folder of obert_kernels' source"
     ) from missing
 
 from .cli_options import (
@@ -43,11 +43,10 @@ from .cli_sweep import sweep
 from .demo import demo_settings
 from .downloads import DownloadError
 from .experiment import Settings, prune_classifier
-from .ops import NumericalError
 from .trials import number_or_word
 
 # What a user can cause and cure; anything else is a bug and shows its traceback.
-_USER_ERRORS = (ValueError, OSError, MemoryError, ImportError, NumericalError, DownloadError)
+_USER_ERRORS = (ValueError, OSError, MemoryError, ImportError, ArithmeticError, DownloadError)
 
 app = typer.Typer(
     help="Second-order pruning of BERT-like classifiers (Optimal BERT Surgeon).",
@@ -60,6 +59,7 @@ app = typer.Typer(
 class Update(str, Enum):
     """How the surviving weights make up for the pruned ones."""
 
+    auto = "auto"
     joint = "joint"
     sum = "sum"
     none = "none"
@@ -108,7 +108,7 @@ def run(
         str,
         typer.Option(
             help="greedy: each block gives up its weights one after the other, the cheapest "
-            "after the rest has adapted; diagonal is oBERT's own; or a plugin's.",
+            "after the rest has adapted; diagonal is oBERT's own; magnitude; or a plugin's.",
             rich_help_panel="Pruning",
         ),
     ] = "greedy",
@@ -118,10 +118,11 @@ def run(
         Update,
         typer.Option(
             help="How the surviving weights make up for the pruned: joint is exact inside a "
-            "block, sum is oBERT's own, none only removes.",
+            "block, sum is oBERT's own, none only removes. auto: sum for diagonal, none for "
+            "selections that use no Fisher, joint for others.",
             rich_help_panel="Pruning",
         ),
-    ] = Update.joint,
+    ] = Update.auto,
     steps: Annotated[
         int,
         typer.Option(
@@ -154,10 +155,15 @@ def run(
         typer.Option(
             min=1, help="Gradients in the Fisher, of each sub-step.", rich_help_panel="Fisher"
         ),
-    ] = 1024,
+    ] = 256,
     grad_batch_size: Annotated[
-        int, typer.Option(min=1, help="Texts in each gradient.", rich_help_panel="Fisher")
-    ] = 8,
+        int,
+        typer.Option(
+            min=1,
+            help="Texts in each gradient (sweep: --texts-per-grad).",
+            rich_help_panel="Fisher",
+        ),
+    ] = 16,
     damping: Annotated[
         str,
         typer.Option(
@@ -187,7 +193,7 @@ def run(
         ),
     ] = 0.0,
     learning_rate: Annotated[
-        float, typer.Option(help="Of both.", rich_help_panel="Training")
+        float, typer.Option(help="Peak, of fine-tuning and recovery.", rich_help_panel="Training")
     ] = 2e-5,
     batch_size: Annotated[
         int, typer.Option(min=1, help="Texts per training step.", rich_help_panel="Training")

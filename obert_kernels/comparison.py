@@ -1,4 +1,4 @@
-"""Pruning by magnitude and by loss at several sparsities, side by side."""
+"""Pruning by magnitude and with second-order information at several sparsities, side by side."""
 
 from __future__ import annotations
 
@@ -12,12 +12,14 @@ from torch import nn
 from .classification import Batch, prediction_text_loss
 from .damping import Trial
 from .estimate import Progress, estimate_fisher
+from .estimators import estimators
 from .layers import find_weights
 from .losses import LossFn
 from .memory import plan_passes
+from .patterns import find_pattern
 from .pruner import PruneResult, prune
-from .saliencies import saliencies
 from .scored_once import score_once
+from .trials import uses_fisher
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ def compare(
     on_result: Callable[[Measurement, PruneResult], None] | None = None,
     progress: Progress | None = None,
 ) -> list[Measurement]:
-    """Prune at each sparsity by magnitude and by loss, always from the same weights.
+    """Prune at each sparsity by magnitude and by second order, always from the same weights.
 
     The Fisher is estimated once, from ``batches``, for all sparsities (once for each where
     ``max_memory`` does not hold all of it, or where pruning takes several steps).  The weights
@@ -103,13 +105,21 @@ def compare(
         "loss_fn": loss_fn,
     }
     weights = find_weights(model, options["params"])
-    streamed = samples_per_grad is not None
-    plan = plan_passes(weights, block_size, fisher_dtype, max_memory, num_grads, streamed)
     estimator = second_order.pop("estimator", "gram")
-    uses_fisher = saliencies.find(options.get("selection", "greedy")).uses_fisher
-    if not uses_fisher and options["update"] == "none":
-        pass
-    elif len(plan.passes) == 1 and options.get("steps", 1) == 1:
+    passes = 0
+    if uses_fisher(options.get("selection", "greedy"), options["update"]):
+        plan = plan_passes(
+            weights,
+            block_size,
+            fisher_dtype,
+            max_memory,
+            num_grads,
+            streamed=samples_per_grad is not None,
+            living_for=find_pattern(options["pattern"]),
+            estimator=estimators.find(estimator),
+        )
+        passes = len(plan.passes)
+    if passes == 1 and options.get("steps", 1) == 1:
         second_order["fisher"] = estimate_fisher(
             model,
             batches,
@@ -120,7 +130,7 @@ def compare(
             **estimation,
         )
         score_once(second_order["fisher"], next(iter(weights.values())).device, max_memory)
-    else:
+    elif passes:
         second_order |= {"max_memory": max_memory, "estimator": estimator, **estimation}
     trials: list[Trial] = []
     table = []

@@ -76,7 +76,8 @@ def import_extra(module: str) -> ModuleType:
         if error.name != module.partition(".")[0]:
             raise
         raise ImportError(
-            f'{error.name} is not installed; install it with `pip install "obert-kernels[cli]"`'
+            f"{error.name} is not installed; install it with `pip install '.[cli]'` in the folder "
+            "of obert_kernels' source"
         ) from error
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from . import checkpoints, classification
-from .calibration import calibration_batches, held_back, tokens_at_once
+from .calibration import calibration_batches, held_back, tokens_at_once, with_held_back
 from .comparison import Measurement, compare
 from .downloads import demo_model_folder, import_extra
 from .estimate import Progress
@@ -24,8 +24,8 @@ from .memory import plan_passes
 from .patterns import find_pattern
 from .plots import plot_accuracy
 from .pruner import PruneResult, prune
-from .saliencies import saliencies
 from .text_data import DEMO_PREFIX, TextData, load_text_data
+from .trials import own_update, uses_fisher
 
 DEMO_MODEL = DEMO_PREFIX + "minilm"
 
@@ -42,15 +42,15 @@ class Settings:
     output: Path
     pattern: str = "unstructured"
     block_size: int | None = None
-    num_grads: int = 1024
-    grad_batch_size: int = 8
+    num_grads: int = 256
+    grad_batch_size: int = 16
     damping: float | str = "auto"
     gradients_of: str = "predictions"
     fisher_dtype: str = "float64"
     selection: str = "greedy"
     estimator: str = "gram"
     plugin: Sequence[str] | None = None  # loaded by then
-    update: str = "joint"
+    update: str = "auto"
     scope: str = "global"
     steps: int = 1
     schedule: str = "geometric"
@@ -85,7 +85,9 @@ def prune_classifier(
             about the settings, files or installation; the message names it and the remedy.
     """
     started = time.perf_counter()
-    saliencies.find(settings.selection)
+    update = settings.update
+    if update == "auto":
+        update = own_update(settings.selection)
     estimators.find(settings.estimator)
     shape = find_pattern(settings.pattern)
     shape.check_steps(settings.steps)
@@ -97,6 +99,7 @@ def prune_classifier(
         settings.data, settings.text_column, settings.pair_column, settings.label_column
     )
     tokenizer, model, data = load_classifier(settings, data)
+    data = with_held_back(data, settings.seed)
     options: dict[str, Any] = {
         "pattern": settings.pattern,
         "damping": settings.damping,
@@ -111,7 +114,17 @@ def prune_classifier(
     for name, weight in weights.items():
         shape.check(name, weight)
     fisher_dtype = getattr(torch, settings.fisher_dtype)
-    plan_passes(weights, block_size, fisher_dtype, settings.max_memory, settings.num_grads, True)
+    if uses_fisher(settings.selection, update):  # is there room for it?
+        plan_passes(
+            weights,
+            block_size,
+            fisher_dtype,
+            settings.max_memory,
+            settings.num_grads,
+            streamed=True,
+            living_for=shape,
+            estimator=estimators.find(settings.estimator),
+        )
     echo(describe(settings, data, sum(weight.numel() for weight in weights.values())))
     test = classification.make_loader(
         tokenizer, data.test, EVALUATION_BATCH, max_length=settings.max_length, by_length=True
@@ -152,7 +165,7 @@ def prune_classifier(
         {
             **options,
             "selection": settings.selection,
-            "update": settings.update,
+            "update": update,
             "estimator": settings.estimator,
         },
         num_grads=settings.num_grads,

@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -34,15 +33,8 @@ class Registry(Generic[T]):
         self._known[name] = thing
         return thing
 
-    def register(self, name: str) -> Callable[[T], T]:
-        """Register what is decorated."""
-        return lambda thing: self.add(name, thing)
-
     def __contains__(self, name: object) -> bool:
         return name in self._known
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._known)
 
     def find(self, name: str) -> T:
         """Return what has a name.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import torch
 from torch import nn
 
 from . import classification
-from .calibration import calibration_batches, held_back, tokens_at_once
+from .calibration import calibration_batches, held_back, tokens_at_once, with_held_back
 from .downloads import import_extra
 from .estimate import Progress
 from .experiment import EVALUATION_BATCH, Settings, describe, load_classifier
@@ -26,9 +25,6 @@ from .trial_table import CSV_FILE, TABLE_FILE, TrialTable, check_basis, format_t
 from .trials import Outcome, Scores, Setting, label
 
 PLOT_FILE = "sweep.png"
-
-# Held back from the training texts where the data holds none back: a tenth, and no more than this.
-_MOST_HELD_BACK = 2000
 
 # A tokenizer is recognised by these; to tokenise them takes a fraction of a second.
 _TEXTS_FOR_DIGEST = 1000
@@ -68,7 +64,7 @@ def sweep_classifier(
         settings.data, settings.text_column, settings.pair_column, settings.label_column
     )
     tokenizer, model, data = load_classifier(settings, data)
-    data = _with_held_back(data, settings.seed)
+    data = with_held_back(data, settings.seed)
     shared = {"pattern": settings.pattern, "scope": settings.scope, "params": settings.params}
     check_grid(model, grid, settings.sparsity, **shared)
     _check_texts(grid, data)
@@ -115,16 +111,6 @@ def sweep_classifier(
     if left_out:
         echo(_left_out(left_out, grid, budget, report.new))
     return table.outcomes
-
-
-def _with_held_back(data: TextData, seed: int) -> TextData:
-    """The data, with some texts kept from the Fisher to choose settings on."""
-    if len(data.dev):
-        return data
-    order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(seed)).tolist()
-    count = min(_MOST_HELD_BACK, max(1, len(order) // 10))
-    dev, train = map(data.train.subset, (order[:count], sorted(order[count:])))
-    return replace(data, train=train, dev=dev)
 
 
 def _check_texts(grid: Iterable[Setting], data: TextData) -> None:

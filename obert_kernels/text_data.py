@@ -75,14 +75,12 @@ class TextData:
     """A classification task.
 
     Attributes:
-        name: where it came from.
         label_names: name of each class; the position is the class index.
         train: examples to fit to, and to take the gradients of.
         dev: examples to choose settings on.
         test: examples to report on.
     """
 
-    name: str
     label_names: list[str]
     train: Texts
     dev: Texts
@@ -101,7 +99,7 @@ class TextData:
             replace(part, labels=[position[label] for label in part.labels])
             for part in (self.train, self.dev, self.test)
         )
-        return TextData(self.name, list(label_names), *parts)
+        return TextData(list(label_names), *parts)
 
 
 @dataclass(frozen=True)
@@ -312,7 +310,7 @@ def _assemble(source: str, parts: Mapping[str, list[_Example]]) -> TextData:
             f"{source} is too small: {len(train)} texts to train and {len(test)} to test on"
         )
     index = {name: position for position, name in enumerate(names)}
-    return TextData(source, names, *(_texts(rows, index) for rows in (train, dev, test)))
+    return TextData(names, *(_texts(rows, index) for rows in (train, dev, test)))
 
 
 def _three_parts(

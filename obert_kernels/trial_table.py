@@ -18,7 +18,6 @@ CSV_FILE = "sweep.csv"
 BASIS_FILE = "sweep.json"
 TABLE_FILE = "sweep.md"
 
-_WORDS = ("selection", "update", "error")
 _COUNTS = ("num_grads", "texts_per_grad", "block_size")
 _FIGURES = [field.name for field in fields(Outcome) if field.name not in ("setting", "error")]
 

@@ -121,8 +121,8 @@ def uses_fisher(selection: str, update: str) -> bool:
     return saliencies.find(selection).uses_fisher or update != "none"
 
 
-def _own_update(selection: str) -> str:
-    """What an update "auto" is: oBERT's own for diagonal."""
+def own_update(selection: str) -> str:
+    """Return what an update "auto" is: oBERT's own for diagonal."""
     if not uses_fisher(selection, "none"):
         return "none"
     return "sum" if selection == "diagonal" else "joint"
@@ -162,7 +162,7 @@ def make_grid(
         num_grads = _gradients(n, g)
         size = shape.block_size(wanted)
         for ranking, rule, value in product(list(selection), list(update), list(damping)):
-            own = _own_update(ranking) if rule == "auto" else rule
+            own = own_update(ranking) if rule == "auto" else rule
             if uses_fisher(ranking, own):
                 settings[Setting(ranking, own, num_grads, g, size, value)] = None
             elif ranking == "magnitude":

@@ -101,7 +101,8 @@ WANDA = re.findall(
         ["--steps", 2, "--schedule", "linear", "-s", 0.5],
         ["--pattern", "2:4"],
         ["--pattern", "block4x1", "-s", 0.5],
-        ["--plugin", "WANDA", "--selection", "wanda", "--update", "none", "-s", 0.5],
+        ["--plugin", "WANDA", "--selection", "wanda", "-s", 0.5],
+        ["--selection", "magnitude", "-s", 0.5],
     ],
 )
 def test_other_ways_to_prune(
@@ -117,7 +118,7 @@ def test_other_ways_to_prune(
     assert code == 0, stderr
     report = json.loads((out / "sparsity-0.5" / "report.json").read_text())
     assert report["sparsity"] == 0.5
-    assert (report["predicted_increase"] is None) == ("WANDA" in options)
+    assert (report["predicted_increase"] is None) == ("--selection" in options)
     assert report["settings"]["steps"] == (2 if "--steps" in options else 1)
     for mask in checkpoints.load_masks(out / "sparsity-0.5").values():
         if "2:4" in options:
@@ -333,8 +334,6 @@ def test_texts_that_judge_a_damping_are_the_same_for_all_and_not_padded_much(
     assert all(
         torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(held, again, strict=True)
     )
-    few = held_back(tokenizer, replace(data, dev=Texts([], [])))
-    assert sum(len(batch["labels"]) for batch in few) == min(256, len(data.train))
 
 
 @pytest.mark.parametrize(

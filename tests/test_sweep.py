@@ -19,7 +19,7 @@ pytest.importorskip("typer")
 from tiny import GREEDY, FakeClock, outcome
 from tiny_text import save_model
 
-from obert_kernels import classification, experiment, grid, sweep
+from obert_kernels import calibration, classification, experiment, grid, sweep
 from obert_kernels.text_data import TextData, Texts, load_text_data
 from obert_kernels.trial_table import COLUMNS, TrialTable, format_table
 from obert_kernels.trials import Outcome, Setting, best_by_target
@@ -344,14 +344,14 @@ def test_user_errors_are_one_line(
 
 def test_texts_are_held_back_where_the_data_holds_none_back():
     train = Texts([f"text {i}" for i in range(50)], [i % 2 for i in range(50)], None)
-    data = TextData("x", ["a", "b"], train, Texts([], []), train)
-    made = sweep._with_held_back(data, 0)
+    data = TextData(["a", "b"], train, Texts([], []), train)
+    made = calibration.with_held_back(data, 0)
     assert len(made.dev) == 5 and len(made.train) == 45
     assert not set(made.dev.texts) & set(made.train.texts)
     assert all(
         int(t.split()[1]) % 2 == y for t, y in zip(made.dev.texts, made.dev.labels, strict=True)
     )
-    assert sweep._with_held_back(made, 1) is made
+    assert calibration.with_held_back(made, 1) is made
 
 
 def test_quality_is_a_mean_over_texts(tmp_path: Path, data_file: str) -> None:
