@@ -29,11 +29,13 @@ def _norms(problem: Problem) -> dict[str, Tensor]:
                 squares[name] = squares.get(name, 0) + values.square().sum(dim=0)
 
             hooks.append(module.register_forward_hook(add))
-    with torch.no_grad():
-        for batch in problem.each_batch():
-            text_loss(problem.model, batch)
-    for hook in hooks:
-        hook.remove()
+    try:
+        with torch.no_grad():
+            for batch in problem.each_batch():
+                text_loss(problem.model, batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
     return {name: values.sqrt() for name, values in squares.items()}
 
 

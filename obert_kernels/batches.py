@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from itertools import islice
 from typing import Any
 
@@ -17,7 +17,9 @@ def map_tensors(batch: Any, function: Callable[[Tensor], Any]) -> Any:
     if isinstance(batch, Mapping):
         return {key: map_tensors(value, function) for key, value in batch.items()}
     if isinstance(batch, list | tuple):
-        return type(batch)(map_tensors(value, function) for value in batch)
+        values = [map_tensors(value, function) for value in batch]
+        is_named = hasattr(batch, "_fields")  # a namedtuple takes its values one by one
+        return type(batch)(*values) if is_named else type(batch)(values)
     return batch
 
 
@@ -31,6 +33,17 @@ def tensors_in(batch: Any) -> list[Tensor]:
 def to_device(batch: Any, device: torch.device) -> Any:
     """Move the tensors of a batch to a device."""
     return map_tensors(batch, lambda tensor: tensor.to(device))
+
+
+def how_many(batches: Iterable[Any]) -> int | None:
+    """Return the number of batches, None if they do not know it.
+
+    A DataLoader has a length, but of an iterable data set that raises.
+    """
+    try:
+        return len(batches) if isinstance(batches, Sized) else None
+    except TypeError:
+        return None
 
 
 def take_batches(batches: Iterable[Any], count: int | None = None) -> Iterator[Any]:

@@ -12,13 +12,13 @@ by whatever makes a model less sure of its mistakes, and too large a damping doe
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
-from itertools import islice
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import chain, islice
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from .batches import samples_in, take_batches
+from .batches import how_many, samples_in, take_batches
 from .fisher import Fisher
 from .ops import NumericalError
 
@@ -82,6 +82,7 @@ def choose_damping(
 
     Raises:
         NumericalError: the Fisher was never positive definite.
+        ArithmeticError: no damping kept the model's output finite.
     """
     scale = scale if 0 < scale < math.inf else 1.0
     start = min(max(start or _START, _LEAST), _MOST)
@@ -112,8 +113,11 @@ def choose_damping(
         if better == best:
             break
         best = better
-    if not math.isfinite(cost_at(best)) and last_error is not None:
-        raise last_error
+    if not math.isfinite(cost_at(best)):
+        raise last_error or ArithmeticError(
+            f"no damping from {_LEAST:g} to {_MOST:g} times the mean diagonal of the Fisher keeps "
+            "the model's output finite: prune less, or pass a number as damping"
+        )
     return trials[best].damping, [trials[step] for step in sorted(trials)]
 
 
@@ -121,21 +125,30 @@ def _or_infinite(value: float | None) -> float | None:
     return value if value is None or math.isfinite(value) else math.inf
 
 
-class _Rest:
-    """All batches but the first few, every time they are gone through."""
+class _Rest(Iterator[Any]):
+    """The batches after the first few, without end: first what is left of the pass that these came
+    from, as a loader that shuffles has another order in the next."""
 
-    def __init__(self, batches: Iterable[Any], skip: int) -> None:
-        self.batches = batches
-        self.skip = skip
+    def __init__(self, batches: Iterable[Any], under_way: Iterator[Any], skip: int) -> None:
+        self._batches, self._skip = batches, skip
+        self._next = self._go_on(under_way)
 
-    def __iter__(self) -> Iterator[Any]:
-        return islice(iter(self.batches), self.skip, None)
+    def _go_on(self, under_way: Iterator[Any]) -> Iterator[Any]:
+        yield from under_way
+        while True:
+            some = False
+            for batch in islice(iter(self._batches), self._skip, None):
+                some = True
+                yield batch
+            if not some:
+                return
 
+    def __next__(self) -> Any:
+        return next(self._next)
 
-class _SizedRest(_Rest):
     def __len__(self) -> int:
-        assert isinstance(self.batches, Sized)
-        return len(self.batches) - self.skip
+        """Of one pass; raises TypeError where the batches have no length."""
+        return len(self._batches) - self._skip  # type: ignore[arg-type]
 
 
 def hold_out(batches: Iterable[Any]) -> tuple[list[Any], Iterable[Any], list[str]]:
@@ -145,9 +158,10 @@ def hold_out(batches: Iterable[Any]) -> tuple[list[Any], Iterable[Any], list[str
         The batches held out, the rest, and notes.
 
     Raises:
-        ValueError: there are no batches.
+        ValueError: there are no batches, or none would be left.
     """
-    most = max(1, len(batches) // 4) if isinstance(batches, Sized) else _SAMPLES
+    count = how_many(batches)
+    most = _SAMPLES if count is None else max(1, count // 4)
     source = iter(batches)
     held: list[Any] = []
     samples = 0
@@ -158,12 +172,16 @@ def hold_out(batches: Iterable[Any]) -> tuple[list[Any], Iterable[Any], list[str
             break
     if not held:
         next(take_batches(batches))  # raises, with the reason
-    if isinstance(batches, Iterator):
-        return held, source, []
-    if isinstance(batches, Sized) and len(batches) == len(held):
-        note = "the damping was chosen on the batches the Fisher was estimated from"
-        return held, batches, [note]
     if isinstance(batches, Sequence):
-        return held, batches[len(held) :], []
-    rest = _SizedRest if isinstance(batches, Sized) else _Rest
-    return held, rest(batches, len(held)), []
+        if len(batches) > len(held):
+            return held, batches[len(held) :], []
+    elif (first := next(source, None)) is not None:
+        under_way = chain([first], source)
+        is_used_up = isinstance(batches, Iterator)
+        return held, under_way if is_used_up else _Rest(batches, under_way, len(held)), []
+    elif isinstance(batches, Iterator):
+        raise ValueError(
+            f"all {len(held)} batches ({samples} samples) were kept back to choose the damping on, "
+            "and none is left for gradients: pass more batches, calibration= or a number as damping"
+        )
+    return held, batches, ["the damping was chosen on the batches the Fisher was estimated from"]

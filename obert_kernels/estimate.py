@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .batches import SplitBatches, split_batch, take_batches
+from .batches import SplitBatches, how_many, split_batch, take_batches
 from .estimators import Estimator, estimators
 from .fisher import Fisher
 from .gradients import batch_gradients
@@ -102,6 +102,7 @@ class Source:
         origin: the batches as they were given.
         used: batches taken so far.
         held: the batches are kept for several passes, and counted.
+        kept_back: batches before them, which the damping is chosen on.
     """
 
     model: nn.Module
@@ -114,6 +115,7 @@ class Source:
     origin: Iterable[Any]
     used: int = 0
     held: bool = False
+    kept_back: int = 0
 
     def with_held_batches(self) -> Source:
         """The same for several passes, which see the same batches."""
@@ -127,14 +129,23 @@ class Source:
         self.used += len(held)
         return replace(self, batches=held, held=True)
 
+    @property
+    def next_batch(self) -> int:
+        """Number of the batch that comes next, for messages."""
+        taken = self.used
+        if self.held and isinstance(self.batches, list):
+            taken -= len(self.batches)
+        return self.kept_back + taken
+
     def all_notes(self, estimates: int = 1) -> list[str]:
         """Notes, also on batches that had to serve several times, after so many estimates."""
-        if not (isinstance(self.origin, Sized) and 0 < len(self.origin) < self.used):
+        count = how_many(self.origin)
+        if not count or self.used <= count:
             return self.notes
         return [
             *self.notes,
-            f"{self.num_grads * estimates} gradients were taken from {len(self.origin)} batches, "
-            f"gone through {self.used / len(self.origin):.1f} times",
+            f"{self.num_grads * estimates} gradients were taken from {count} batches, gone through "
+            f"{self.used / count:.1f} times",
         ]
 
 
@@ -221,7 +232,14 @@ def _gather(
     }
     gathered = 0
     with closing(
-        batch_gradients(source.model, source.batches, weights, source.num_grads, source.loss_fn)
+        batch_gradients(
+            source.model,
+            source.batches,
+            weights,
+            source.num_grads,
+            source.loss_fn,
+            first_index=source.next_batch,
+        )
     ) as gradients:
         for index in range(source.num_grads):
             with clock.stage("gradients"):
@@ -266,13 +284,17 @@ def _stream(
         plan.gradients_per_update,
         source.pattern,
     )
-    with (
-        closing(groups.run(source.batches, source.num_grads, add)) as run,
-        clock.stage_without("gradients", "fisher"),
-    ):
-        for done in run:
-            source.used += not source.held
-            progress("gradients", done, source.num_grads)
+    run = groups.run(source.batches, source.num_grads, add, first_index=source.next_batch)
+    with closing(run), clock.stage_without("gradients", "fisher"):
+        try:
+            for done in run:
+                source.used += not source.held
+                progress("gradients", done, source.num_grads)
+        except NotServed as error:  # the first batch was, see open_source()
+            raise ValueError(
+                f"not every batch can give several gradients: {error}; leave samples_per_grad out, "
+                "for one gradient a batch"
+            ) from error
 
 
 def estimate_fisher(
@@ -292,7 +314,8 @@ def estimate_fisher(
     """Estimate the block Fisher of a model's weight matrices from mini-batch gradients.
 
     The result serves :func:`prune` for several sparsities, dampings and rules; that of a dense
-    model also for all patterns whose groups run along the same dimension.
+    model also for all patterns whose groups run along the same dimension (N:M ones if
+    ``block_size`` is a multiple of M).
 
     Args: as for :func:`prune`.
 

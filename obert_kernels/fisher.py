@@ -274,8 +274,8 @@ class GramFisher(Fisher):
         """Return the weights after pruning and the predicted loss increase ``1/2 d^T F d``.
 
         Args:
-            weight: ``[n]``; zeros count as pruned before.
-            keep: ``[n]`` bool, True for the survivors.
+            weight: ``[n]``.
+            keep: ``[n]`` bool, True for the survivors; a zero among them may move.
             damping: of F.
             group_size: weights removed together under the sum rule.
             rule: "sum" adds the updates of all groups as if each were removed alone (oBERT);

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -30,46 +30,133 @@ def evaluation(model: nn.Module, weights: Iterable[nn.Parameter]) -> Iterator[No
             module.training = True
 
 
+class Tap(torch.autograd.Function):
+    """The identity on a layer's output; hands input and output gradient to a receiver.
+
+    What it saves is saved by autograd, so that checkpointing and saved-tensor hooks see it.  The
+    anchor, a leaf, makes an output of frozen layers part of the graph.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, anchor: Tensor, inputs: Tensor, receive: Any) -> Tensor:
+        """Return a copy of the output."""
+        ctx.save_for_backward(inputs)
+        ctx.receive = receive
+        return output.clone()  # what comes next may change it in place
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        """Call the receiver."""
+        (inputs,) = ctx.saved_tensors
+        ctx.receive(inputs, grad)
+        return grad, None, None, None
+
+
+@contextmanager
+def removed(handle: Any) -> Iterator[None]:
+    """A hook, for a while."""
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def frozen(model: nn.Module, anchor: Tensor) -> Iterator[None]:
+    """Eval mode, and no parameter collects a gradient; embeddings still start a graph."""
+
+    def enter(module: nn.Module, args: tuple, output: Any) -> Any:
+        # A checkpointed segment needs an input that requires a gradient.
+        if torch.is_grad_enabled() and isinstance(output, Tensor):
+            return Tap.apply(output, anchor, output.new_empty(0), lambda a, d: None)
+        return None
+
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    with ExitStack() as stack:
+        stack.enter_context(evaluation(model, []))
+        for module in model.modules():
+            if isinstance(module, nn.Embedding):
+                stack.enter_context(removed(module.register_forward_hook(enter)))
+        try:
+            for parameter in trained:
+                parameter.requires_grad_(False)
+            yield
+        finally:
+            for parameter in trained:
+                parameter.requires_grad_(True)
+
+
+def anchor_of(weights: Mapping[str, nn.Parameter]) -> Tensor:
+    """Return a leaf of the graph, on the device of the weights."""
+    with torch.inference_mode(False):
+        return torch.zeros((), requires_grad=True, device=next(iter(weights.values())).device)
+
+
+@contextmanager
+def grads_of(model: nn.Module, weights: Mapping[str, nn.Parameter]) -> Iterator[None]:
+    """Eval mode; a backward pass leaves gradients in ``.grad`` of the weights and nowhere else.
+
+    (``torch.autograd.grad`` would not go into segments of a reentrant checkpoint.)  What was in
+    ``.grad`` is there again afterwards.
+    """
+    held = {name: weight.grad for name, weight in weights.items()}
+    with frozen(model, anchor_of(weights)), torch.inference_mode(False), torch.enable_grad():
+        try:
+            for weight in weights.values():
+                weight.grad = None
+                weight.requires_grad_(True)
+            yield
+        finally:
+            for name, weight in weights.items():
+                weight.requires_grad_(False)
+                weight.grad = held[name]
+
+
 def batch_gradients(
     model: nn.Module,
     batches: Iterable[Any],
     weights: Mapping[str, nn.Parameter],
     num_grads: int,
     loss_fn: LossFn | None = None,
+    *,
+    first_index: int = 0,
 ) -> Iterator[dict[str, Tensor]]:
     """Yield one gradient of the mean batch loss per batch, ``num_grads`` in all.
 
-    The model runs in eval mode and is put back afterwards; no ``.grad`` is touched, so a
-    training step under way loses nothing.
+    The model runs in eval mode and is put back afterwards, ``.grad`` as well, so that a training
+    step under way loses nothing.
 
     Args:
-        model: any module; with ``loss_fn=None`` it must return an output with ``.loss``.
+        model: any module.
         batches: an iterable of batches; it is started over when it ends early.
         weights: name to parameter, the gradients wanted.
         num_grads: how many gradients.
-        loss_fn: ``loss_fn(model, batch)`` returning a scalar, the task loss.
+        loss_fn: ``loss_fn(model, batch)`` returning a scalar; None: :func:`model_loss` (where
+            :func:`obert_kernels.prune` takes :func:`prediction_loss` for classifiers).
+        first_index: number of the first batch, for messages.
 
     Yields:
         name to gradient in the shape and type of the weight; zeros where the loss does not
         depend on it.
 
     Raises:
-        ValueError: too few batches, a loss that is not a finite scalar, or a gradient with
-            NaN or infinity (the message names batch and matrix).
+        ValueError: too few batches, a loss that is not a finite scalar or depends on none of the
+            weights, or a gradient with NaN or infinity (the message names batch and matrix).
         TypeError: no loss could be had from the batch, see :func:`model_loss`.
     """
     loss_fn = loss_fn or model_loss
-    names, parameters = list(weights), list(weights.values())
-    device = parameters[0].device
-    with evaluation(model, parameters):
-        for index, batch in enumerate(take_batches(batches, num_grads)):
-            with torch.inference_mode(False), torch.enable_grad():
+    device = next(iter(weights.values())).device
+    with evaluation(model, []):
+        for index, batch in enumerate(take_batches(batches, num_grads), first_index):
+            with grads_of(model, weights):
                 loss = loss_fn(model, to_device(batch, device))
                 check_loss(loss, index)
-                found = torch.autograd.grad(loss, parameters, allow_unused=True)
+                loss.backward()
+                found = {name: weight.grad for name, weight in weights.items()}
+            check_reached(any(gradient is not None for gradient in found.values()), index)
             gradients = {
-                name: torch.zeros_like(parameter) if gradient is None else gradient
-                for name, parameter, gradient in zip(names, parameters, found, strict=True)
+                name: torch.zeros_like(weights[name]) if gradient is None else gradient
+                for name, gradient in found.items()
             }
             _check_finite(gradients, index)
             del loss, found
@@ -87,6 +174,15 @@ def check_loss(loss: Any, index: int) -> None:
     if not torch.isfinite(loss):
         raise ValueError(
             f"batch {index}: the loss is {loss.item()}; check its inputs and labels, or the model"
+        )
+
+
+def check_reached(reached: bool, index: int) -> None:
+    """Raise ValueError unless the backward pass came to any of the weights."""
+    if not reached:
+        raise ValueError(
+            f"batch {index}: the loss depends on none of the matrices to prune; compute it with "
+            "this model, and with use_reentrant=False where it is checkpointed"
         )
 
 

@@ -100,7 +100,7 @@ def run_grid(
     Args:
         model: pruned in place and put back after each trial, also if one fails or is interrupted.
         batches_of: called with m and g; returns batches that give m gradients of g samples.
-        evaluate: called with the pruned model.
+        evaluate: called with the pruned model; returns its :class:`obert_kernels.trials.Scores`.
         settings: what to try, see :func:`obert_kernels.trials.make_grid`; those that share an
             estimate are tried together.
         sparsities: at which to try each.
@@ -191,11 +191,12 @@ def _run_group(
     """Do the trials of one estimate; None for those there was no time for."""
     first = group[0][0]
     texts = float(first.texts or 1)
+    preparation = ("estimate" if first.needs_fisher else "batches", texts)
     fisher: _Fisher | None = None
     for trial in group:
         kind = _kind(trial[0])
-        if fisher is None and time_left.allows(("estimate", texts), (kind, 1.0)):
-            with time_left.timed("estimate" if first.needs_fisher else "nothing", texts):
+        if fisher is None and time_left.allows(preparation, (kind, 1.0)):
+            with time_left.timed(*preparation):
                 fisher = work.estimate(first)
         if fisher is None or not time_left.allows((kind, 1.0)):
             yield trial, None

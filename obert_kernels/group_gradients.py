@@ -9,7 +9,7 @@ are handed on layer by layer while the pass runs; the whole of them never exists
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from .batches import samples_in, split_batch, take_batches, to_device
-from .gradients import check_loss, evaluation
-from .losses import LossFn, model_loss
+from .gradients import Tap, anchor_of, check_loss, check_reached, frozen, grads_of, removed
+from .losses import LEFT_OUT, LossFn, model_loss
 from .memory import STREAMED_PER_UPDATE
 from .patterns import UNSTRUCTURED, Pattern
 
@@ -27,59 +27,6 @@ Receive = Callable[[str, Tensor], None]
 
 class NotServed(ValueError):
     """Inputs and outputs of layers do not give these gradients; says why."""
-
-
-class _Tap(torch.autograd.Function):
-    """The identity on a layer's output; hands input and output gradient to a receiver.
-
-    What it saves is saved by autograd, so that checkpointing and saved-tensor hooks see it.  The
-    anchor, a leaf, makes an output of frozen layers part of the graph.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, output: Tensor, anchor: Tensor, inputs: Tensor, receive: Any) -> Tensor:
-        ctx.save_for_backward(inputs)
-        ctx.receive = receive
-        return output.clone()  # what comes next may change it in place
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        (inputs,) = ctx.saved_tensors
-        ctx.receive(inputs, grad)
-        return grad, None, None, None
-
-
-@contextmanager
-def _removed(handle: Any) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-@contextmanager
-def _frozen(model: nn.Module, anchor: Tensor) -> Iterator[None]:
-    """Eval mode, and no parameter collects a gradient; embeddings still start a graph."""
-
-    def enter(module: nn.Module, args: tuple, output: Any) -> Any:
-        # A checkpointed segment needs an input that requires a gradient.
-        if torch.is_grad_enabled() and isinstance(output, Tensor):
-            return _Tap.apply(output, anchor, output.new_empty(0), lambda a, d: None)
-        return None
-
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    with ExitStack() as stack:
-        stack.enter_context(evaluation(model, []))
-        for module in model.modules():
-            if isinstance(module, nn.Embedding):
-                stack.enter_context(_removed(module.register_forward_hook(enter)))
-        try:
-            for parameter in trained:
-                parameter.requires_grad_(False)
-            yield
-        finally:
-            for parameter in trained:
-                parameter.requires_grad_(True)
 
 
 class _Recorder:
@@ -108,6 +55,7 @@ class _Recorder:
         self.in_forward = True
         self.uses = dict.fromkeys(self.weights, 0)
         self.pairs: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in self.weights}
+        self.missing = set(self.weights)  # the loss does not depend on them: their gradients are 0
 
     def backward(self, loss: Tensor, index: int) -> None:
         """Run the backward pass; every weight is handed on as soon as all its uses are known."""
@@ -120,13 +68,19 @@ class _Recorder:
         for name, pairs in self.pairs.items():  # a use that the loss does not depend on
             if pairs:
                 self._hand_on(name)
+        check_reached(len(self.missing) < len(self.weights), index)
+        for name in self.missing.copy():
+            self._hand_on(name)
 
     def hook(self, name: str, anchor: Tensor) -> Callable:
-        def tap(module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
+        def tap(
+            module: nn.Module, args: tuple, kwargs: dict[str, Tensor], output: Tensor
+        ) -> Tensor | None:
             self.uses[name] += self.in_forward
             if not torch.is_grad_enabled():
                 return None
-            return _Tap.apply(output, anchor, args[0], lambda a, d: self._collect(name, a, d))
+            inputs = args[0] if args else kwargs["input"]
+            return Tap.apply(output, anchor, inputs, lambda a, d: self._collect(name, a, d))
 
         return tap
 
@@ -138,7 +92,9 @@ class _Recorder:
                 f"batch {self.index}: the gradient of {name} holds NaN or infinity; leave that "
                 "batch out, or compute gradients in float32"
             )
-        if inputs.shape[0] % self.samples or inputs.shape[:-1] != grad.shape[:-1]:
+        # Two dimensions, and more rows than samples: each sample may have another number of them.
+        packed = inputs.dim() == 2 and inputs.shape[0] != self.samples
+        if packed or inputs.shape[0] % self.samples or inputs.shape[:-1] != grad.shape[:-1]:
             raise NotServed(
                 f"the input of {name} has shape {tuple(inputs.shape)} for {self.samples} samples"
             )
@@ -151,6 +107,7 @@ class _Recorder:
 
     def _hand_on(self, name: str) -> None:
         pairs, self.pairs[name] = self.pairs[name], []
+        self.missing.discard(name)
         whole = min(self.samples // self.group, self.most)
         for first in range(0, whole, self.groups_at_once):
             count = min(self.groups_at_once, whole - first)
@@ -166,7 +123,9 @@ class _Recorder:
         rows, columns = self.weights[name].shape
         by_column = self.pattern.by_column
         shape = (columns, rows) if by_column else (rows, columns)
-        gradient = self._space(groups, shape, pairs[0][1])
+        gradient = self._space(groups, shape, pairs[0][1] if pairs else self.weights[name])
+        if not pairs:
+            gradient.zero_()
         for use, (inputs, grad) in enumerate(pairs):
             a, d = (
                 x[first : first + groups * size].reshape(groups, -1, x.shape[-1])
@@ -180,15 +139,13 @@ class _Recorder:
     def _space(self, groups: int, shape: tuple[int, int], like: Tensor) -> Tensor:
         """Room for gradients; the same for all layers: fresh memory costs as much as the sum."""
         size = groups * shape[0] * shape[1]
-        if self.space is None or self.space.numel() < size or self.space.dtype != like.dtype:
-            self.space = None  # freed first
+        known = self.space
+        if known is None or known.numel() < size or (known.dtype, known.device) != (
+            like.dtype, like.device
+        ):  # fmt: skip
+            self.space = known = None  # freed first
             self.space = like.new_empty(size)
         return self.space[:size].view(groups, *shape)
-
-
-def _anchor(weights: Mapping[str, nn.Parameter]) -> Tensor:
-    with torch.inference_mode(False):
-        return torch.zeros((), requires_grad=True, device=next(iter(weights.values())).device)
 
 
 @contextmanager
@@ -203,14 +160,15 @@ def _recording(
     """Taps at every linear layer that owns one of the weights; the model frozen, in eval mode."""
     recorder = _Recorder(weights, group, groups_at_once, receive, pattern)
     names = {weight: name for name, weight in weights.items()}
-    anchor = _anchor(weights)
+    anchor = anchor_of(weights)
 
     with ExitStack() as stack:
-        stack.enter_context(_frozen(model, anchor))
+        stack.enter_context(frozen(model, anchor))
         for module in model.modules():
             if isinstance(module, nn.Linear) and module.weight in names:
                 hook = recorder.hook(names[module.weight], anchor)
-                stack.enter_context(_removed(module.register_forward_hook(hook)))
+                handle = module.register_forward_hook(hook, with_kwargs=True)
+                stack.enter_context(removed(handle))
         yield recorder
 
 
@@ -221,7 +179,9 @@ class GroupGradients:
         model: any module; runs in eval mode and is put back afterwards.
         weights: name to parameter, the gradients wanted.
         samples_per_grad: g, samples of a group; what is left of a batch makes a smaller one.
-        loss_fn: ``loss_fn(model, batch)``, the mean of a loss of each sample.
+        loss_fn: ``loss_fn(model, batch)``, the mean of a loss of each sample; None:
+            :func:`model_loss` (where :func:`obert_kernels.prune` takes :func:`prediction_loss`
+            for classifiers).
         groups_at_once: gradients of a matrix that exist together.
         pattern: says in which order the gradients of a matrix are handed on.
     """
@@ -243,7 +203,9 @@ class GroupGradients:
         self.loss_fn = loss_fn or model_loss
         self.device = next(iter(weights.values())).device
 
-    def run(self, batches: Iterable[Any], num_grads: int, receive: Receive) -> Iterator[int]:
+    def run(
+        self, batches: Iterable[Any], num_grads: int, receive: Receive, *, first_index: int = 0
+    ) -> Iterator[int]:
         """Hand on ``num_grads`` gradients; yield how many there are after each batch.
 
         Args:
@@ -251,27 +213,38 @@ class GroupGradients:
             num_grads: groups in all.
             receive: called as ``receive(name, gradients)`` with ``[k, n]`` for each weight, k
                 groups of a batch at a time; it may change them in place.
+            first_index: number of the first batch, for messages.
 
         Raises:
             ValueError: as for :func:`batch_gradients`, or a batch cannot be cut into samples.
-            NotServed: a layer's input has not one row, or a fixed number of rows, per sample.
+            NotServed: the input of a layer keeps the samples of a batch not apart.
         """
         done = 0
-        with _recording(
-            self.model, self.weights, self.group, self.groups_at_once, receive, self.pattern
-        ) as recorder:
-            for index, batch in enumerate(take_batches(batches)):
-                samples = samples_in(batch)
-                if samples is None:
-                    split_batch(batch, self.group)  # raises, with the remedy
-                recorder.start(samples, num_grads - done)
-                with torch.inference_mode(False), torch.enable_grad():
-                    loss = self.loss_fn(self.model, to_device(batch, self.device))
-                    recorder.backward(loss, index)
-                done += min(-(-samples // self.group), num_grads - done)
+        with self._recording(receive) as recorder:
+            for index, batch in enumerate(take_batches(batches), first_index):
+                # Samples left out of the loss have no share in its mean over the batch.
+                alone = _leaves_out(batch) or samples_in(batch) is None
+                for part in split_batch(batch, self.group) if alone else [batch]:
+                    if done < num_grads:
+                        done += self._pass(recorder, part, num_grads - done, index)
                 yield done
                 if done == num_grads:
                     return
+
+    def _recording(self, receive: Receive) -> AbstractContextManager[_Recorder]:
+        return _recording(
+            self.model, self.weights, self.group, self.groups_at_once, receive, self.pattern
+        )
+
+    def _pass(self, recorder: _Recorder, batch: Any, most: int, index: int) -> int:
+        """Run forward and backward once; return how many gradients came of it."""
+        samples = samples_in(batch)
+        assert samples is not None
+        recorder.start(samples, most)
+        with torch.inference_mode(False), torch.enable_grad():
+            loss = self.loss_fn(self.model, to_device(batch, self.device))
+            recorder.backward(loss, index)
+        return min(-(-samples // self.group), most)
 
     def check(self, batch: Any) -> None:
         """Compare the first group's gradients with those of autograd for that group alone.
@@ -294,8 +267,8 @@ class GroupGradients:
                 tolerance = 5e-2
             found[name] = _projection(self.pattern.matrix(gradients[0], self.weights[name]))
 
-        for _ in self.run([batch], 1, compare):
-            pass
+        with self._recording(compare) as recorder:
+            self._pass(recorder, batch, 1, 0)
         for name, known in expected.items():
             error = (found.get(name, torch.zeros_like(known)) - known).norm()
             if not error <= tolerance * known.norm():
@@ -306,33 +279,27 @@ class GroupGradients:
 
     def _from_autograd(self, batch: Any) -> dict[str, Tensor]:
         """Projected gradients of a batch; only one of them exists at a time."""
-        found: dict[str, Tensor] = {
-            name: torch.zeros(16, dtype=torch.float64, device=self.device) for name in self.weights
-        }
-        held = {name: weight.grad for name, weight in self.weights.items()}
+        found = {name: torch.zeros(16, dtype=torch.float64) for name in self.weights}
 
         def take(name: str, parameter: Tensor) -> None:
             assert parameter.grad is not None
-            found[name] = _projection(parameter.grad)
+            found[name] += _projection(parameter.grad)  # checkpoints may bring it in parts
             parameter.grad = None
 
         with ExitStack() as stack:
-            stack.enter_context(_frozen(self.model, _anchor(self.weights)))
-            try:
-                for name, weight in self.weights.items():
-                    weight.grad = None
-                    weight.requires_grad_(True)
-                    handle = weight.register_post_accumulate_grad_hook(partial(take, name))
-                    stack.enter_context(_removed(handle))
-                with torch.inference_mode(False), torch.enable_grad():
-                    loss = self.loss_fn(self.model, batch)
-                    check_loss(loss, 0)
-                    loss.backward()
-            finally:
-                for name, weight in self.weights.items():
-                    weight.requires_grad_(False)
-                    weight.grad = held[name]
+            stack.enter_context(grads_of(self.model, self.weights))
+            for name, weight in self.weights.items():
+                handle = weight.register_post_accumulate_grad_hook(partial(take, name))
+                stack.enter_context(removed(handle))
+            loss = self.loss_fn(self.model, batch)
+            check_loss(loss, 0)
+            loss.backward()
         return found
+
+
+def _leaves_out(batch: Any) -> bool:
+    labels = batch.get("labels") if isinstance(batch, Mapping) else None
+    return isinstance(labels, Tensor) and bool((labels == LEFT_OUT).any())
 
 
 def _projection(gradient: Tensor) -> Tensor:
@@ -342,4 +309,4 @@ def _projection(gradient: Tensor) -> Tensor:
         torch.randn((4, size), generator=generator).to(gradient.device, torch.float32)
         for size in gradient.shape
     )
-    return (left @ gradient.float() @ right.T).flatten().double()
+    return (left @ gradient.float() @ right.T).flatten().double().cpu()

@@ -164,11 +164,21 @@ class Job:
             self.progress("damping", count, count + 1)
 
         with self.clock.stage("damping"):
-            if not self.before:
-                self.before.append(predict(self.model, self.calibration, self.loss_fn))
+            if not self.before:  # of the model as it was given, for all sub-steps
+                self.before.append(self._predict_before())
             scale = mean_diagonal(fishers, self.keep)
             self.damping, self.trials = choose_damping(scale, change_after, tried, self.start)
         self.progress("damping", len(self.trials), len(self.trials))
+
+    def _predict_before(self) -> Predictions:
+        before = predict(self.model, self.calibration, self.loss_fn)
+        if before.broken is not None:
+            raise ValueError(
+                f"batch {before.broken} of those that the damping is chosen on gives "
+                f"{'a loss' if before.log_probabilities is None else 'logits'} with NaN or "
+                "infinity before anything is pruned: leave it out, or pass calibration="
+            )
+        return before
 
 
 @contextmanager

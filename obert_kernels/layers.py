@@ -72,6 +72,8 @@ def find_weights(
     }
     if params is not None:
         patterns = [params] if isinstance(params, str) else list(params)
+        if not patterns:
+            raise ValueError("params is empty: name matrices, or leave it out for the encoder's")
         names = match_names(matrices, patterns)
     else:
         names = _encoder_linear_names(model, matrices)

@@ -14,7 +14,7 @@ from .batches import samples_in, tensors_in
 LossFn = Callable[[nn.Module, Any], Tensor]
 
 # Of labels that are left out of a loss, as in torch and Hugging Face models.
-_LEFT_OUT = -100
+LEFT_OUT = -100
 
 
 def model_loss(model: nn.Module, batch: Any) -> Tensor:
@@ -115,7 +115,8 @@ def _of_predictions(output: Any, logits: Tensor, batch: Mapping[str, Any]) -> Te
     logits = logits.flatten(0, -2).float()
     labels = batch.get("labels")
     if isinstance(labels, Tensor) and labels.numel() == len(logits):
-        counted = labels.flatten() != _LEFT_OUT
+        counted = labels.flatten() != LEFT_OUT
+        counted = counted.to(logits.device)
         logits, pushes = logits[counted], pushes[counted]
     change = (logits * pushes).sum(dim=1).mean()
     own = _part(output, "loss")

@@ -24,6 +24,8 @@ GRADIENTS_PER_UPDATE = 16
 STREAMED_PER_UPDATE = 32
 
 _PAGE = 4096
+# Where Linux says what a container may use.
+_CONTAINER = Path("/sys/fs/cgroup")
 
 
 def _row_bytes(num_weights: int, itemsize: int) -> int:
@@ -81,7 +83,9 @@ class Plan:
 def available_memory(device: torch.device) -> int | None:
     """Free memory in bytes of a device or of this machine (or container); None if unknown."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        # What torch keeps of freed tensors counts as taken there, but is to be had.
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvail"))
@@ -90,12 +94,18 @@ def available_memory(device: torch.device) -> int | None:
             return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         except (AttributeError, OSError, ValueError):
             return None
-    try:  # a container's own limit
-        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
-        return min(free, limit - used)
-    except (OSError, ValueError):
+    try:
+        return min(free, _left_in_container(_CONTAINER))
+    except (OSError, ValueError, StopIteration):
         return free
+
+
+def _left_in_container(folder: Path) -> int:
+    """Bytes up to a container's own limit; what it keeps of files that were read is to be had."""
+    limit, used = (int((folder / f"memory.{name}").read_text()) for name in ("max", "current"))
+    lines = (folder / "memory.stat").read_text().splitlines()
+    files = next(int(line.split()[1]) for line in lines if line.startswith("inactive_file "))
+    return limit - used + files
 
 
 def _readable(size: float) -> str:

@@ -81,7 +81,7 @@ class Pattern:
         """
         if self.kept is None:
             return 0.8 if sparsity is None else sparsity
-        own = 1 - self.kept / self.span
+        own = (self.span - self.kept) / self.span
         values = sparsity.values() if isinstance(sparsity, Mapping) else [sparsity]
         if any(value not in (None, own) for value in values):
             raise ValueError(

@@ -20,10 +20,12 @@ class Predictions(NamedTuple):
         loss: mean over the batches, every batch with the same weight.
         log_probabilities: float64 ``[samples, classes]``; None if the model does not give each
             sample one of several classes.
+        broken: the first batch for which what counts of the two is not finite, if there is one.
     """
 
     loss: float
     log_probabilities: Tensor | None
+    broken: int | None = None
 
 
 def predict(model: nn.Module, batches: Iterable[Any], loss_fn: LossFn | None = None) -> Predictions:
@@ -47,8 +49,12 @@ def predict(model: nn.Module, batches: Iterable[Any], loss_fn: LossFn | None = N
             losses.append(float(loss_fn(model, to_device(batch, device))))
     known = [found.double() for found in logits if found is not None and found.dim() == 2]
     whole = known and len(known) == len(logits) and len({found.shape[1] for found in known}) == 1
+    judged = known if whole else [torch.tensor(loss) for loss in losses]
+    broken = (i for i, values in enumerate(judged) if not bool(torch.isfinite(values).all()))
     return Predictions(
-        sum(losses) / len(losses), torch.cat(known).log_softmax(dim=1) if whole else None
+        sum(losses) / len(losses),
+        torch.cat(known).log_softmax(dim=1) if whole else None,
+        next(broken, None),
     )
 
 

@@ -83,8 +83,9 @@ def prune(
         damping: added to the diagonal of the Fisher.  "auto": chosen by trial prunings, the one
             that changes the predicted classes of the calibration batches least (the loss, where
             there are no classes; :mod:`obert_kernels.damping`).
-        calibration: batches for these trials, which the Fisher should not have seen; None: some
-            256 samples, a quarter at most, are kept back from ``batches``.
+        calibration: batches for these trials, which the Fisher should not have seen; None: the
+            first of ``batches``, some 256 samples, a quarter at most if their number is known, are
+            kept back.
         params: names or ``re:`` patterns of the matrices; None: encoder linear layers.
         loss_fn: ``loss_fn(model, batch)``, a scalar, the mean of something over the samples, that
             gradients are taken of.  None: :func:`prediction_loss` for models that give each sample
@@ -104,7 +105,10 @@ def prune(
         schedule: "geometric" takes the same share of what is left in each sub-step, "linear"
             the same number of weights.
         estimator: "gram", or what :func:`register_fisher` was given.
-        fisher: an :func:`estimate_fisher` of this model to use instead of batches.
+        fisher: an :func:`estimate_fisher` of this model to use instead of batches; what belongs to
+            the estimate (``num_grads``, ``samples_per_grad``, ``block_size``, ``estimator``,
+            ``fisher_dtype``, ``max_memory``) is then the fisher's.  ``damping="auto"`` needs
+            ``calibration`` with it.
         fisher_dtype: type of the Gram, float64 or float32.
         max_memory: bytes the call may use on top of the model; matrices are then worked on in
             several passes over the same batches.
@@ -119,6 +123,8 @@ def prune(
         TypeError: no loss could be had from a batch.
         MemoryError: the call would not fit; the message gives the figures and the remedies.
         NumericalError: a Fisher block is not positive definite.
+        ArithmeticError: new weights, or with damping "auto" what the model makes of the
+            calibration batches, are not finite.
     """
     loss_fn = loss_fn or default_loss
     check_counts(num_grads, samples_per_grad)
@@ -176,7 +182,7 @@ def prune(
                     "damping='auto' needs calibration batches (which the Fisher has not seen) "
                     "beside a fisher: pass calibration, or a number"
                 )
-            job.calibration = list(calibration)
+            job.calibration = _calibration(calibration)
         done, notes = [from_estimate(job, fisher)], fisher.notes
     else:
         if batches is None:
@@ -184,13 +190,14 @@ def prune(
         held_notes: list[str] = []
         if damping == "auto":
             if calibration is not None:
-                job.calibration = list(calibration)
+                job.calibration = _calibration(calibration)
             else:
                 job.calibration, batches, held_notes = hold_out(batches)
         source = open_source(
             model, batches, weights, num_grads, samples_per_grad, loss_fn, shape, goes_on=steps > 1
         )
         source.notes += held_notes
+        source.kept_back = len(job.calibration) if calibration is None else 0
         limits = Limits(kind, block_size, fisher_dtype, max_memory)
         done = in_steps(job, source, limits, steps, schedule)
         notes = source.all_notes(len(done))
@@ -209,6 +216,16 @@ def prune(
     }
     masks = {name: shape.matrix(done[-1].masks[name], w) for name, w in weights.items()}
     return PruneResult(model, masks, _report(job, done, settings, notes))
+
+
+def _calibration(batches: Iterable[Any]) -> list[Any]:
+    found = list(batches)
+    if not found:
+        raise ValueError(
+            "calibration is empty: pass batches to choose the damping on (an iterator may be used "
+            "up), or a number as damping"
+        )
+    return found
 
 
 def _targets(

@@ -54,13 +54,20 @@ class Problem:
         """Go through the batches, on the model's device.
 
         Raises:
-            ValueError: :func:`obert_kernels.prune` was given none.
+            ValueError: :func:`obert_kernels.prune` was given none, or an iterator that is used up.
         """
         if self.batches is None:
             raise ValueError("batches is needed: this selection looks at an iterable of batches")
         device = next(iter(self.weights.values())).device
+        is_empty = True
         for batch in self.batches:
+            is_empty = False
             yield to_device(batch, device)
+        if is_empty:
+            raise ValueError(
+                "batches is empty or was used up by the Fisher: this selection needs them, too; "
+                "pass a list or a DataLoader"
+            )
 
     def flat(self, name: str) -> Tensor:
         """Weights of a matrix, ``[n]``."""

@@ -61,7 +61,7 @@ class ScoredOnce:
             if len(self._known) > _KEPT:
                 self._known.popitem(last=False)
         self._known.move_to_end(key)
-        return self._known[key]
+        return self._known[key].clone()  # who asks may change it
 
 
 def score_once(estimate: FisherEstimate, device: torch.device, max_memory: int | None) -> None:

@@ -1,11 +1,13 @@
 """Damping chosen by trial prunings: the search, the batches held out, the model untouched."""
 
 import math
+from itertools import islice
 
 import pytest
 import torch
 from tiny import TinyEncoder, batches, snapshot, train, unchanged
-from torch.utils.data import DataLoader
+from torch import nn
+from torch.utils.data import DataLoader, IterableDataset
 
 from obert_kernels import NumericalError, estimate_fisher, find_weights, job, model_loss, prune
 from obert_kernels.damping import choose_damping, hold_out, mean_diagonal
@@ -193,12 +195,71 @@ def test_batches_are_held_out():
     loader = DataLoader(torch.arange(64).float().unsqueeze(1), batch_size=4)
     held, rest, _ = hold_out(loader)
     assert len(held) == 4 and len(rest) == 12
-    assert [len(list(rest)) for _ in range(2)] == [12, 12]
-    assert torch.equal(next(iter(rest)), torch.arange(16.0, 20).unsqueeze(1))
+    twice = list(islice(rest, 24))
+    assert torch.equal(torch.cat(twice[:12]), torch.arange(16.0, 64).unsqueeze(1))
+    assert all(map(torch.equal, twice[:12], twice[12:])), "without those held out"
     held, rest, notes = hold_out(data[:1])
     assert held == rest == data[:1] and "the batches the Fisher was estimated from" in notes[0]
     with pytest.raises(ValueError, match="batches is empty"):
         hold_out([])
+    with pytest.raises(
+        ValueError, match=r"all 3 batches \(30 samples\) were kept back .* pass more"
+    ):
+        hold_out(iter(data[:3]))
+
+
+def test_a_loader_that_shuffles_keeps_back_what_it_keeps_back():
+    loader = DataLoader(torch.arange(40.0).unsqueeze(1), shuffle=True)
+    held, rest, _ = hold_out(loader)
+    assert not set(torch.cat(held).flatten().tolist()) & {float(x) for x in islice(rest, 30)}
+
+
+class Endless(IterableDataset):
+    """Batches without a number of them."""
+
+    def __iter__(self):
+        return iter(batches(100))
+
+
+@pytest.mark.parametrize("damping", ["auto", 1e-3])
+def test_a_loader_that_does_not_know_its_length(damping):
+    loader = DataLoader(Endless(), batch_size=None)
+    report = prune(TinyEncoder(), loader, 0.5, num_grads=8, damping=damping).report
+    assert report.sparsity == pytest.approx(0.5, abs=0.01)
+
+
+class Losses(nn.Module):
+    """Gives a loss, and nothing to choose a class by."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, **batch):
+        return {"loss": self.model(**batch)["loss"]}
+
+
+def test_batches_to_choose_on_must_be_good_for_it():
+    data = batches(24)
+    model = TinyEncoder()
+    before = snapshot(model)
+    options = {"sparsity": 0.5, "num_grads": 8}
+    with pytest.raises(ValueError, match="calibration is empty"):
+        prune(model, data, calibration=iter(()), **options)
+    left_out = {**data[0], "labels": torch.full((4,), -100)}
+    report = prune(model, data, calibration=[left_out], **options).report
+    assert report.damping_trials[0].divergence is not None, "its loss does not count"
+    model.load_state_dict(before)
+    with pytest.raises(ValueError, match="batch 1 of those that the damping is chosen on gives a"):
+        prune(Losses(model), data, calibration=[data[0], left_out], **options)
+    with torch.no_grad():
+        model.embedding.weight[19] = torch.nan
+    clean = [{**batch, "tokens": batch["tokens"] % 19} for batch in data]
+    broken = {**clean[0], "tokens": torch.full((4, 6), 19)}
+    with pytest.raises(ValueError, match=r"batch 0 of those .* gives logits with NaN"):
+        prune(model, clean, calibration=[broken], **options)
+    with pytest.raises(ValueError, match="batch 7: the loss is nan"):
+        prune(model, [*clean[:7], broken, *clean[8:]], **options)
 
 
 def test_bad_damping_is_named():

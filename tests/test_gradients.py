@@ -1,12 +1,14 @@
 """Batches to gradients: any kind of batch, the model left as it was, clear errors."""
 
+from typing import NamedTuple
+
 import pytest
 import torch
 from tiny import TinyEncoder, batches, snapshot, unchanged
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from obert_kernels import batch_gradients, find_weights
+from obert_kernels import batch_gradients, estimate_fisher, find_weights
 
 
 def collect(model, data, count, **kwargs):
@@ -63,6 +65,24 @@ def test_loss_fn_and_plain_loader():
     assert len(list(batch_gradients(model, loader, weights, 7, loss_fn))) == 7
     with pytest.raises(TypeError, match="needs loss_fn"):
         next(batch_gradients(model, loader, weights, 1))
+
+
+class Pair(NamedTuple):
+    tokens: torch.Tensor
+    labels: torch.Tensor
+
+
+def test_batches_may_be_named_tuples():
+    """As a DataLoader makes them of samples that are."""
+    model = TinyEncoder()
+    data = [Pair(**batch) for batch in batches(2)]
+
+    def loss_fn(model, batch):
+        return model(batch.tokens, batch.labels)["loss"]
+
+    for samples_per_grad in (None, 2):
+        options = {"num_grads": 2, "samples_per_grad": samples_per_grad, "loss_fn": loss_fn}
+        assert estimate_fisher(model, data, **options).fishers
 
 
 def test_unused_weights_have_zero_gradients():

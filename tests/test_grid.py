@@ -263,6 +263,28 @@ def test_no_work_starts_when_the_budget_is_over(estimates, monkeypatch):
     assert len(estimates) == 1
 
 
+def test_an_estimate_is_not_counted_for_those_without_one(monkeypatch):
+    clock = tiny.FakeClock()
+    real = grid._Work.estimate
+
+    def takes_5_minutes(work: grid._Work, setting: Setting) -> Any:
+        clock.now += 300 * setting.needs_fisher
+        return real(work, setting)
+
+    monkeypatch.setattr(grid._Work, "estimate", takes_5_minutes)
+    budget = grid.Budget(9, clock)
+    work = grid._Work(
+        tiny.TinyEncoder(), lambda m, g: tiny.batches(), evaluate,
+        {"params": None, "pattern": "unstructured", "estimator": "gram", "loss_fn": None},
+        (), torch.float64, None, lambda stage, done, total: None,
+    )  # fmt: skip
+    monkeypatch.setattr(work, "outcome", lambda *trial: tiny.outcome(*trial[:2]))
+    looks_at_texts = Setting("wanda", "none", 4, 2)
+    groups = [[(GREEDY, 0.5)], [(looks_at_texts, 0.5)], [(replace(GREEDY, block_size=4), 0.5)]]
+    done = [outcome for group in groups for _, outcome in grid._run_group(work, group, budget)]
+    assert [outcome is not None for outcome in done] == [True, True, False]
+
+
 def test_the_budget_counts_on_what_was_before():
     clock = tiny.FakeClock()
     budget = grid.Budget(10, clock)

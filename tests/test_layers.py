@@ -62,6 +62,8 @@ def test_names_and_patterns():
 
 
 def test_no_encoder_and_bad_weights():
+    with pytest.raises(ValueError, match="params is empty"):
+        find_weights(TinyEncoder(), [])
     with pytest.raises(ValueError, match="no encoder layers were found"):
         find_weights(nn.Sequential(nn.Linear(3, 3)))
     model = TinyEncoder()

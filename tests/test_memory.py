@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from obert_kernels import memory
 from obert_kernels.fisher import gram_bytes
 from obert_kernels.memory import GRADIENTS_PER_UPDATE, gradient_buffer, plan_passes
 
@@ -75,6 +76,19 @@ def test_estimate():
     assert plan_passes(weights, 50, torch.float64, plan.total_bytes, 1024).passes == [["a", "b"]]
     split = plan_passes(weights, 50, torch.float64, plan.total_bytes - 1, 1024)
     assert split.passes == [["a"], ["b"]]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_files_that_a_container_keeps_are_to_be_had(tmp_path, monkeypatch):
+    for name, content in (("max", "9000\n"), ("current", "8000\n"), ("stat", "anon 5\n")):
+        (tmp_path / f"memory.{name}").write_text(content)
+    monkeypatch.setattr(memory, "_CONTAINER", tmp_path)
+    free = memory.available_memory(torch.device("cpu"))
+    assert free > 1 << 20, "not to be understood: the machine's"
+    (tmp_path / "memory.stat").write_text("anon 5\ninactive_file 2500\nactive_file 7\n")
+    assert memory.available_memory(torch.device("cpu")) == 9000 - 8000 + 2500
+    (tmp_path / "memory.max").write_text("max\n")
+    assert memory.available_memory(torch.device("cpu")) > 1 << 20
 
 
 def test_refusal_gives_the_figures():

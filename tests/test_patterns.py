@@ -90,6 +90,11 @@ def test_an_estimate_by_rows_is_refused_for_columns():
     assert unchanged(model, before)
 
 
+@pytest.mark.parametrize(("name", "sparsity"), [("4:5", 0.2), ("7:10", 0.3), ("9:10", 0.1)])
+def test_the_sparsity_of_n_of_m_may_be_given(name, sparsity):
+    assert find_pattern(name).prescribed(sparsity) == sparsity
+
+
 def test_groups_must_divide_the_matrix():
     with pytest.raises(
         ValueError, match=r"pattern block5: the 12 columns of layer\.0\.wide\.weight"
