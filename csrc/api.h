@@ -48,6 +48,7 @@ struct GramAccumulate {
 // Block b has the places first_place[b] .. first_place[b + 1], at most kMaxBlockSize.
 struct GramAccumulateLiving {
     int64_t num_blocks;
+    int64_t gram_size, num_places, num_weights;  // of gram, from, and a gradient
     void* gram;  // f32 or f64, updated in place: packed lower triangles
     DType gram_type;
     const int64_t* gram_start;   // [num_blocks] where each begins
@@ -208,7 +209,7 @@ const char* current_instruction_set();
 bool select_instruction_set(const char* name);
 
 void gram_accumulate(const GramAccumulate&, int threads);
-void gram_accumulate_living(const GramAccumulateLiving&, int threads);
+int64_t gram_accumulate_living(const GramAccumulateLiving&, int threads);
 void gram_inverse(const GramInverse&, int threads);
 void gram_diagonal(const GramDiagonal&, int threads);
 void gram_solve(const GramSolve&, int threads);

@@ -60,13 +60,15 @@ PYBIND11_MODULE(_C, m) {
 
     m.def(
         "gram_accumulate_living",
-        [](int64_t num_blocks, Address gram, int gram_type, Address gram_start, Address first_place,
-           Address from, Address gradients, int gradient_type, int64_t num_gradients,
-           int64_t gradient_stride, int threads) {
-            cpu::gram_accumulate_living(
-                {num_blocks, pointer<void>(gram), DType(gram_type), pointer<int64_t>(gram_start),
-                 pointer<int64_t>(first_place), pointer<int32_t>(from), pointer<void>(gradients),
-                 DType(gradient_type), num_gradients, gradient_stride},
+        [](int64_t num_blocks, int64_t gram_size, int64_t num_places, int64_t num_weights,
+           Address gram, int gram_type, Address gram_start, Address first_place, Address from,
+           Address gradients, int gradient_type, int64_t num_gradients, int64_t gradient_stride,
+           int threads) {
+            return cpu::gram_accumulate_living(
+                {num_blocks, gram_size, num_places, num_weights, pointer<void>(gram),
+                 DType(gram_type), pointer<int64_t>(gram_start), pointer<int64_t>(first_place),
+                 pointer<int32_t>(from), pointer<void>(gradients), DType(gradient_type),
+                 num_gradients, gradient_stride},
                 threads);
         },
         py::call_guard<py::gil_scoped_release>());

@@ -90,12 +90,15 @@ def _live_bytes(living: _Living, group_size: int, dtype: torch.dtype) -> float:
     )
 
 
+_MOST_WEIGHTS = 2**31 - 1  # int32 says which weight stands at a place
+
+
 def _size(
     alive: Tensor, block_size: int, group_size: int, dtype: torch.dtype
 ) -> tuple[int, _Living | None]:
     """Memory of a Fisher, and the living weights if it is one of them alone."""
     full = gram_bytes(alive.numel(), block_size, dtype)
-    if not bool(alive.all()):
+    if alive.numel() <= _MOST_WEIGHTS and not bool(alive.all()):
         living = _living(alive, block_size, group_size)
         live = _live_bytes(living, group_size, dtype)
         if live <= _WORTHWHILE * full:
@@ -156,7 +159,8 @@ class LiveFisher(Fisher):
         living: what :func:`_living` says of them, if that has been asked.
 
     Raises:
-        ValueError: a block with whole groups is larger than the largest there can be.
+        ValueError: a block with whole groups is larger than the largest there can be, or there
+            are 2^31 weights or more.
     """
 
     looks_at_pruned = False
@@ -171,6 +175,8 @@ class LiveFisher(Fisher):
         name: str = "weights",
         living: _Living | None = None,
     ) -> None:
+        if alive.numel() > _MOST_WEIGHTS:
+            raise ValueError(f"{name} has {alive.numel()} weights; {_MOST_WEIGHTS} is the most")
         self.num_weights = alive.numel()
         self.block_size = block_size
         self.group_size = group_size

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import _lib
-from ._checks import WIDE, check_devices, check_dtype, check_gradients, require
+from ._checks import MAX_BLOCK_SIZE, WIDE, check_devices, check_dtype, check_gradients, require
 from ._registry import operator
 from .ops import DTYPE_CODES, contiguous_rows
 
@@ -68,9 +68,15 @@ def gram_accumulate_living(
     gram: Tensor, gradients: Tensor, gram_start: Tensor, first_place: Tensor, source: Tensor
 ) -> None:
     gradients = contiguous_rows(gradients)
-    _lib.core().gram_accumulate_living(
-        len(gram_start), gram.data_ptr(), DTYPE_CODES[gram.dtype], gram_start.data_ptr(),
-        first_place.data_ptr(), source.data_ptr(), gradients.data_ptr(),
-        DTYPE_CODES[gradients.dtype], gradients.shape[0], gradients.stride(0),
-        torch.get_num_threads(),
+    failed = _lib.core().gram_accumulate_living(
+        len(gram_start), len(gram), len(source), gradients.shape[1], gram.data_ptr(),
+        DTYPE_CODES[gram.dtype], gram_start.data_ptr(), first_place.data_ptr(), source.data_ptr(),
+        gradients.data_ptr(), DTYPE_CODES[gradients.dtype], gradients.shape[0],
+        gradients.stride(0), torch.get_num_threads(),
     )  # fmt: skip
+    require(
+        failed < 0,
+        f"block {failed}: gram_start, first_place or source point outside of gram, source or the "
+        f"gradients, or it has more than {MAX_BLOCK_SIZE} places; blocks before it may have been "
+        "added to",
+    )

@@ -117,8 +117,8 @@ def gram_accumulate(gram: Tensor, gradients: Tensor, block_size: int) -> None:
     row, column = torch.tril_indices(block_size, block_size, device=gram.device)
     for blocks in _chunks(gram.shape[0], block_size):
         columns = gradients[:, blocks.start * block_size : blocks.stop * block_size]
-        g = to_blocks(columns.to(gram.dtype), block_size).transpose(0, 1)
-        gram[blocks] += torch.bmm(g.mT, g)[:, row, column]
+        g = to_blocks(columns.double(), block_size).transpose(0, 1)
+        gram[blocks] += torch.bmm(g.mT, g)[:, row, column].to(gram.dtype)
 
 
 def gram_inverse(
@@ -285,11 +285,12 @@ def gram_n_of_m(
         list(combinations(range(group), group - kept)), dtype=torch.long, device=gram.device
     )
     identity = torch.eye(block_size, dtype=torch.float64, device=gram.device)
-    for blocks in _chunks(gram.shape[0], block_size):
+    entries = max(block_size**2, len(sets) * (group - kept) ** 2 // 4)
+    for blocks in _chunks(gram.shape[0], math.isqrt(entries)):
         fisher = unpack_fisher(gram[blocks], num_gradients, damping)
         first, left = new[blocks].clone(), new[blocks]
-        start = w[blocks] * first
-        failed = torch.zeros(len(first), dtype=torch.bool, device=gram.device)
+        start = torch.where(first, w[blocks], 0.0)
+        failed = ~start.isfinite().all(1)
         for begin in range(0, block_size, group):
             both = left[:, :, None] & left[:, None, :]
             factor, bad = _factor(torch.where(both, fisher, identity), gram.dtype)
@@ -356,11 +357,12 @@ def woodbury_update(
     bad = torch.zeros(inverse.shape[0], dtype=torch.bool, device=inverse.device)
     for gradient in gradients:
         g = to_blocks(gradient.float(), inverse.shape[-1])
-        v = torch.bmm(inverse, g.unsqueeze(-1)).squeeze(-1)
+        # In float64, as products of float32 matrices may be in TF32 on CUDA.
+        v = torch.bmm(inverse.double(), g.double().unsqueeze(-1)).squeeze(-1).float()
         curvature = (g * v).sum(dim=1)
         bad |= ~(curvature > -0.5 * num_gradients) | curvature.isinf()
         v /= (num_gradients + curvature).sqrt().unsqueeze(-1)
-        inverse.baddbmm_(v.unsqueeze(2), v.unsqueeze(1), alpha=-1)
+        inverse -= v.unsqueeze(2) * v.unsqueeze(1)
     diagonal = inverse.diagonal(dim1=1, dim2=2)
     bad |= ~((diagonal > 0) & diagonal.isfinite()).all(dim=1)
     packed.copy_(torch.where(bad[:, None], packed, pack_inverse(inverse)))

@@ -164,6 +164,34 @@ def test_the_operator_checks_its_arguments():
         operator(live._gram, gradients(4, 100), *tables[:2], tables[2].long())
 
 
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS, indirect=True)
+@pytest.mark.parametrize(
+    ("table", "place", "value", "block"),
+    [
+        (2, 5, 100, 1),  # a weight behind the last
+        (1, 3, 10_000, 2),  # a block of too many places
+        (1, 2, 2, 1),  # one that ends before it begins
+        (1, 0, -1, 0),
+        (1, 10, 35, 9),  # places behind the last
+        (0, 4, 10_000, 4),  # a Gram behind the end
+        (0, 4, -1, 4),
+    ],
+)
+def test_tables_that_point_outside_are_refused(isa, table, place, value, block):
+    live = LiveFisher(torch.arange(100) % 3 == 0, 10)
+    tables = [live._gram_start.clone(), live._first_place.clone(), live._source.clone()]
+    tables[table][place] = value
+    with pytest.raises(ValueError, match=f"block {block}: gram_start, first_place or source"):
+        living_ops.gram_accumulate_living(live._gram, gradients(4, 100), *tables)
+
+
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS, indirect=True)
+def test_no_gradients_change_nothing(isa):
+    live = LiveFisher(torch.arange(100) % 3 == 0, 10)
+    live.accumulate(torch.empty(0, 100))
+    assert not live._gram.any() and live.num_gradients == 0
+
+
 def test_one_weight_or_none_may_be_left():
     g, weight = gradients(40, 130), torch.randn(130)
     for living in ([], [129]):

@@ -111,6 +111,21 @@ def test_a_block_that_fails_at_its_last_group_is_left_as_it_was(isa):
     assert found[8:16].all() and torch.equal(found, expected)
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("alive", [True, False])
+def test_one_weight_that_is_no_number(isa, value, alive):
+    """It is in no set that would go, and would stay."""
+    gram, fisher = problem(24, 8)
+    weight, keep = torch.randn(24), torch.ones(24, dtype=torch.bool)
+    weight[9], keep[9] = value, alive
+    status, expected_status = ops.new_status(), ops.new_status()
+    found = onto_nan(ops.gram_n_of_m, gram, weight, keep, 2, 4, *fisher, status)
+    expected = reference.gram_n_of_m(gram, weight.double(), keep, 2, 4, *fisher, expected_status)
+    assert int(status) == int(expected_status) == (1 if alive else -1)
+    assert torch.equal(found, expected)
+    assert bool(found[8:16].all()) == alive and found[:8].sum() == found[16:].sum() == 4
+
+
 @pytest.mark.parametrize(
     ("kept", "group", "block_size", "message"),
     [(2, 4, 10, "multiple of the group of 4, got 10"), (4, 4, 8, "less than group"),

@@ -68,6 +68,33 @@ def test_gram_adds_any_number_of_gradients(isa, k):
     assert torch.equal(gram[~used], start[~used])
 
 
+@pytest.mark.parametrize("block_size", [1, 4, 16, 20, 50, 64])
+def test_no_gradients_change_nothing(isa, block_size):
+    none, status = torch.empty(0, 130), ops.new_status()
+    gram, inverse = (
+        gram_of(gradients(3, 130), block_size),
+        fresh_inverse(-(-130 // block_size), block_size),
+    )
+    for state, call in (
+        (gram, lambda: ops.gram_accumulate(gram, none, block_size)),
+        (inverse, lambda: ops.woodbury_update(inverse, none, 8.0, status)),
+    ):
+        before = state.clone()
+        call()
+        assert torch.equal(state, before) and status.item() == -1
+
+
+@pytest.mark.parametrize("block_size", [3, 8, 16, 50])
+def test_a_state_is_checked_behind_the_last_weight_too(isa, block_size):
+    """By all kernels, so that none takes what another refuses."""
+    inverse = fresh_inverse(3, block_size)
+    inverse[2, block_size - 1] = 0.0
+    before, status = inverse.clone(), ops.new_status()
+    ops.woodbury_update(inverse, gradients(4, 3 * block_size - 1), 8.0, status)
+    assert status.item() == 2 and torch.equal(inverse[2], before[2])
+    assert not torch.equal(inverse[:2], before[:2])
+
+
 @pytest.mark.parametrize(
     "dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str
 )

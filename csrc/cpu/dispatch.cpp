@@ -170,9 +170,9 @@ bool select_instruction_set(const char* name) {
 void gram_accumulate(const GramAccumulate& args, int threads) {
     run(args, threads, 1, current().load()->gram_accumulate);
 }
-void gram_accumulate_living(const GramAccumulateLiving& args, int threads) {
+int64_t gram_accumulate_living(const GramAccumulateLiving& args, int threads) {
     const Partition blocks{args.num_blocks * kMaxBlockSize, kMaxBlockSize};
-    parallel_blocks(blocks, threads, 1, [&](BlockRange range, char* workspace) {
+    return parallel_blocks(blocks, threads, 1, [&](BlockRange range, char* workspace) {
         return current().load()->gram_accumulate_living(args, range, workspace);
     });
 }

@@ -101,16 +101,31 @@ void gather(DType type, const Piece& piece, T* panel, int64_t stride) {
     }
 }
 
+// Whether what the tables say of a block lies inside of the tensors they speak of.
+bool is_sound(const GramAccumulateLiving& args, int64_t b) {
+    const int64_t first = args.first_place[b], last = args.first_place[b + 1];
+    const int64_t size = last - first, start = args.gram_start[b];
+    if (first < 0 || last > args.num_places || size < 0 || size > kMaxBlockSize) return false;
+    if (start < 0 || start + size * (size + 1) / 2 > args.gram_size) return false;
+    bool good = true;
+    for (int64_t i = first; i < last; ++i) good &= args.from[i] < args.num_weights;
+    return good;
+}
+
 // Blocks from `first` on that are gathered together.
 int64_t last_gathered(const GramAccumulateLiving& args, int64_t first, int64_t end) {
     int64_t last = first + 1;
-    while (last < end && args.first_place[last + 1] - args.first_place[first] <= kMaxPlaces) ++last;
+    while (last < end && is_sound(args, last) &&
+           args.first_place[last + 1] - args.first_place[first] <= kMaxPlaces)
+        ++last;
     return last;
 }
 
-// Panel: for each group of gradients, and each place, one gradient in each lane.
+// Panel: for each group of gradients, and each place, one gradient in each lane.  Returns the first
+// block that is not sound, before which it stops, or -1.
 template <class T>
-void accumulate_living(const GramAccumulateLiving& args, cpu::BlockRange range, char* workspace) {
+int64_t accumulate_living(const GramAccumulateLiving& args, cpu::BlockRange range,
+                          char* workspace) {
     constexpr int lanes = Simd<T>::lanes, groups = kMaxGathered / lanes;
     constexpr int64_t stride = int64_t(kMaxPlaces) * lanes;
     Scratch scratch{workspace};
@@ -122,6 +137,7 @@ void accumulate_living(const GramAccumulateLiving& args, cpu::BlockRange range, 
         return static_cast<const char*>(args.gradients) + t * row_bytes;
     };
     for (int64_t b0 = range.begin, b1; b0 < range.end; b0 = b1) {
+        if (!is_sound(args, b0)) return b0;
         b1 = last_gathered(args, b0, range.end);
         const int64_t first = args.first_place[b0];
         const int places = int(args.first_place[b1] - first);
@@ -150,17 +166,15 @@ void accumulate_living(const GramAccumulateLiving& args, cpu::BlockRange range, 
                                 static_cast<T*>(args.gram) + args.gram_start[b]);
         }
     }
+    return -1;
 }
 
 }  // namespace
 
 int64_t gram_accumulate_living(const GramAccumulateLiving& args, cpu::BlockRange range,
                                char* workspace) {
-    if (args.gram_type == DType::f64)
-        accumulate_living<double>(args, range, workspace);
-    else
-        accumulate_living<float>(args, range, workspace);
-    return -1;
+    return args.gram_type == DType::f64 ? accumulate_living<double>(args, range, workspace)
+                                        : accumulate_living<float>(args, range, workspace);
 }
 
 }  // namespace OBERT_ISA

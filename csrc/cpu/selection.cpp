@@ -161,7 +161,11 @@ bool prune_block(const GramNOfM& args, int64_t b, int n, const Buffers& buffers,
         return false;
     int place[kMaxBlockSize];
     for (int i = 0; i < n; ++i) place[i] = -1;
-    for (int i = 0; i < left.n; ++i) place[left.position[i]] = i;
+    for (int i = 0; i < left.n; ++i) {
+        // A set with it would never be the cheapest, and it would stay.
+        if (!__builtin_isfinite(left.weight[i])) return false;
+        place[left.position[i]] = i;
+    }
     for (int begin = 0; begin < n; begin += args.group)
         if (!prune_group(left, place, begin, args, keep)) return false;
     return true;

@@ -268,9 +268,9 @@ void write_inverse(const Buffers& buffers, int n, PackedBlock<float> block) {
     }
 }
 
-bool diagonal_is_positive(const float* f, int n) {
+bool diagonal_is_positive(const float* first, int n, int64_t stride) {
     for (int i = 0; i < n; ++i) {
-        const float d = f[int64_t(i) * kStride + i];
+        const float d = first[i * stride];
         if (!(d > 0) || !(d < __builtin_inff())) return false;
     }
     return true;
@@ -298,14 +298,17 @@ bool update_block(const WoodburyUpdate& args, const Gradients& gradients, int64_
     const PackedBlock<float> block = packed_block(args.inverse, b, block_size);
     read_inverse({block.diagonal, block_size}, n, buffers);
     // The next block, in equal parts with every group of gradients.
-    const int64_t part = entries * 4 / divide_up(int(gradients.count), kRank) + 64;
+    const int groups = max_int(1, divide_up(int(gradients.count), kRank));
+    const int64_t part = entries * 4 / groups + 64;
     const char* ahead = reinterpret_cast<const char*>(block.diagonal + entries);
     for (int64_t t = 0; t < gradients.count; t += kRank, ahead += part) {
         read_gradients(gradients, b, n, t, buffers);
         if (!last) prefetch(ahead, part);
         if (!apply(buffers, n, args.total_gradients, runs)) return false;
     }
-    if (!diagonal_is_positive(buffers.inverse, n)) return false;
+    if (!diagonal_is_positive(buffers.inverse, n, kStride + 1)) return false;
+    // Behind the last weight, too, as all kernels look at whole blocks.
+    if (!diagonal_is_positive(block.diagonal + n, block_size - n, 1)) return false;
     write_inverse(buffers, n, block);
     return true;
 }

@@ -3,6 +3,7 @@
 
 #include <cuda_runtime.h>
 
+#include <cstdint>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
@@ -75,6 +76,8 @@ template <class... Params, class... Args>
 void launch(void (*kernel)(Params...), int64_t thread_blocks, int threads, int64_t shared_bytes,
             void* stream, const Args&... args) {
     if (thread_blocks == 0) return;
+    if (thread_blocks > INT32_MAX)
+        throw std::invalid_argument("more Fisher blocks than one launch can have: use larger ones");
     if (shared_bytes > 48 * 1024)
         check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                    int(shared_bytes)),

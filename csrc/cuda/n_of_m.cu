@@ -94,8 +94,13 @@ template <class T, int threads>
 __device__ inline bool prune_groups(const GramNOfM& args, const Workspace& w, int n,
                                     double* systems) {
     int living = 0;
-    for (int i = 0; i < n; ++i) living += w.keep[i];
+    bool finite = true;  // a set with another would never be the cheapest, and it would stay
+    for (int i = 0; i < n; ++i) {
+        living += w.keep[i];
+        finite = finite && (!w.keep[i] || isfinite(w.weight[i]));
+    }
     if (living == 0) return true;
+    if (!finite) return false;
     if (!start_removals<T, threads>(args.fisher, w, n)) return false;
 #pragma unroll 1
     for (int begin = 0; begin < n; begin += args.group)
