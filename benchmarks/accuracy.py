@@ -1,4 +1,4 @@
-"""One-shot accuracy of MiniLM-L6 on TREC and MR: magnitude against oBERT.
+"""One-shot accuracy of MiniLM-L6 on TREC and MR: magnitude, oBERT, greedy selection.
 
     python benchmarks/accuracy.py
 

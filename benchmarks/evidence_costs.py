@@ -159,8 +159,8 @@ def markdown(document: dict[str, Any]) -> str:
     lines = [
         "# Whole one-shot runs: time and memory",
         "",
-        "One process for each row, alternated in the order shown; seconds of the pruning (texts "
-        "and model are loaded, the model evaluated outside), peak memory of the process.  "
+        "One process for each row, those of one command in the order shown; seconds of the pruning "
+        "(texts and model are loaded, the model evaluated outside), peak memory of the process.  "
         f"Reference: m = {REFERENCE_GRADS} gradients of {TEXTS_PER_GRAD} texts, one backward pass "
         "and one einsum and baddbmm per matrix each, diagonal scores, sum update, B = "
         f"{BLOCK_SIZE}.  Others: gradients of {TEXTS_PER_GRAD} texts each, "

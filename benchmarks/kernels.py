@@ -1,6 +1,6 @@
 """CPU kernels against the reference algorithm in torch, alternated in one process.
 
-    python benchmarks/kernels.py                 # everything, about 5 minutes on 2 cores
+    python benchmarks/kernels.py                 # everything, about 10 minutes on 2 cores
     python benchmarks/kernels.py --block 50 --rows 768 --columns 768
 
 Every figure is the median over rounds; in each round every contender runs on the same data, after

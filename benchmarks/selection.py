@@ -136,6 +136,7 @@ def main() -> None:
     parser.add_argument("-m", type=int, default=256, help="gradients in the Fisher")
     parser.add_argument("-k", type=int, default=32, help="gradients per call")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--name", default="selection_cpu", help="file name under results/")
     args = parser.parse_args()
     n = args.rows * args.columns
     selection = selection_rows(n, args.block, args.rounds)
@@ -147,7 +148,7 @@ def main() -> None:
     RESULTS.mkdir(exist_ok=True)
     document = {"command": command, "arguments": vars(args), "machine": about,
                 "selection": selection, "living": living}  # fmt: skip
-    (RESULTS / "selection_cpu.json").write_text(json.dumps(document, indent=1) + "\n")
+    (RESULTS / f"{args.name}.json").write_text(json.dumps(document, indent=1) + "\n")
     text = (
         f"# Selection, and Fishers of living weights, on the CPU\n\n`{command}` on "
         f"{about['cpu']}, {about['threads']} threads, {about['kernels']} kernels, torch "
@@ -170,7 +171,7 @@ def main() -> None:
         })
         + "\n"
     )  # fmt: skip
-    (RESULTS / "selection_cpu.md").write_text(text)
+    (RESULTS / f"{args.name}.md").write_text(text)
     print(text)
 
 

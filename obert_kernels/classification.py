@@ -1,4 +1,4 @@
-"""Text classification around pruning: batches, fine-tuning, accuracy, a comparison of methods.
+"""Text classification around pruning: loaders, losses, fine-tuning, accuracy.
 
 Everything random is seeded by an argument; the state of torch's own generator is left alone.
 """

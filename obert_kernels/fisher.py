@@ -50,7 +50,9 @@ def _wide(weight: Tensor) -> Tensor:
 class Fisher(ABC):
     """An estimate of the Fisher of one weight matrix; :func:`register_fisher` takes others.
 
-    Weights, masks and gradients are flat, in the order of the mask's pattern.
+    Weights, masks and gradients are flat, in the order of the mask's pattern.  Weights come in the
+    type of the matrix, gradients as well, or under autocast in that of its products; scores are
+    float32, new weights have the type of the old ones.
 
     Args:
         alive: bool ``[n]``, the weights that are left.  Others are never asked for.
@@ -60,8 +62,8 @@ class Fisher(ABC):
         name: used in error messages.
     """
 
-    num_weights: int
-    num_gradients: float
+    num_weights: int  # n; set by __init__
+    num_gradients: float  # m, gradients seen so far
     # Gradients of pruned weights are set to zero before it gets them.
     looks_at_pruned = True
 

@@ -81,8 +81,8 @@ def prune(
         block_size: B, 1 to 256, weights per Fisher block; a multiple of M for N:M patterns.
             Default 50, or the multiple of M below.
         damping: added to the diagonal of the Fisher.  "auto": chosen by trial prunings, the one
-            that changes the predicted classes of the calibration batches least (the loss, where
-            there are no classes; :mod:`obert_kernels.damping`).
+            that moves the probabilities of the classes least on the calibration batches (the loss,
+            where there are no classes; :mod:`obert_kernels.damping`).
         calibration: batches for these trials, which the Fisher should not have seen; None: the
             first of ``batches``, some 256 samples, a quarter at most if their number is known, are
             kept back.

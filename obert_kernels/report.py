@@ -40,8 +40,8 @@ class PruneReport:
 
     Attributes:
         layers: one entry per weight matrix, in model order.
-        settings: the arguments that decided the result.
-        seconds: stage to wall-clock seconds ("gradients", "fisher", "scores", "masks",
+        settings: most of the arguments that decided the result, and the damping used.
+        seconds: stage to wall-clock seconds ("gradients", "fisher", "damping", "scores", "masks",
             "update").
         memory: bytes planned ("gram", "gathered gradients", "other") and "passes".
         notes: what the user should know, one sentence each.
