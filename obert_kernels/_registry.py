@@ -15,13 +15,13 @@ _library = torch.library.Library(_NAMESPACE, "DEF")
 
 
 class NumericalError(ArithmeticError):
-    """A Fisher block is not positive definite in the arithmetic used.
+    """A Fisher block is not positive definite in the arithmetic used, or a result not finite.
 
     Attributes:
-        block: index of the first such block.
+        block: index of the first such block, None where it is not about blocks.
     """
 
-    def __init__(self, message: str, block: int) -> None:
+    def __init__(self, message: str, block: int | None = None) -> None:
         super().__init__(message)
         self.block = block
 

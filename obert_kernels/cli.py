@@ -43,10 +43,11 @@ from .cli_sweep import sweep
 from .demo import demo_settings
 from .downloads import DownloadError
 from .experiment import Settings, prune_classifier
+from .ops import NumericalError
 from .trials import number_or_word
 
 # What a user can cause and cure; anything else is a bug and shows its traceback.
-_USER_ERRORS = (ValueError, OSError, MemoryError, ImportError, ArithmeticError, DownloadError)
+_USER_ERRORS = (ValueError, OSError, MemoryError, ImportError, NumericalError, DownloadError)
 
 app = typer.Typer(
     help="Second-order pruning of BERT-like classifiers (Optimal BERT Surgeon).",

@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import chain, islice
+from itertools import chain
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
-from .batches import how_many, samples_in, take_batches
+from .batches import how_many, samples_in, take_batches, tensors_in
 from .fisher import Fisher
 from .ops import NumericalError
 
@@ -81,8 +82,7 @@ def choose_damping(
         The best damping and all trials, by damping.
 
     Raises:
-        NumericalError: the Fisher was never positive definite.
-        ArithmeticError: no damping kept the model's output finite.
+        NumericalError: the Fisher was never positive definite, or the model's output never finite.
     """
     scale = scale if 0 < scale < math.inf else 1.0
     start = min(max(start or _START, _LEAST), _MOST)
@@ -114,7 +114,7 @@ def choose_damping(
             break
         best = better
     if not math.isfinite(cost_at(best)):
-        raise last_error or ArithmeticError(
+        raise last_error or NumericalError(
             f"no damping from {_LEAST:g} to {_MOST:g} times the mean diagonal of the Fisher keeps "
             "the model's output finite: prune less, or pass a number as damping"
         )
@@ -126,20 +126,30 @@ def _or_infinite(value: float | None) -> float | None:
 
 
 class _Rest(Iterator[Any]):
-    """The batches after the first few, without end: first what is left of the pass that these came
-    from, as a loader that shuffles has another order in the next."""
+    """The batches after those held out, without end: first what is left of the pass that these came
+    from, as a loader that shuffles has another order in the next.
 
-    def __init__(self, batches: Iterable[Any], under_way: Iterator[Any], skip: int) -> None:
-        self._batches, self._skip = batches, skip
+    Attributes:
+        reordered: it had.
+    """
+
+    def __init__(
+        self, batches: Iterable[Any], under_way: Iterator[Any], held: Sequence[Any]
+    ) -> None:
+        self._batches, self._held = batches, held
         self._next = self._go_on(under_way)
+        self.reordered = False
 
     def _go_on(self, under_way: Iterator[Any]) -> Iterator[Any]:
         yield from under_way
         while True:
             some = False
-            for batch in islice(iter(self._batches), self._skip, None):
-                some = True
-                yield batch
+            for index, batch in enumerate(self._batches):
+                if index == 0:
+                    self.reordered |= not _are_equal(batch, self._held[0])
+                if index >= len(self._held):
+                    some = True
+                    yield batch
             if not some:
                 return
 
@@ -148,7 +158,12 @@ class _Rest(Iterator[Any]):
 
     def __len__(self) -> int:
         """Of one pass; raises TypeError where the batches have no length."""
-        return len(self._batches) - self._skip  # type: ignore[arg-type]
+        return len(self._batches) - len(self._held)  # type: ignore[arg-type]
+
+
+def _are_equal(first: Any, second: Any) -> bool:
+    ours, theirs = tensors_in(first), tensors_in(second)
+    return len(ours) == len(theirs) and all(map(torch.equal, ours, theirs))
 
 
 def hold_out(batches: Iterable[Any]) -> tuple[list[Any], Iterable[Any], list[str]]:
@@ -178,7 +193,7 @@ def hold_out(batches: Iterable[Any]) -> tuple[list[Any], Iterable[Any], list[str
     elif (first := next(source, None)) is not None:
         under_way = chain([first], source)
         is_used_up = isinstance(batches, Iterator)
-        return held, under_way if is_used_up else _Rest(batches, under_way, len(held)), []
+        return held, under_way if is_used_up else _Rest(batches, under_way, held), []
     elif isinstance(batches, Iterator):
         raise ValueError(
             f"all {len(held)} batches ({samples} samples) were kept back to choose the damping on, "

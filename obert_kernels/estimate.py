@@ -103,6 +103,7 @@ class Source:
         used: batches taken so far.
         held: the batches are kept for several passes, and counted.
         kept_back: batches before them, which the damping is chosen on.
+        unit: what messages call a batch.
     """
 
     model: nn.Module
@@ -116,6 +117,7 @@ class Source:
     used: int = 0
     held: bool = False
     kept_back: int = 0
+    unit: str = "batch"
 
     def with_held_batches(self) -> Source:
         """The same for several passes, which see the same batches."""
@@ -142,8 +144,13 @@ class Source:
         count = how_many(self.origin)
         if not count or self.used <= count:
             return self.notes
+        reordered = [
+            "the batches come in another order every time, so that the Fisher has seen those kept "
+            "back for the damping: pass calibration, or a smaller num_grads"
+        ]
         return [
             *self.notes,
+            *(reordered if getattr(self.origin, "reordered", False) else ()),
             f"{self.num_grads * estimates} gradients were taken from {count} batches, gone through "
             f"{self.used / count:.1f} times",
         ]
@@ -159,6 +166,7 @@ def open_source(
     pattern: Pattern = UNSTRUCTURED,
     *,
     goes_on: bool = False,
+    kept_back: int = 0,
 ) -> Source:
     """Find out, on the first batch, how gradients of ``samples_per_grad`` samples can be had.
 
@@ -167,25 +175,31 @@ def open_source(
         pattern: the order of the weights in a gradient.
         goes_on: there will be several estimates, each of which takes up the batches where the
             one before it left them.
+        kept_back: batches before them, which are not for the Fisher.
 
     Raises:
         ValueError: batches are needed and cannot be cut into samples, or give no loss.
     """
     origin, batches = batches, take_batches(batches) if goes_on else batches
-    source = Source(model, batches, num_grads, loss_fn, pattern, samples_per_grad, [], origin)
+    source = Source(
+        model, batches, num_grads, loss_fn, pattern, samples_per_grad, [], origin,
+        kept_back=kept_back,
+    )  # fmt: skip
     if samples_per_grad is None:
         return source
     first = next(take_batches(batches))
     if isinstance(batches, Iterator):
         source.batches = chain([first], batches)
     try:
-        GroupGradients(model, weights, samples_per_grad, loss_fn, pattern=pattern).check(first)
+        groups = GroupGradients(model, weights, samples_per_grad, loss_fn, pattern=pattern)
+        groups.check(first, f"batch {kept_back}")
     except NotServed as error:
         source.notes.append(f"every gradient took a backward pass of its own: {error}")
         pieces = SplitBatches(source.batches, samples_per_grad)
         source.batches = iter(pieces) if isinstance(batches, Iterator) else pieces
         source.origin = pieces
         source.group = None
+        source.unit, source.kept_back = f"{samples_per_grad} samples for the Fisher, number", 0
     return source
 
 
@@ -238,7 +252,8 @@ def _gather(
             weights,
             source.num_grads,
             source.loss_fn,
-            first_index=source.next_batch,
+            first=source.next_batch,
+            unit=source.unit,
         )
     ) as gradients:
         for index in range(source.num_grads):
@@ -284,17 +299,11 @@ def _stream(
         plan.gradients_per_update,
         source.pattern,
     )
-    run = groups.run(source.batches, source.num_grads, add, first_index=source.next_batch)
+    run = groups.run(source.batches, source.num_grads, add, first=source.next_batch)
     with closing(run), clock.stage_without("gradients", "fisher"):
-        try:
-            for done in run:
-                source.used += not source.held
-                progress("gradients", done, source.num_grads)
-        except NotServed as error:  # the first batch was, see open_source()
-            raise ValueError(
-                f"not every batch can give several gradients: {error}; leave samples_per_grad out, "
-                "for one gradient a batch"
-            ) from error
+        for done in run:
+            source.used += not source.held
+            progress("gradients", done, source.num_grads)
 
 
 def estimate_fisher(

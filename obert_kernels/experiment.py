@@ -99,7 +99,9 @@ def prune_classifier(
         settings.data, settings.text_column, settings.pair_column, settings.label_column
     )
     tokenizer, model, data = load_classifier(settings, data)
-    data = with_held_back(data, settings.seed)
+    chooses_damping = settings.damping == "auto" and uses_fisher(settings.selection, update)
+    if chooses_damping:
+        data = with_held_back(data, settings.seed)
     options: dict[str, Any] = {
         "pattern": settings.pattern,
         "damping": settings.damping,
@@ -169,7 +171,9 @@ def prune_classifier(
             "estimator": settings.estimator,
         },
         num_grads=settings.num_grads,
-        calibration=held_back(tokenizer, data, max_length=settings.max_length),
+        calibration=(
+            held_back(tokenizer, data, max_length=settings.max_length) if chooses_damping else ()
+        ),
         samples_per_grad=settings.grad_batch_size,
         block_size=block_size,
         loss_fn=classification.LOSSES[settings.gradients_of],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -63,19 +64,21 @@ def removed(handle: Any) -> Iterator[None]:
 
 @contextmanager
 def frozen(model: nn.Module, anchor: Tensor) -> Iterator[None]:
-    """Eval mode, and no parameter collects a gradient; embeddings still start a graph."""
+    """Eval mode, and no parameter collects a gradient; the first of them still starts a graph."""
 
     def enter(module: nn.Module, args: tuple, output: Any) -> Any:
         # A checkpointed segment needs an input that requires a gradient.
-        if torch.is_grad_enabled() and isinstance(output, Tensor):
-            return Tap.apply(output, anchor, output.new_empty(0), lambda a, d: None)
-        return None
+        if not isinstance(output, Tensor) or output.requires_grad or not torch.is_grad_enabled():
+            return None
+        if not output.is_floating_point():
+            return None
+        return Tap.apply(output, anchor, output.new_empty(0), lambda a, d: None)
 
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     with ExitStack() as stack:
         stack.enter_context(evaluation(model, []))
         for module in model.modules():
-            if isinstance(module, nn.Embedding):
+            if next(module.parameters(recurse=False), None) is not None:
                 stack.enter_context(removed(module.register_forward_hook(enter)))
         try:
             for parameter in trained:
@@ -94,22 +97,70 @@ def anchor_of(weights: Mapping[str, nn.Parameter]) -> Tensor:
 
 @contextmanager
 def grads_of(model: nn.Module, weights: Mapping[str, nn.Parameter]) -> Iterator[None]:
-    """Eval mode; a backward pass leaves gradients in ``.grad`` of the weights and nowhere else.
+    """Eval mode; :func:`backward` leaves gradients in ``.grad`` of the weights.
 
     (``torch.autograd.grad`` would not go into segments of a reentrant checkpoint.)  What was in
-    ``.grad`` is there again afterwards.
+    ``.grad`` is there again afterwards, and hooks of a training step are not called.
     """
-    held = {name: weight.grad for name, weight in weights.items()}
+    held = {name: _take_grad(weight) for name, weight in weights.items()}
     with frozen(model, anchor_of(weights)), torch.inference_mode(False), torch.enable_grad():
         try:
             for weight in weights.values():
-                weight.grad = None
                 weight.requires_grad_(True)
             yield
         finally:
             for name, weight in weights.items():
                 weight.requires_grad_(False)
-                weight.grad = held[name]
+                _put_grad(weight, held[name])
+
+
+_Grad = tuple[Tensor | None, Any]
+
+
+def _take_grad(tensor: Tensor) -> _Grad:
+    """What a backward pass would add to, and the hooks it would call when it has."""
+    hooks = getattr(tensor, "_post_accumulate_grad_hooks", None)
+    found = tensor.grad, hooks
+    tensor.grad = None
+    if hooks:
+        tensor._post_accumulate_grad_hooks = OrderedDict()  # type: ignore[attr-defined]
+    return found
+
+
+def _put_grad(tensor: Tensor, grad: _Grad) -> None:
+    tensor.grad, hooks = grad
+    if hooks:
+        tensor._post_accumulate_grad_hooks = hooks  # type: ignore[attr-defined]
+
+
+def backward(loss: Tensor, weights: Iterable[nn.Parameter]) -> None:
+    """Run the backward pass; of all leaves of the graph it changes the weights' ``.grad`` alone.
+
+    A loss may depend on what is no part of the model: a head of its own, a larger model.
+    """
+    own = {id(weight) for weight in weights}
+    others = [leaf for leaf in _leaves(loss) if id(leaf) not in own]
+    held = [_take_grad(leaf) for leaf in others]
+    try:
+        loss.backward()
+    finally:
+        for leaf, grad in zip(others, held, strict=True):
+            _put_grad(leaf, grad)
+
+
+def _leaves(loss: Tensor) -> list[Tensor]:
+    """Tensors that a backward pass leaves gradients in."""
+    found: dict[int, Tensor] = {}
+    seen, left = set(), [loss.grad_fn]
+    while left:
+        node = left.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if (variable := getattr(node, "variable", None)) is not None:
+            found[id(variable)] = variable
+        left += [below for below, _ in node.next_functions]
+    return list(found.values())
 
 
 def batch_gradients(
@@ -119,7 +170,8 @@ def batch_gradients(
     num_grads: int,
     loss_fn: LossFn | None = None,
     *,
-    first_index: int = 0,
+    first: int = 0,
+    unit: str = "batch",
 ) -> Iterator[dict[str, Tensor]]:
     """Yield one gradient of the mean batch loss per batch, ``num_grads`` in all.
 
@@ -133,7 +185,8 @@ def batch_gradients(
         num_grads: how many gradients.
         loss_fn: ``loss_fn(model, batch)`` returning a scalar; None: :func:`model_loss` (where
             :func:`obert_kernels.prune` takes :func:`prediction_loss` for classifiers).
-        first_index: number of the first batch, for messages.
+        first: number of the first batch, for messages.
+        unit: what they call a batch.
 
     Yields:
         name to gradient in the shape and type of the weight; zeros where the loss does not
@@ -147,49 +200,48 @@ def batch_gradients(
     loss_fn = loss_fn or model_loss
     device = next(iter(weights.values())).device
     with evaluation(model, []):
-        for index, batch in enumerate(take_batches(batches, num_grads), first_index):
+        for index, batch in enumerate(take_batches(batches, num_grads), first):
+            where = f"{unit} {index}"
             with grads_of(model, weights):
                 loss = loss_fn(model, to_device(batch, device))
-                check_loss(loss, index)
-                loss.backward()
+                check_loss(loss, where)
+                backward(loss, weights.values())
                 found = {name: weight.grad for name, weight in weights.items()}
-            check_reached(any(gradient is not None for gradient in found.values()), index)
+            check_reached(any(gradient is not None for gradient in found.values()), where)
             gradients = {
                 name: torch.zeros_like(weights[name]) if gradient is None else gradient
                 for name, gradient in found.items()
             }
-            _check_finite(gradients, index)
+            _check_finite(gradients, where)
             del loss, found
             yield gradients
 
 
-def check_loss(loss: Any, index: int) -> None:
+def check_loss(loss: Any, where: str) -> None:
     """Raise ValueError unless the loss is a finite scalar with a gradient."""
     if not isinstance(loss, Tensor) or loss.dim() != 0:
-        raise ValueError(f"batch {index}: the loss must be a scalar tensor, got {type(loss)}")
+        raise ValueError(f"{where}: the loss must be a scalar tensor, got {type(loss)}")
     if not loss.requires_grad:
-        raise ValueError(
-            f"batch {index}: the loss has no gradient; compute it without torch.no_grad"
-        )
+        raise ValueError(f"{where}: the loss has no gradient; compute it without torch.no_grad")
     if not torch.isfinite(loss):
         raise ValueError(
-            f"batch {index}: the loss is {loss.item()}; check its inputs and labels, or the model"
+            f"{where}: the loss is {loss.item()}; check its inputs and labels, or the model"
         )
 
 
-def check_reached(reached: bool, index: int) -> None:
+def check_reached(reached: bool, where: str) -> None:
     """Raise ValueError unless the backward pass came to any of the weights."""
     if not reached:
         raise ValueError(
-            f"batch {index}: the loss depends on none of the matrices to prune; compute it with "
+            f"{where}: the loss depends on none of the matrices to prune; compute it with "
             "this model, and with use_reentrant=False where it is checkpointed"
         )
 
 
-def _check_finite(gradients: Mapping[str, Tensor], index: int) -> None:
+def _check_finite(gradients: Mapping[str, Tensor], where: str) -> None:
     for name, gradient in gradients.items():
         if not torch.isfinite(gradient).all():
             raise ValueError(
-                f"batch {index}: the gradient of {name} holds NaN or infinity; leave that batch "
+                f"{where}: the gradient of {name} holds NaN or infinity; leave that batch "
                 "out, or compute gradients in float32"
             )

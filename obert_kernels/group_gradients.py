@@ -16,8 +16,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .batches import samples_in, split_batch, take_batches, to_device
-from .gradients import Tap, anchor_of, check_loss, check_reached, frozen, grads_of, removed
+from .batches import samples_in, split_batch, take_batches, tensors_in, to_device
+from .gradients import (
+    Tap,
+    anchor_of,
+    backward,
+    check_loss,
+    check_reached,
+    frozen,
+    grads_of,
+    removed,
+)
 from .losses import LEFT_OUT, LossFn, model_loss
 from .memory import STREAMED_PER_UPDATE
 from .patterns import UNSTRUCTURED, Pattern
@@ -46,29 +55,38 @@ class _Recorder:
         self.groups_at_once = groups_at_once
         self.receive = receive
         self.space: Tensor | None = None
-        self.start(0, 0)
+        self.start([], 0, "")
 
-    def start(self, samples: int, most: int) -> None:
+    def start(self, batch: Any, most: int, where: str) -> None:
         """Before the forward pass of a batch of which at most ``most`` groups are wanted."""
-        self.samples = samples
+        samples = samples_in(batch) or 0
+        # A single group is taken whole, whatever its layers make of its samples.
+        is_whole = samples <= self.group
+        self.samples, self.size = (1, 1) if is_whole else (samples, self.group)
+        # Rows of two dimensions are whole samples, or as many parts of each, such as tokens.
+        self.rows = {samples} | {t.shape[0] * t.shape[1] for t in tensors_in(batch) if t.dim() > 1}
         self.most = most
+        self.where = where
         self.in_forward = True
         self.uses = dict.fromkeys(self.weights, 0)
         self.pairs: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in self.weights}
         self.missing = set(self.weights)  # the loss does not depend on them: their gradients are 0
 
-    def backward(self, loss: Tensor, index: int) -> None:
+    def backward(self, loss: Tensor) -> None:
         """Run the backward pass; every weight is handed on as soon as all its uses are known."""
         if not any(self.uses.values()):
             raise NotServed("none of the layers is called as a module")
-        check_loss(loss, index)
-        self.index = index
+        check_loss(loss, self.where)
         self.in_forward = False  # a checkpoint runs layers again: no new uses
-        loss.backward()
+        backward(loss, ())
         for name, pairs in self.pairs.items():  # a use that the loss does not depend on
             if pairs:
                 self._hand_on(name)
-        check_reached(len(self.missing) < len(self.weights), index)
+        check_reached(len(self.missing) < len(self.weights), self.where)
+        self.hand_on_zeros()
+
+    def hand_on_zeros(self) -> None:
+        """Of the weights that the loss does not depend on."""
         for name in self.missing.copy():
             self._hand_on(name)
 
@@ -76,10 +94,12 @@ class _Recorder:
         def tap(
             module: nn.Module, args: tuple, kwargs: dict[str, Tensor], output: Tensor
         ) -> Tensor | None:
-            self.uses[name] += self.in_forward
+            inputs = args[0] if args else kwargs["input"]
+            if self.in_forward:
+                self.uses[name] += 1
+                self._check_rows(name, inputs)
             if not torch.is_grad_enabled():
                 return None
-            inputs = args[0] if args else kwargs["input"]
             return Tap.apply(output, anchor, inputs, lambda a, d: self._collect(name, a, d))
 
         return tap
@@ -89,18 +109,21 @@ class _Recorder:
         wide = torch.promote_types(grad.dtype, torch.float32)
         if not torch.isfinite(grad.sum(dtype=wide) + inputs.sum(dtype=wide)):
             raise ValueError(
-                f"batch {self.index}: the gradient of {name} holds NaN or infinity; leave that "
-                "batch out, or compute gradients in float32"
-            )
-        # Two dimensions, and more rows than samples: each sample may have another number of them.
-        packed = inputs.dim() == 2 and inputs.shape[0] != self.samples
-        if packed or inputs.shape[0] % self.samples or inputs.shape[:-1] != grad.shape[:-1]:
-            raise NotServed(
-                f"the input of {name} has shape {tuple(inputs.shape)} for {self.samples} samples"
+                f"{self.where}: the gradient of {name} holds NaN or infinity; leave that batch "
+                "out, or compute gradients in float32"
             )
         self.pairs[name].append((self._by_sample(inputs.to(grad.dtype)), self._by_sample(grad)))
         if len(self.pairs[name]) == self.uses[name]:
             self._hand_on(name)
+
+    def _check_rows(self, name: str, inputs: Tensor) -> None:
+        """Raise NotServed, before anything is handed on, unless samples can be told apart."""
+        count = inputs.shape[0] if inputs.dim() > 1 else 1
+        packed = inputs.dim() == 2 and count not in self.rows
+        if self.samples > 1 and (packed or count % self.samples):
+            raise NotServed(
+                f"the input of {name} has shape {tuple(inputs.shape)} for {self.samples} samples"
+            )
 
     def _by_sample(self, x: Tensor) -> Tensor:
         return x.reshape(self.samples, -1, x.shape[-1])
@@ -108,13 +131,13 @@ class _Recorder:
     def _hand_on(self, name: str) -> None:
         pairs, self.pairs[name] = self.pairs[name], []
         self.missing.discard(name)
-        whole = min(self.samples // self.group, self.most)
+        whole = min(self.samples // self.size, self.most)
         for first in range(0, whole, self.groups_at_once):
             count = min(self.groups_at_once, whole - first)
-            self._send(name, pairs, first * self.group, count, self.group)
-        rest = self.samples - whole * self.group
+            self._send(name, pairs, first * self.size, count, self.size)
+        rest = self.samples - whole * self.size
         if whole < self.most and rest:
-            self._send(name, pairs, whole * self.group, 1, rest)
+            self._send(name, pairs, whole * self.size, 1, rest)
 
     def _send(self, name: str, pairs: list, first: int, groups: int, size: int) -> None:
         """Gradients of the mean loss of ``groups`` groups of ``size`` samples from ``first`` on."""
@@ -204,7 +227,7 @@ class GroupGradients:
         self.device = next(iter(weights.values())).device
 
     def run(
-        self, batches: Iterable[Any], num_grads: int, receive: Receive, *, first_index: int = 0
+        self, batches: Iterable[Any], num_grads: int, receive: Receive, *, first: int = 0
     ) -> Iterator[int]:
         """Hand on ``num_grads`` gradients; yield how many there are after each batch.
 
@@ -213,51 +236,66 @@ class GroupGradients:
             num_grads: groups in all.
             receive: called as ``receive(name, gradients)`` with ``[k, n]`` for each weight, k
                 groups of a batch at a time; it may change them in place.
-            first_index: number of the first batch, for messages.
+            first: number of the first batch, for messages.
 
         Raises:
             ValueError: as for :func:`batch_gradients`, or a batch cannot be cut into samples.
-            NotServed: the input of a layer keeps the samples of a batch not apart.
+            NotServed: the layers are not called as modules.
         """
         done = 0
         with self._recording(receive) as recorder:
-            for index, batch in enumerate(take_batches(batches), first_index):
-                # Samples left out of the loss have no share in its mean over the batch.
-                alone = _leaves_out(batch) or samples_in(batch) is None
-                for part in split_batch(batch, self.group) if alone else [batch]:
-                    if done < num_grads:
-                        done += self._pass(recorder, part, num_grads - done, index)
+            for index, batch in enumerate(take_batches(batches), first):
+                done += self._gradients_of(recorder, batch, num_grads - done, f"batch {index}")
                 yield done
                 if done == num_grads:
                     return
+
+    def _gradients_of(self, recorder: _Recorder, batch: Any, most: int, where: str) -> int:
+        """Those of a batch, from one pass if that can tell them apart; how many they are."""
+        # Samples left out of the loss have no share in its mean over the batch.
+        if samples_in(batch) is not None and not _leaves_out(batch):
+            try:
+                return self._pass(recorder, batch, most, where)
+            except NotServed:
+                if samples_in(batch) <= self.group:
+                    raise
+        done = 0
+        for part in split_batch(batch, self.group):
+            if done < most:
+                done += self._pass(recorder, part, most - done, where)
+        return done
 
     def _recording(self, receive: Receive) -> AbstractContextManager[_Recorder]:
         return _recording(
             self.model, self.weights, self.group, self.groups_at_once, receive, self.pattern
         )
 
-    def _pass(self, recorder: _Recorder, batch: Any, most: int, index: int) -> int:
+    def _pass(self, recorder: _Recorder, batch: Any, most: int, where: str) -> int:
         """Run forward and backward once; return how many gradients came of it."""
-        samples = samples_in(batch)
-        assert samples is not None
-        recorder.start(samples, most)
-        with torch.inference_mode(False), torch.enable_grad():
-            loss = self.loss_fn(self.model, to_device(batch, self.device))
-            recorder.backward(loss, index)
-        return min(-(-samples // self.group), most)
+        recorder.start(batch, most, where)
+        if _leaves_all_out(batch):  # the mean over none is no number
+            recorder.hand_on_zeros()
+        else:
+            with torch.inference_mode(False), torch.enable_grad():
+                recorder.backward(self.loss_fn(self.model, to_device(batch, self.device)))
+        return min(-(-(samples_in(batch) or 0) // self.group), most)
 
-    def check(self, batch: Any) -> None:
+    def check(self, batch: Any, where: str = "batch 0") -> None:
         """Compare the first group's gradients with those of autograd for that group alone.
 
         They differ where a layer's weight is used without calling the layer, where samples do
         not lie along the first dimension, or where the loss is not a mean over samples.
 
         Raises:
-            NotServed: they do; the message names a matrix.
+            NotServed: they do, or the batch does not reach a matrix; the message names it.
         """
         batch = to_device(batch, self.device)
+        # A group that is all of the batch has the same gradient in it, whatever the loss.
+        half = max(1, (samples_in(batch) or 0) // 2)
+        if half < self.group:
+            return self._with_group(half).check(batch, where)
         alone = split_batch(batch, self.group)[0]
-        expected = self._from_autograd(alone)
+        expected = self._from_autograd(alone, where)
         found: dict[str, Tensor] = {}
         tolerance = 1e-3
 
@@ -268,7 +306,10 @@ class GroupGradients:
             found[name] = _projection(self.pattern.matrix(gradients[0], self.weights[name]))
 
         with self._recording(compare) as recorder:
-            self._pass(recorder, batch, 1, 0)
+            self._pass(recorder, batch, 1, where)
+            unknown = [name for name, count in recorder.uses.items() if not count]
+        if unknown and not _leaves_all_out(batch):
+            raise NotServed(f"{unknown[0]} is not used in the first batch, or not by its module")
         for name, known in expected.items():
             error = (found.get(name, torch.zeros_like(known)) - known).norm()
             if not error <= tolerance * known.norm():
@@ -276,8 +317,13 @@ class GroupGradients:
                     f"the first {self.group} samples of a batch have another gradient of {name} "
                     "when they are alone, or its layer is not called as a module"
                 )
+        return None
 
-    def _from_autograd(self, batch: Any) -> dict[str, Tensor]:
+    def _with_group(self, size: int) -> GroupGradients:
+        how = self.loss_fn, self.groups_at_once, self.pattern
+        return GroupGradients(self.model, self.weights, size, *how)
+
+    def _from_autograd(self, batch: Any, where: str) -> dict[str, Tensor]:
         """Projected gradients of a batch; only one of them exists at a time."""
         found = {name: torch.zeros(16, dtype=torch.float64) for name in self.weights}
 
@@ -291,15 +337,22 @@ class GroupGradients:
             for name, weight in self.weights.items():
                 handle = weight.register_post_accumulate_grad_hook(partial(take, name))
                 stack.enter_context(removed(handle))
-            loss = self.loss_fn(self.model, batch)
-            check_loss(loss, 0)
-            loss.backward()
+            if not _leaves_all_out(batch):
+                loss = self.loss_fn(self.model, batch)
+                check_loss(loss, where)
+                backward(loss, self.weights.values())
         return found
 
 
 def _leaves_out(batch: Any) -> bool:
+    """Does it hold the label of samples that a loss leaves out?"""
+    whole = [tensor for tensor in tensors_in(batch) if not tensor.is_floating_point()]
+    return any(bool((tensor == LEFT_OUT).any()) for tensor in whole)
+
+
+def _leaves_all_out(batch: Any) -> bool:
     labels = batch.get("labels") if isinstance(batch, Mapping) else None
-    return isinstance(labels, Tensor) and bool((labels == LEFT_OUT).any())
+    return isinstance(labels, Tensor) and bool((labels == LEFT_OUT).all())
 
 
 def _projection(gradient: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from .fisher import Fisher
 from .gradients import evaluation
 from .losses import LossFn
 from .masks import alive_groups, n_of_m_mask, prunes_anything, select_masks
+from .ops import NumericalError
 from .patterns import Pattern
 from .predictions import Predictions, divergence, predict
 from .saliencies import Problem, saliencies
@@ -198,7 +199,7 @@ def commit(weights: Mapping[str, nn.Parameter], new: Mapping[str, Tensor]) -> No
     """Write all new weights, or on any interruption none."""
     for name, value in new.items():
         if not bool(torch.isfinite(value).all()):
-            raise ArithmeticError(
+            raise NumericalError(
                 f"the update of {name} left the range of {value.dtype}; raise damping"
             )
     old: dict[str, Tensor] = {}  # in the memory of `new`, so that nothing more is needed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -81,14 +82,16 @@ class Pattern:
         """
         if self.kept is None:
             return 0.8 if sparsity is None else sparsity
-        own = (self.span - self.kept) / self.span
+        own = 1 - self.kept / self.span
         values = sparsity.values() if isinstance(sparsity, Mapping) else [sparsity]
-        if any(value not in (None, own) for value in values):
+        if any(value is not None and not math.isclose(value, own) for value in values):
             raise ValueError(
                 f"pattern {self.name} prunes to a sparsity of {own:g}; leave sparsity out, got "
                 f"{sparsity!r}"
             )
-        return own if sparsity is None else sparsity
+        if isinstance(sparsity, Mapping):
+            return dict.fromkeys(sparsity, own)
+        return own
 
     def block_size(self, wanted: int | None) -> int:
         """Return the size of Fisher blocks, about 50 by default; borders cut no M-group.

@@ -122,9 +122,8 @@ def prune(
             finite loss or gradient, or they are too few.
         TypeError: no loss could be had from a batch.
         MemoryError: the call would not fit; the message gives the figures and the remedies.
-        NumericalError: a Fisher block is not positive definite.
-        ArithmeticError: new weights, or with damping "auto" what the model makes of the
-            calibration batches, are not finite.
+        NumericalError: a Fisher block is not positive definite, or new weights (with damping
+            "auto": what the model makes of the calibration batches) are not finite.
     """
     loss_fn = loss_fn or default_loss
     check_counts(num_grads, samples_per_grad)
@@ -188,16 +187,18 @@ def prune(
         if batches is None:
             raise ValueError("batches is needed: an iterable of batches, or fisher=an estimate")
         held_notes: list[str] = []
+        kept_back = 0
         if damping == "auto":
             if calibration is not None:
                 job.calibration = _calibration(calibration)
             else:
                 job.calibration, batches, held_notes = hold_out(batches)
+                kept_back = 0 if held_notes else len(job.calibration)
         source = open_source(
-            model, batches, weights, num_grads, samples_per_grad, loss_fn, shape, goes_on=steps > 1
-        )
+            model, batches, weights, num_grads, samples_per_grad, loss_fn, shape,
+            goes_on=steps > 1, kept_back=kept_back,
+        )  # fmt: skip
         source.notes += held_notes
-        source.kept_back = len(job.calibration) if calibration is None else 0
         limits = Limits(kind, block_size, fisher_dtype, max_memory)
         done = in_steps(job, source, limits, steps, schedule)
         notes = source.all_notes(len(done))

@@ -39,6 +39,7 @@ def test_run_writes_checkpoints_report_and_plot(
     ]  # fmt: skip
     assert (out / "accuracy.png").read_bytes().startswith(b"\x89PNG")
     report = json.loads((out / "report.json").read_text())
+    assert report["settings"]["selection"] == "greedy", "by default"
     assert [(row["method"], row["sparsity"]) for row in report["results"]] == [
         ("magnitude", 0.5), ("obert_kernels", 0.5),
         ("magnitude", 0.75), ("obert_kernels", 0.75),
@@ -55,6 +56,7 @@ def test_run_writes_checkpoints_report_and_plot(
         total = sum(mask.numel() for mask in masks.values())
         assert sum(int((~mask).sum()) for mask in masks.values()) == sparsity * total
         own = json.loads((folder / "report.json").read_text())
+        assert own["settings"]["update"] == "joint" and len(own["damping_trials"]) >= 3
         test = classification.make_loader(
             transformers.AutoTokenizer.from_pretrained(folder), load_text_data(data_file).test, 64
         )
@@ -88,11 +90,11 @@ def test_run_fine_tunes_and_recovers(
     assert dense.config.id2label == {0: "0", 1: "1"}
 
 
-WANDA = re.findall(
+EXAMPLES = re.findall(
     r"```python\n(.*?)```",
     (Path(__file__).parent.parent / "docs" / "extending.md").read_text(),
     re.DOTALL,
-)[1]
+)
 
 
 @pytest.mark.parametrize(
@@ -101,7 +103,9 @@ WANDA = re.findall(
         ["--steps", 2, "--schedule", "linear", "-s", 0.5],
         ["--pattern", "2:4"],
         ["--pattern", "block4x1", "-s", 0.5],
-        ["--plugin", "WANDA", "--selection", "wanda", "-s", 0.5],
+        ["--plugin", "PLUGIN", "--selection", "wanda", "-s", 0.5],
+        ["--plugin", "PLUGIN", "--estimator", "diagonal", "--damping", 1e-3, "-s", 0.5],
+        ["--plugin", "PLUGIN", "--pattern", "tile2x2", "-s", 0.5],
         ["--selection", "magnitude", "-s", 0.5],
     ],
 )
@@ -112,8 +116,8 @@ def test_other_ways_to_prune(
     options: list[object],
 ) -> None:
     model, out = save_model(tmp_path / "model", head=True), tmp_path / "out"
-    (tmp_path / "wanda.py").write_text(WANDA)
-    given = [tmp_path / "wanda.py" if option == "WANDA" else option for option in options]
+    (tmp_path / "mine.py").write_text("\n".join(EXAMPLES))
+    given = [tmp_path / "mine.py" if option == "PLUGIN" else option for option in options]
     code, _, stderr = command("run", model, data_file, "-o", out, *QUICK, *given)
     assert code == 0, stderr
     report = json.loads((out / "sparsity-0.5" / "report.json").read_text())
@@ -123,6 +127,9 @@ def test_other_ways_to_prune(
     for mask in checkpoints.load_masks(out / "sparsity-0.5").values():
         if "2:4" in options:
             assert (mask.view(-1, 4).sum(1) == 2).all()
+        if "tile2x2" in options:
+            tiles = mask.unflatten(0, (-1, 2)).unflatten(2, (-1, 2)).transpose(1, 2).flatten(2)
+            assert torch.equal(tiles.any(2), tiles.all(2))
         if "block4x1" in options:
             columns = mask.mT.reshape(-1, 4)
             assert torch.equal(columns.any(1), columns.all(1))
@@ -313,6 +320,11 @@ def test_texts_for_gradients_are_drawn_once_and_padded_little(
     assert len(drawn) == 300
     epochs = len(drawn[:200].unique()), len(drawn[200:].unique())
     assert epochs == (200, 100), "all texts but three, then others than the hundred before"
+    together = calibration_batches(
+        tokenizer, texts, 10, 10, max_tokens=600, steps=3, by_length=not by_length, seed=1
+    )
+    same = torch.cat([batch["labels"] for batch in together])
+    assert sorted(same.tolist()) == sorted(drawn.tolist()), "whoever shares a gradient"
     groups = drawn.view(-1, 10)
     assert all(len(group.unique()) == 10 for group in groups)
     wanted = sum(int(batch["attention_mask"].sum()) for batch in batches)

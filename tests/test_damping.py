@@ -214,6 +214,16 @@ def test_a_loader_that_shuffles_keeps_back_what_it_keeps_back():
     assert not set(torch.cat(held).flatten().tolist()) & {float(x) for x in islice(rest, 30)}
 
 
+@pytest.mark.parametrize("shuffle", [True, False])
+@pytest.mark.parametrize("num_grads", [18, 19])
+def test_what_comes_in_another_order_cannot_be_kept_back_twice(shuffle, num_grads):
+    samples = [{name: values[0] for name, values in batch.items()} for batch in batches(96)]
+    loader = DataLoader(samples, batch_size=4, shuffle=shuffle)  # 6 of 24 batches are kept back
+    notes = prune(TinyEncoder(), loader, 0.5, num_grads=num_grads).report.notes
+    assert len(notes) == (num_grads > 18) * (1 + shuffle)
+    assert not shuffle or not notes or "in another order every time" in notes[0]
+
+
 class Endless(IterableDataset):
     """Batches without a number of them."""
 
@@ -258,8 +268,18 @@ def test_batches_to_choose_on_must_be_good_for_it():
     broken = {**clean[0], "tokens": torch.full((4, 6), 19)}
     with pytest.raises(ValueError, match=r"batch 0 of those .* gives logits with NaN"):
         prune(model, clean, calibration=[broken], **options)
-    with pytest.raises(ValueError, match="batch 7: the loss is nan"):
-        prune(model, [*clean[:7], broken, *clean[8:]], **options)
+    for at in (6, 7):
+        spoiled = [*clean[:at], broken, *clean[at + 1 :]]
+        for samples_per_grad in (None, 1, 2):
+            with pytest.raises(ValueError, match=f"batch {at}: the loss is nan"):
+                prune(model, spoiled, samples_per_grad=samples_per_grad, **options)
+    with pytest.raises(ValueError, match="batch 0: the loss is nan"):
+        prune(model, [broken], **options, calibration=clean[:1])
+    with pytest.raises(ValueError, match="4 samples for the Fisher, number 1: the loss is nan"):
+        prune(
+            model, [*clean[:3], broken, *clean[4:8]], 0.5, samples_per_grad=4, num_grads=2,
+            loss_fn=lambda model, batch: 2 ** model(**batch)["loss"],
+        )  # fmt: skip
 
 
 def test_bad_damping_is_named():

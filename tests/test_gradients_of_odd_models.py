@@ -81,13 +81,74 @@ def test_gradient_checkpointing(reentrant, frozen):
         torch.testing.assert_close(rows, expected[name])
 
 
+class Patches(nn.Module):
+    """Starts with a convolution and a parameter of its own; most of it is checkpointed."""
+
+    def __init__(self):
+        super().__init__()
+        self.patch = nn.Conv1d(1, 8, 2, stride=2)
+        self.position = nn.Parameter(torch.randn(4, 8))
+        self.layer = nn.ModuleList(nn.ModuleDict({"wide": nn.Linear(8, 8)}) for _ in range(3))
+        self.head = nn.Linear(8, 2)
+
+    def forward(self, pixels, labels):
+        x = self.patch(pixels[:, None]).mT + self.position
+        for layer in self.layer[:2]:
+            x = checkpoint(
+                lambda x, layer=layer: x + layer["wide"](x).tanh(), x, use_reentrant=True
+            )
+        logits = self.head((x + self.layer[2]["wide"](x).tanh()).mean(dim=1))
+        return {"loss": nn.functional.cross_entropy(logits, labels)}
+
+
+def test_checkpoints_behind_something_else_than_an_embedding():
+    model = Patches()
+    data = [{"pixels": torch.randn(6, 8), "labels": torch.arange(6) % 2} for _ in range(2)]
+    weights = find_weights(model)
+    pieces = [piece for batch in data for piece in split_batch(batch, 3)]
+    expected = {name: [] for name in weights}
+    for piece in pieces:  # as in training
+        model.zero_grad()
+        model(**piece)["loss"].backward()
+        for name, weight in weights.items():
+            expected[name].append(weight.grad.flatten().clone())
+    model.zero_grad()
+    found = by_hooks(model, data, weights, 4, 3)
+    alone = list(batch_gradients(model, pieces, weights, 4))
+    for name in weights:
+        rows = torch.stack(expected[name])
+        assert rows.norm() > 0
+        torch.testing.assert_close(found[name], rows)
+        torch.testing.assert_close(torch.stack([g[name].flatten() for g in alone]), rows)
+
+
 @pytest.mark.parametrize("loss_fn", [model_loss, prediction_loss])
-def test_samples_left_out_of_the_loss(loss_fn):
+@pytest.mark.parametrize("group", [1, 2])
+def test_samples_left_out_of_the_loss(loss_fn, group):
     """The mean of a batch is over those that count, that of a group over its own."""
     data = batches(3, size=6)
-    data[1]["labels"][[0, 5]] = -100
     model = TinyEncoder()
-    assert_same(model, data, find_weights(model), 9, 2, loss_fn)
+    data[1]["labels"][[0, 5]] = -100
+    weights = find_weights(model)
+    found = by_hooks(model, data, weights, 18 // group, group, loss_fn)
+    pieces = [piece for batch in data for piece in split_batch(batch, group)]
+    counted = [bool((piece["labels"] >= 0).any()) for piece in pieces]
+    assert all(counted) == (group == 2)
+    some = [piece for piece, counts in zip(pieces, counted, strict=True) if counts]
+    expected = by_autograd(model, some, weights, len(some), group, loss_fn)
+    for name, rows in found.items():
+        torch.testing.assert_close(rows[counted], expected[name])
+        assert not rows[[not counts for counts in counted]].any()
+
+
+def test_samples_left_out_of_a_loss_of_tuples():
+    def loss_fn(model, batch):
+        return nn.functional.cross_entropy(model(batch[0])["logits"], batch[1])
+
+    data = [(batch["tokens"], batch["labels"]) for batch in batches(2)]
+    data[1][1][1] = -100
+    model = TinyEncoder()
+    assert_same(model, data, find_weights(model), 4, 2, loss_fn)
 
 
 class Flattened(TinyEncoder):
@@ -103,16 +164,20 @@ class Flattened(TinyEncoder):
         return {"loss": nn.functional.cross_entropy(logits, labels)}
 
 
-def test_texts_one_after_the_other_take_a_pass_for_every_group():
-    model, data = Flattened(), batches(2, size=4)
-    for batch, lengths in zip(data, ([6, 6, 6, 6], [6, 6, 2, 2]), strict=True):
+@pytest.mark.parametrize("first", [[6, 6, 6, 6], [6, 6, 2, 2]])
+def test_texts_one_after_the_other_take_a_pass_for_every_group(first):
+    """Where they are of different lengths; the samples of a whole batch can be told apart."""
+    model, data = Flattened(), batches(3, size=4)
+    for batch, lengths in zip(data, (first, [6, 5, 2, 2], [6, 6, 6, 6]), strict=True):
         batch["lengths"] = torch.tensor(lengths)
+    GroupGradients(model, find_weights(model), 2).check(data[2])
     with pytest.raises(NotServed, match="for 4 samples"):
-        GroupGradients(model, find_weights(model), 2).check(data[0])
-    options = {"num_grads": 4, "block_size": 8, "loss_fn": model_loss}
+        GroupGradients(model, find_weights(model), 2).check(data[1])
+    options = {"num_grads": 6, "block_size": 8, "loss_fn": model_loss}
     pieces = [piece for batch in data for piece in split_batch(batch, 2)]
     expected = estimate_fisher(model, pieces, **options)
     found = estimate_fisher(model, data, samples_per_grad=2, **options)
+    assert bool(found.notes) == (first != [6, 6, 6, 6])
     for name, fisher in expected.fishers.items():
         torch.testing.assert_close(found.fishers[name].gram, fisher.gram)
 
@@ -129,14 +194,17 @@ class SometimesShort(TinyEncoder):
 
 def test_a_matrix_that_some_batches_do_not_reach_has_gradients_of_zero():
     model, data = SometimesShort(), batches(4, size=4)
-    assert len({int(batch["tokens"][0, 0] % 2) for batch in data}) == 2
+    for index, batch in enumerate(data):  # the groups of a batch take one path
+        batch["tokens"][:, 0] = 1 - index % 2
     weights = find_weights(model)
-    for batch in data:  # the groups of a batch take one path
-        batch["tokens"][:, 0] = batch["tokens"][0, 0]
     assert_same(model, data, weights, 8, 2)
     options = {"num_grads": 8, "samples_per_grad": 2, "loss_fn": model_loss}
-    for fisher in estimate_fisher(model, data, **options).fishers.values():
-        assert fisher.num_gradients == 8
+    for first in (0, 1):
+        estimate = estimate_fisher(model, data[first:] + data[:first], **options)
+        assert all(fisher.num_gradients == 8 for fisher in estimate.fishers.values())
+        # What the first batch does not reach cannot be compared.
+        assert bool(estimate.notes) == bool(first)
+    assert "layer.1.wide.weight is not used in the first batch" in estimate.notes[0]
 
 
 def test_a_layer_called_by_keyword():
@@ -152,25 +220,50 @@ def test_a_layer_called_by_keyword():
 
 
 @pytest.mark.parametrize("samples_per_grad", [None, 2])
+def test_nothing_beside_the_weights_is_touched(samples_per_grad):
+    """Not a module beside the model that the loss depends on, and no hook of a training step."""
+    model, head = TinyEncoder(), nn.Linear(3, 2)
+    head.weight.grad = torch.ones(2, 3)
+    called = []
+    for parameter in (*model.parameters(), *head.parameters()):
+        parameter.register_post_accumulate_grad_hook(called.append)
+
+    def loss_fn(model, batch):
+        return head(model(batch["tokens"])["logits"]).square().mean()
+
+    options = {"samples_per_grad": samples_per_grad, "num_grads": 4, "loss_fn": loss_fn}
+    estimate = estimate_fisher(model, batches(), **options)
+    assert not called and not estimate.notes
+    assert torch.equal(head.weight.grad, torch.ones(2, 3)) and head.bias.grad is None
+    assert all(parameter.grad is None for parameter in model.parameters())
+    loss_fn(model, batches()[0]).backward()
+    assert len(called) == len(list(model.parameters())) + 2, "they are there again"
+
+
+@pytest.mark.parametrize("samples_per_grad", [None, 2])
 def test_a_loss_without_the_weights_is_refused(samples_per_grad):
     model, other = TinyEncoder(), TinyEncoder()
     options = {"samples_per_grad": samples_per_grad, "num_grads": 2}
-    with pytest.raises(ValueError, match="batch 0: the loss depends on none of the matrices"):
+    with pytest.raises(ValueError, match=r"\w+ 0: the loss depends on none of the matrices"):
         estimate_fisher(
             model, batches(), loss_fn=lambda m, b: model.head.bias.sum() + other(**b)["loss"],
             **options,
         )  # fmt: skip
 
 
-def test_a_later_batch_that_cannot_be_served_is_named():
-    model = TinyEncoder()
-    data = batches(2)
+def contrast(model, batch):
+    """Every sample's loss depends on the others."""
+    x = model(batch["tokens"])["logits"]
+    return nn.functional.cross_entropy(x @ x.T, torch.arange(len(x)))
 
-    def loss_fn(model, batch):
-        tokens = batch["tokens"]
-        if bool((tokens == data[1]["tokens"][0]).all(dim=1).any()):
-            tokens = tokens.T[:5]  # samples along the second dimension
-        return model(tokens)["logits"].square().mean()
 
-    with pytest.raises(ValueError, match="for 4 samples; leave samples_per_grad out"):
-        estimate_fisher(model, data, samples_per_grad=2, num_grads=4, loss_fn=loss_fn)
+def test_a_first_batch_of_one_group_is_looked_at_in_parts():
+    """Alone in its batch a group has the gradient it has alone, whatever the loss."""
+    model, data = TinyEncoder(), [batches(1, size=3)[0], *batches(1, size=6)]
+    options = {"num_grads": 3, "block_size": 8, "loss_fn": contrast}
+    found = estimate_fisher(model, data, samples_per_grad=3, **options)
+    assert "when they are alone" in found.notes[0]
+    pieces = [piece for batch in data for piece in split_batch(batch, 3)]
+    expected = estimate_fisher(model, pieces, **options)
+    for name, fisher in expected.fishers.items():
+        torch.testing.assert_close(found.fishers[name].gram, fisher.gram)

@@ -7,8 +7,16 @@ diag + eps; its 4-block form solves the 4 x 4 blocks; the update is the sum of s
 import pytest
 import torch
 from problems import gradients, relative_error
+from tiny import TinyEncoder, batches
 
-from obert_kernels import EmpiricalBlockFisherInverse, GramFisher, select_masks
+from obert_kernels import (
+    EmpiricalBlockFisherInverse,
+    GramFisher,
+    find_weights,
+    model_loss,
+    prune,
+    select_masks,
+)
 
 EPS = torch.finfo(torch.float32).eps
 
@@ -132,3 +140,32 @@ def test_group_scores_masks_and_update(c):
     assert set((~mask.view(-1, c)[:, 0]).nonzero().flatten().tolist()) == set(lowest.tolist())
     new, _ = fisher.update(w, mask, damping, c, "sum")
     assert relative_error(new, theirs.group_update(w, ~mask, c)) < 1e-9
+
+
+def test_a_model_is_pruned_as_by_the_reference():
+    """Its masks in one ranking, its weights; from gradients of the loss, batch by batch."""
+    model, data, m = TinyEncoder(), batches(24), 24
+    weights = find_weights(model)
+    known = {
+        name: PlainReference(m, 10, weight.numel(), 1e-4, torch.float64)
+        for name, weight in weights.items()
+    }
+    model.eval()
+    for batch in data:
+        found = torch.autograd.grad(model_loss(model, batch), list(weights.values()))
+        for reference, gradient in zip(known.values(), found, strict=True):
+            reference.add_grad(gradient.flatten())
+    flat = {name: weight.detach().flatten().double() for name, weight in weights.items()}
+    scores = torch.cat([reference.scores(flat[name]) for name, reference in known.items()])
+    bar = scores.sort().values[round(0.6 * len(scores)) - 1]
+    expected = {}
+    for name, reference in known.items():
+        pruned = reference.scores(flat[name]) <= bar
+        expected[name] = (pruned, reference.update(flat[name], pruned))
+    result = prune(
+        model, data, 0.6, num_grads=m, damping=1e-4, block_size=10, selection="diagonal",
+        update="sum", loss_fn=model_loss,
+    )  # fmt: skip
+    for name, (pruned, new) in expected.items():
+        assert torch.equal(result.masks[name].flatten(), ~pruned)
+        assert relative_error(weights[name].detach().flatten(), new) < 1e-5

@@ -176,6 +176,32 @@ def test_sweep_writes_table_and_plot_and_goes_on(
 
 
 @pytest.mark.usefixtures("quick_plot")
+def test_the_grid_is_that_of_the_options(
+    tmp_path: Path, data_file: str, command: Command, estimates: list
+) -> None:  # fmt: skip
+    model, out = save_model(tmp_path / "model", head=True), tmp_path / "out"
+    (tmp_path / "mine.py").write_text(
+        "import obert_kernels\n\n"
+        "@obert_kernels.register_saliency('least', uses_fisher=False)\n"
+        "def least(problem):\n"
+        "    weights = problem.weights\n"
+        "    return {n: problem.grouped(weights[n].detach().abs()) for n in problem.names()}\n"
+    )
+    code, _, stderr = command(
+        "sweep", model, data_file, "-s", 0.5, "--max-length", 16, "--texts", 16, "--texts", 32,
+        "--texts-per-grad", 2, "--texts-per-grad", 4, "--block-size", 8, "--block-size", 4,
+        "--damping", 1e-3, "--plugin", tmp_path / "mine.py", "--selection", "greedy",
+        "--selection", "least", "-o", out,
+    )  # fmt: skip
+    assert code == 0, stderr
+    assert len(estimates) == len(set(estimates)) == 8
+    rows = rows_of(out)
+    assert {(int(r["texts"]), int(r["texts_per_grad"]), r["block_size"]) for r in rows} == {
+        (n, g, b) for n in (16, 32) for g in (2, 4) for b in ("", "4", "8")
+    }
+
+
+@pytest.mark.usefixtures("quick_plot")
 @pytest.mark.parametrize("gradients_of", ["predictions", "labels"])
 def test_sweep_figures_are_those_of_single_runs(
     tmp_path: Path, data_file: str, command: Command, gradients_of: str
