@@ -48,6 +48,7 @@ def parse_arguments() -> argparse.Namespace:
         help="one process each, in this order; a method may come twice",
     )  # fmt: skip
     parser.add_argument("--sparsity", type=float, default=0.8)
+    parser.add_argument("--pattern", default="unstructured", help="of all but the reference")
     parser.add_argument("--damping", type=float, default=1e-7, help="of diagonal and reference")
     parser.add_argument("--texts", type=int, default=TEXTS, help="of all but the reference")
     parser.add_argument("--add", action="store_true", help="keep earlier rows of the case")
@@ -101,6 +102,7 @@ def prune_with_ours(
     report = prune(
         model, None if method == "magnitude" else batches, settings.sparsity,
         num_grads=settings.texts // TEXTS_PER_GRAD, samples_per_grad=TEXTS_PER_GRAD,
+        pattern=settings.pattern,
         loss_fn=classification.LOSSES["predictions" if method == "greedy" else "labels"],
         fisher_dtype=getattr(torch, case.fisher_dtype),
         **options,
@@ -147,6 +149,7 @@ def measure(case: Case, method: str, settings: argparse.Namespace) -> dict[str, 
     return {
         "method": method,
         "sparsity": settings.sparsity,
+        "pattern": "unstructured" if reference else settings.pattern,
         "texts": texts,
         "seconds": seconds,
         **by_stage,
@@ -171,8 +174,8 @@ def markdown(document: dict[str, Any]) -> str:
         "",
     ]
     columns = (
-        "method", "sparsity", "texts", "accuracy", "gradients s", "Fisher s", "damping s",
-        "selection s", "whole s", "peak GiB", "reference : it",
+        "method", "pattern", "sparsity", "texts", "accuracy", "gradients s", "Fisher s",
+        "damping s", "selection s", "whole s", "peak GiB", "reference : it",
     )  # fmt: skip
     for name, part in document.items():
         about, rows = part["machine"], part["runs"]
@@ -186,10 +189,13 @@ def markdown(document: dict[str, Any]) -> str:
         ]
         whole = [run["seconds"] for run in rows if run["method"] == "reference"]
         for run in rows:
-            ratio = f"{sum(whole) / len(whole) / run['seconds']:.1f}" if whole else ""
+            pattern = run.get("pattern", "unstructured")
+            compares = whole and pattern == "unstructured"
+            ratio = f"{sum(whole) / len(whole) / run['seconds']:.1f}" if compares else ""
             stages = [run.get(s, 0.0) for s in ("gradients", "fisher", "damping", "selection")]
             cells = [
-                run["method"], f"{run['sparsity']:.0%}", run["texts"], f"{run['accuracy']:.1%}",
+                run["method"], pattern, f"{run['sparsity']:.0%}", run["texts"],
+                f"{run['accuracy']:.1%}",
                 *(f"{seconds:.1f}" for seconds in (*stages, run["seconds"])),
                 f"{run['peak_gib']:.1f}", ratio,
             ]  # fmt: skip
@@ -210,6 +216,7 @@ def main() -> None:
             sys.executable, __file__, settings.case, "--child", "--methods", method,
             "--sparsity", str(settings.sparsity), "--damping", str(settings.damping),
             "--seed", str(settings.seed), "--texts", str(settings.texts),
+            "--pattern", settings.pattern,
             "--work", str(settings.work),
         ]  # fmt: skip
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)

@@ -5,7 +5,7 @@
 One process, alternated, medians over rounds, one matrix.  "Living rows": gradients of a matrix of
 which a share of the weights is left, drawn at random, go to the Fisher of all weights and to that
 of the living ones; a time is m times that of one gradient (measured over k in one call) plus one
-greedy selection.
+greedy selection.  "Reading alone" looks for the largest number in the same gradients.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from obert_kernels.live import block_fisher
 from obert_kernels.memory import gradient_buffer
 
 RESULTS = Path(__file__).parent / "results"
+BY_FOUR = ", groups of 4"
 
 
 def correlated(k: int, n: int, dtype: torch.dtype) -> torch.Tensor:
@@ -58,6 +59,8 @@ def selections(fisher: GramFisher, n: int, size: int) -> dict[str, Callable[[], 
     calls: dict[str, Callable[[], object]] = {
         "diagonal": lambda: fisher.scores(weight, DAMPING),
         "greedy": lambda: fisher.greedy_scores(weight, keep, DAMPING),
+        f"diagonal{BY_FOUR}": lambda: fisher.scores(weight, DAMPING, 4),
+        f"greedy{BY_FOUR}": lambda: fisher.greedy_scores(weight, keep, DAMPING, 4),
     }
     for kept, group in ((2, 4), (1, 4), (4, 8)):
         if size % group == 0:
@@ -74,7 +77,7 @@ def selection_rows(n: int, sizes: list[int], rounds: int) -> list[dict]:
         for name, spent in median.items():
             rows.append({
                 "block_size": size, "selection": name, "ms": spent * 1e3,
-                "of_diagonal": spent / median["diagonal"],
+                "of_diagonal": spent / median[f"diagonal{BY_FOUR * name.endswith(BY_FOUR)}"],
             })  # fmt: skip
     return rows
 

@@ -17,10 +17,16 @@ import torch
 from problems import DAMPING, fresh_inverse, gradients, gram_of, onto_nan, relative_error
 from tiny import TinyEncoder, batches
 
-from obert_kernels import ops, prune, reference
+from obert_kernels import LiveFisher, ops, prune, reference
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
 occupancy = importlib.import_module("occupancy")
+
+
+def accumulate_by_part(fisher: LiveFisher, gradients_: torch.Tensor) -> None:
+    fisher._accumulate_by_part(gradients_)
+    fisher.num_gradients += len(gradients_)
+
 
 SIZES = [4, 8, 16, 32, 48, 50, 64, 96, 100, 128]
 
@@ -380,10 +386,22 @@ def test_single_scores_are_all_written(cuda_on_host, n, dtype, offset):
     assert torch.isfinite(scores).all()
 
 
-@pytest.mark.parametrize("update", ["sum", "joint"])
-def test_a_model_is_pruned_as_on_the_cpu(cuda_on_host, monkeypatch, update):
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"update": "sum"},
+        {"update": "joint"},
+        {"samples_per_grad": 2, "pattern": "block4"},
+        {"steps": 3, "num_grads": 8, "damping": 1e-3},
+        {"pattern": "2:4", "sparsity": 0.5, "block_size": 48},
+    ],
+    ids=str,
+)
+def test_a_model_is_pruned_as_on_the_cpu(cuda_on_host, monkeypatch, options):
     torch.manual_seed(5)
     model = TinyEncoder()
+    # As on a device: the Gram of living weights is added to part by part.
+    monkeypatch.setattr(LiveFisher, "accumulate", accumulate_by_part)
     pruned = {}
     for where in ("device", "cpu"):
         if where == "cpu":
@@ -391,8 +409,9 @@ def test_a_model_is_pruned_as_on_the_cpu(cuda_on_host, monkeypatch, update):
         else:
             cuda_on_host.reset_counters()
         pruned[where] = prune(
-            copy.deepcopy(model), batches(), 0.6, num_grads=24, block_size=50, update=update
-        )
+            copy.deepcopy(model), batches(),
+            **{"sparsity": 0.6, "num_grads": 24, "block_size": 50, **options},
+        )  # fmt: skip
         if where == "device":
             assert cuda_on_host.counters()["load_bytes"] > 0
     assert pruned["device"].report.sparsity == pruned["cpu"].report.sparsity

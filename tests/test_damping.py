@@ -9,7 +9,16 @@ from tiny import TinyEncoder, batches, snapshot, train, unchanged
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from obert_kernels import NumericalError, estimate_fisher, find_weights, job, model_loss, prune
+from obert_kernels import (
+    NumericalError,
+    estimate,
+    estimate_fisher,
+    find_weights,
+    job,
+    model_loss,
+    prune,
+    steps,
+)
 from obert_kernels.damping import choose_damping, hold_out, mean_diagonal
 from obert_kernels.patterns import UNSTRUCTURED
 from obert_kernels.predictions import divergence, predict
@@ -173,9 +182,14 @@ def test_an_interrupted_trial_leaves_the_model_as_it_was(error):
 
 @pytest.mark.parametrize("max_memory", [None, 120_000])
 @pytest.mark.parametrize("scope", ["global", "layer"])
-def test_by_default_and_in_passes(max_memory, scope):
+def test_by_default_and_in_passes(max_memory, scope, monkeypatch):
     model, data = trained()
+    counted = []
+    monkeypatch.setattr(
+        steps, "accumulate", lambda *a, **k: counted.append(1) or estimate.accumulate(*a, **k)
+    )
     report = prune(model, data, 0.5, num_grads=36, max_memory=max_memory, scope=scope).report
+    assert max_memory or len(counted) == 1, "one Fisher serves all trials"
     assert (report.memory["passes"] > 1) == (max_memory is not None)
     assert len(report.damping_trials) >= 3
     assert report.sparsity == pytest.approx(0.5, abs=0.01)

@@ -31,6 +31,24 @@ def both(g, alive, size, c, dtype=torch.float64):
     return full, live
 
 
+@pytest.mark.parametrize("c", [1, 4])
+def test_results_on_cuda_are_those_of_the_cpu(cuda_on_host, c):
+    """Part by part, by the kernels for blocks of one size."""
+    g, weight, alive = masked_problem(600, 0.1, c)
+    on_cpu, on_cuda = LiveFisher(alive, 50, c), LiveFisher(alive, 50, c)
+    on_cpu.accumulate(g)
+    cuda_on_host.reset_counters()
+    on_cuda._accumulate_by_part(g)
+    on_cuda.num_gradients = len(g)
+    assert cuda_on_host.counters()["load_bytes"] > 0
+    found = on_cuda.greedy_scores(weight, alive, DAMPING, c)
+    keep = alive & (found > found.median()).repeat_interleave(c)
+    updates = [fisher.update(weight, keep, DAMPING, c) for fisher in (on_cuda, on_cpu)]
+    expected = on_cpu._gram.clone(), on_cpu.greedy_scores(weight, alive, DAMPING, c), updates[1][0]
+    for actual, known in zip((on_cuda._gram, found, updates[0][0]), expected, strict=True):
+        assert relative_error(actual, known) < 1e-6
+
+
 @pytest.mark.parametrize(("size", "c"), [(50, 1), (32, 1), (50, 4), (16, 16), (10, 4), (256, 2)])
 @pytest.mark.parametrize("share", [0.5, 0.1, 0.003])
 def test_results_are_those_of_the_full_blocks(size, c, share):

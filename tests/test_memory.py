@@ -9,7 +9,12 @@ from torch import nn
 
 from obert_kernels import memory
 from obert_kernels.fisher import gram_bytes
-from obert_kernels.memory import GRADIENTS_PER_UPDATE, gradient_buffer, plan_passes
+from obert_kernels.memory import (
+    GRADIENTS_PER_UPDATE,
+    STREAMED_PER_UPDATE,
+    gradient_buffer,
+    plan_passes,
+)
 
 MEASURE = """
 import ctypes, gc, resource, sys
@@ -31,7 +36,8 @@ obert_kernels.prune(model, data, 0.1, params="0", num_grads=2, loss_fn=loss_fn, 
 gc.collect()
 rss = int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
 open("/proc/self/clear_refs", "w").write("5")  # restart the peak
-options = dict(max_memory=int(sys.argv[1])) if len(sys.argv) > 1 else {}
+limit, group = map(int, sys.argv[1:])
+options = dict(max_memory=limit or None, samples_per_grad=group or None)
 report = obert_kernels.prune(model, data, 0.5, params="re:.*", num_grads=32, loss_fn=loss_fn,
                              damping=1e-6, **options).report
 status = open("/proc/self/status").read()
@@ -42,8 +48,11 @@ print(high - rss, report.memory["gram"], report.memory["gathered gradients"],
 """
 
 
-def measure(*args: str) -> list[int]:
-    result = subprocess.run([sys.executable, "-c", MEASURE, *args], capture_output=True, text=True)
+def measure(limit: int = 0, samples_per_grad: int = 0) -> list[int]:
+    result = subprocess.run(
+        [sys.executable, "-c", MEASURE, str(limit), str(samples_per_grad)],
+        capture_output=True, text=True,
+    )  # fmt: skip
     if "clear_refs" in result.stderr:
         pytest.skip("this system cannot restart the peak of resident memory")
     assert result.returncode == 0, result.stderr
@@ -59,9 +68,17 @@ def test_peak_is_the_gram_and_ten_per_cent_and_one_buffer():
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_peak_of_streamed_gradients_is_the_gram_and_ten_per_cent_and_those_of_one_layer():
+    used, gram, _, passes, weights = measure(samples_per_grad=1)
+    assert passes == 1
+    assert used <= 1.1 * gram + STREAMED_PER_UPDATE * weights / 12 + weights
+    assert STREAMED_PER_UPDATE * weights > 0.5 * gram, "those of all layers would show"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_passes_keep_to_the_limit():
     limit = 300 << 20
-    used, _, _, passes, _ = measure(str(limit))
+    used, _, _, passes, _ = measure(limit)
     assert passes > 1
     assert used <= limit + 0.1 * limit
 
