@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any
 
@@ -104,6 +104,7 @@ class Source:
         held: the batches are kept for several passes, and counted.
         kept_back: batches before them, which the damping is chosen on.
         unit: what messages call a batch.
+        split: batches that took a pass for every gradient, while others gave many from one.
     """
 
     model: nn.Module
@@ -118,6 +119,11 @@ class Source:
     held: bool = False
     kept_back: int = 0
     unit: str = "batch"
+    split: int = 0
+    given: Iterable[Any] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.given = self.origin  # which is the pieces of the batches later, if they are cut
 
     def with_held_batches(self) -> Source:
         """The same for several passes, which see the same batches."""
@@ -141,16 +147,22 @@ class Source:
 
     def all_notes(self, estimates: int = 1) -> list[str]:
         """Notes, also on batches that had to serve several times, after so many estimates."""
+        notes = list(self.notes)
+        if self.split:
+            notes.append(
+                f"{self.split} batches took a backward pass for every gradient: samples are left "
+                "out of the loss, or cannot be told apart in the input of a layer"
+            )
+        if getattr(self.given, "reordered", False):
+            notes.append(
+                "the batches come in another order every time, so that the Fisher has seen those "
+                "kept back for the damping: pass calibration, or a smaller num_grads"
+            )
         count = how_many(self.origin)
         if not count or self.used <= count:
-            return self.notes
-        reordered = [
-            "the batches come in another order every time, so that the Fisher has seen those kept "
-            "back for the damping: pass calibration, or a smaller num_grads"
-        ]
+            return notes
         return [
-            *self.notes,
-            *(reordered if getattr(self.origin, "reordered", False) else ()),
+            *notes,
             f"{self.num_grads * estimates} gradients were taken from {count} batches, gone through "
             f"{self.used / count:.1f} times",
         ]
@@ -254,6 +266,7 @@ def _gather(
             source.loss_fn,
             first=source.next_batch,
             unit=source.unit,
+            is_part=len(plan.passes) > 1,
         )
     ) as gradients:
         for index in range(source.num_grads):
@@ -298,12 +311,14 @@ def _stream(
         source.loss_fn,
         plan.gradients_per_update,
         source.pattern,
+        is_part=len(plan.passes) > 1,
     )
     run = groups.run(source.batches, source.num_grads, add, first=source.next_batch)
     with closing(run), clock.stage_without("gradients", "fisher"):
         for done in run:
             source.used += not source.held
             progress("gradients", done, source.num_grads)
+    source.split += groups.split
 
 
 def estimate_fisher(

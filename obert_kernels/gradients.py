@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .batches import take_batches, to_device
-from .losses import LossFn, model_loss
+from .losses import LossFn, leaves_all_out, model_loss
 
 
 @contextmanager
@@ -74,7 +74,15 @@ def frozen(model: nn.Module, anchor: Tensor) -> Iterator[None]:
             return None
         return Tap.apply(output, anchor, output.new_empty(0), lambda a, d: None)
 
+    # What a module with others inside owns, say positions, is used where no hook sees it.
+    bare = {
+        id(parameter)
+        for module in model.modules()
+        if next(module.children(), None) is not None
+        for parameter in module.parameters(recurse=False)
+    }
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    held = [(parameter, _take_grad(parameter)) for parameter in trained if id(parameter) in bare]
     with ExitStack() as stack:
         stack.enter_context(evaluation(model, []))
         for module in model.modules():
@@ -82,11 +90,13 @@ def frozen(model: nn.Module, anchor: Tensor) -> Iterator[None]:
                 stack.enter_context(removed(module.register_forward_hook(enter)))
         try:
             for parameter in trained:
-                parameter.requires_grad_(False)
+                parameter.requires_grad_(id(parameter) in bare)
             yield
         finally:
             for parameter in trained:
                 parameter.requires_grad_(True)
+            for parameter, grad in held:
+                _put_grad(parameter, grad)
 
 
 def anchor_of(weights: Mapping[str, nn.Parameter]) -> Tensor:
@@ -103,40 +113,45 @@ def grads_of(model: nn.Module, weights: Mapping[str, nn.Parameter]) -> Iterator[
     ``.grad`` is there again afterwards, and hooks of a training step are not called.
     """
     held = {name: _take_grad(weight) for name, weight in weights.items()}
-    with frozen(model, anchor_of(weights)), torch.inference_mode(False), torch.enable_grad():
-        try:
-            for weight in weights.values():
-                weight.requires_grad_(True)
-            yield
-        finally:
-            for name, weight in weights.items():
-                weight.requires_grad_(False)
-                _put_grad(weight, held[name])
+    try:
+        with frozen(model, anchor_of(weights)), torch.inference_mode(False), torch.enable_grad():
+            try:
+                for weight in weights.values():
+                    weight.requires_grad_(True)
+                yield
+            finally:
+                for weight in weights.values():
+                    weight.requires_grad_(False)
+    finally:
+        for name, weight in weights.items():
+            _put_grad(weight, held[name])
 
 
-_Grad = tuple[Tensor | None, Any]
+_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
+_Grad = tuple[Tensor | None, dict[str, Any]]
 
 
 def _take_grad(tensor: Tensor) -> _Grad:
-    """What a backward pass would add to, and the hooks it would call when it has."""
-    hooks = getattr(tensor, "_post_accumulate_grad_hooks", None)
-    found = tensor.grad, hooks
+    """What a backward pass would add to, and the hooks it would call."""
+    hooks = {name: getattr(tensor, name, None) for name in _HOOKS}
+    found = tensor.grad, {name: known for name, known in hooks.items() if known}
     tensor.grad = None
-    if hooks:
-        tensor._post_accumulate_grad_hooks = OrderedDict()  # type: ignore[attr-defined]
+    for name in found[1]:
+        setattr(tensor, name, OrderedDict())
     return found
 
 
 def _put_grad(tensor: Tensor, grad: _Grad) -> None:
     tensor.grad, hooks = grad
-    if hooks:
-        tensor._post_accumulate_grad_hooks = hooks  # type: ignore[attr-defined]
+    for name, known in hooks.items():
+        setattr(tensor, name, known)
 
 
 def backward(loss: Tensor, weights: Iterable[nn.Parameter]) -> None:
     """Run the backward pass; of all leaves of the graph it changes the weights' ``.grad`` alone.
 
-    A loss may depend on what is no part of the model: a head of its own, a larger model.
+    A loss may depend on what is no part of the model: a head of its own, a larger model.  (What is
+    used inside of a reentrant checkpoint alone is not seen here.)
     """
     own = {id(weight) for weight in weights}
     others = [leaf for leaf in _leaves(loss) if id(leaf) not in own]
@@ -172,6 +187,7 @@ def batch_gradients(
     *,
     first: int = 0,
     unit: str = "batch",
+    is_part: bool = False,
 ) -> Iterator[dict[str, Tensor]]:
     """Yield one gradient of the mean batch loss per batch, ``num_grads`` in all.
 
@@ -187,10 +203,11 @@ def batch_gradients(
             :func:`obert_kernels.prune` takes :func:`prediction_loss` for classifiers).
         first: number of the first batch, for messages.
         unit: what they call a batch.
+        is_part: there are other weights, so that a batch may reach none of these.
 
     Yields:
         name to gradient in the shape and type of the weight; zeros where the loss does not
-        depend on it.
+        depend on it, and of a batch with labels of -100 alone.
 
     Raises:
         ValueError: too few batches, a loss that is not a finite scalar or depends on none of the
@@ -202,12 +219,16 @@ def batch_gradients(
     with evaluation(model, []):
         for index, batch in enumerate(take_batches(batches, num_grads), first):
             where = f"{unit} {index}"
+            if leaves_all_out(batch):
+                yield {name: torch.zeros_like(weight) for name, weight in weights.items()}
+                continue
             with grads_of(model, weights):
                 loss = loss_fn(model, to_device(batch, device))
                 check_loss(loss, where)
                 backward(loss, weights.values())
                 found = {name: weight.grad for name, weight in weights.items()}
-            check_reached(any(gradient is not None for gradient in found.values()), where)
+            if not is_part:
+                check_reached(any(gradient is not None for gradient in found.values()), where)
             gradients = {
                 name: torch.zeros_like(weights[name]) if gradient is None else gradient
                 for name, gradient in found.items()
@@ -215,6 +236,7 @@ def batch_gradients(
             _check_finite(gradients, where)
             del loss, found
             yield gradients
+            del gradients  # there are to be those of one batch alone
 
 
 def check_loss(loss: Any, where: str) -> None:

@@ -16,7 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .batches import samples_in, split_batch, take_batches, tensors_in, to_device
+from .batches import (
+    map_tensors,
+    samples_in,
+    split_batch,
+    take_batches,
+    tensors_in,
+    to_device,
+)
 from .gradients import (
     Tap,
     anchor_of,
@@ -27,7 +34,7 @@ from .gradients import (
     grads_of,
     removed,
 )
-from .losses import LEFT_OUT, LossFn, model_loss
+from .losses import LEFT_OUT, LossFn, leaves_all_out, model_loss
 from .memory import STREAMED_PER_UPDATE
 from .patterns import UNSTRUCTURED, Pattern
 
@@ -48,7 +55,9 @@ class _Recorder:
         groups_at_once: int,
         receive: Receive,
         pattern: Pattern,
+        is_part: bool,
     ) -> None:
+        self.is_part = is_part
         self.weights = weights
         self.pattern = pattern
         self.group = group
@@ -63,8 +72,9 @@ class _Recorder:
         # A single group is taken whole, whatever its layers make of its samples.
         is_whole = samples <= self.group
         self.samples, self.size = (1, 1) if is_whole else (samples, self.group)
-        # Rows of two dimensions are whole samples, or as many parts of each, such as tokens.
-        self.rows = {samples} | {t.shape[0] * t.shape[1] for t in tensors_in(batch) if t.dim() > 1}
+        # Rows of two dimensions are whole samples, or the parts of all of them, such as tokens.
+        widths = {tensor.shape[1] for tensor in tensors_in(batch) if tensor.dim() > 1}
+        self.rows = {samples, samples * widths.pop()} if len(widths) == 1 else {samples}
         self.most = most
         self.where = where
         self.in_forward = True
@@ -75,6 +85,8 @@ class _Recorder:
     def backward(self, loss: Tensor) -> None:
         """Run the backward pass; every weight is handed on as soon as all its uses are known."""
         if not any(self.uses.values()):
+            if self.is_part:
+                return self.hand_on_zeros()
             raise NotServed("none of the layers is called as a module")
         check_loss(loss, self.where)
         self.in_forward = False  # a checkpoint runs layers again: no new uses
@@ -82,8 +94,9 @@ class _Recorder:
         for name, pairs in self.pairs.items():  # a use that the loss does not depend on
             if pairs:
                 self._hand_on(name)
-        check_reached(len(self.missing) < len(self.weights), self.where)
-        self.hand_on_zeros()
+        if not self.is_part:
+            check_reached(len(self.missing) < len(self.weights), self.where)
+        return self.hand_on_zeros()
 
     def hand_on_zeros(self) -> None:
         """Of the weights that the loss does not depend on."""
@@ -97,7 +110,7 @@ class _Recorder:
             inputs = args[0] if args else kwargs["input"]
             if self.in_forward:
                 self.uses[name] += 1
-                self._check_rows(name, inputs)
+                self._check_rows(name, inputs, output)
             if not torch.is_grad_enabled():
                 return None
             return Tap.apply(output, anchor, inputs, lambda a, d: self._collect(name, a, d))
@@ -116,8 +129,10 @@ class _Recorder:
         if len(self.pairs[name]) == self.uses[name]:
             self._hand_on(name)
 
-    def _check_rows(self, name: str, inputs: Tensor) -> None:
+    def _check_rows(self, name: str, inputs: Tensor, output: Tensor) -> None:
         """Raise NotServed, before anything is handed on, unless samples can be told apart."""
+        if output.shape != (*inputs.shape[:-1], self.weights[name].shape[0]):
+            raise NotServed(f"the output of {name} has shape {tuple(output.shape)}")
         count = inputs.shape[0] if inputs.dim() > 1 else 1
         packed = inputs.dim() == 2 and count not in self.rows
         if self.samples > 1 and (packed or count % self.samples):
@@ -179,9 +194,10 @@ def _recording(
     groups_at_once: int,
     receive: Receive,
     pattern: Pattern,
+    is_part: bool,
 ) -> Iterator[_Recorder]:
     """Taps at every linear layer that owns one of the weights; the model frozen, in eval mode."""
-    recorder = _Recorder(weights, group, groups_at_once, receive, pattern)
+    recorder = _Recorder(weights, group, groups_at_once, receive, pattern, is_part)
     names = {weight: name for name, weight in weights.items()}
     anchor = anchor_of(weights)
 
@@ -207,6 +223,10 @@ class GroupGradients:
             for classifiers).
         groups_at_once: gradients of a matrix that exist together.
         pattern: says in which order the gradients of a matrix are handed on.
+        is_part: there are other weights, so that a batch may reach none of these.
+
+    Attributes:
+        split: batches that took a pass for every group.
     """
 
     def __init__(
@@ -217,7 +237,10 @@ class GroupGradients:
         loss_fn: LossFn | None = None,
         groups_at_once: int = STREAMED_PER_UPDATE,
         pattern: Pattern = UNSTRUCTURED,
+        is_part: bool = False,
     ) -> None:
+        self.is_part = is_part
+        self.split = 0
         self.model = model
         self.pattern = pattern
         self.weights = weights
@@ -259,6 +282,7 @@ class GroupGradients:
             except NotServed:
                 if samples_in(batch) <= self.group:
                     raise
+        self.split += 1
         done = 0
         for part in split_batch(batch, self.group):
             if done < most:
@@ -267,13 +291,19 @@ class GroupGradients:
 
     def _recording(self, receive: Receive) -> AbstractContextManager[_Recorder]:
         return _recording(
-            self.model, self.weights, self.group, self.groups_at_once, receive, self.pattern
+            self.model,
+            self.weights,
+            self.group,
+            self.groups_at_once,
+            receive,
+            self.pattern,
+            self.is_part,
         )
 
     def _pass(self, recorder: _Recorder, batch: Any, most: int, where: str) -> int:
         """Run forward and backward once; return how many gradients came of it."""
         recorder.start(batch, most, where)
-        if _leaves_all_out(batch):  # the mean over none is no number
+        if leaves_all_out(batch):  # the mean over none is no number
             recorder.hand_on_zeros()
         else:
             with torch.inference_mode(False), torch.enable_grad():
@@ -289,7 +319,7 @@ class GroupGradients:
         Raises:
             NotServed: they do, or the batch does not reach a matrix; the message names it.
         """
-        batch = to_device(batch, self.device)
+        batch = _counted(to_device(batch, self.device))
         # A group that is all of the batch has the same gradient in it, whatever the loss.
         half = max(1, (samples_in(batch) or 0) // 2)
         if half < self.group:
@@ -308,7 +338,7 @@ class GroupGradients:
         with self._recording(compare) as recorder:
             self._pass(recorder, batch, 1, where)
             unknown = [name for name, count in recorder.uses.items() if not count]
-        if unknown and not _leaves_all_out(batch):
+        if unknown and not leaves_all_out(batch):
             raise NotServed(f"{unknown[0]} is not used in the first batch, or not by its module")
         for name, known in expected.items():
             error = (found.get(name, torch.zeros_like(known)) - known).norm()
@@ -337,7 +367,7 @@ class GroupGradients:
             for name, weight in self.weights.items():
                 handle = weight.register_post_accumulate_grad_hook(partial(take, name))
                 stack.enter_context(removed(handle))
-            if not _leaves_all_out(batch):
+            if not leaves_all_out(batch):
                 loss = self.loss_fn(self.model, batch)
                 check_loss(loss, where)
                 backward(loss, self.weights.values())
@@ -346,13 +376,19 @@ class GroupGradients:
 
 def _leaves_out(batch: Any) -> bool:
     """Does it hold the label of samples that a loss leaves out?"""
-    whole = [tensor for tensor in tensors_in(batch) if not tensor.is_floating_point()]
-    return any(bool((tensor == LEFT_OUT).any()) for tensor in whole)
+    if isinstance(batch, Mapping):
+        batch = batch.get("labels")
+    labels = [tensor for tensor in tensors_in(batch) if tensor.dtype == torch.int64]
+    return any(bool((tensor == LEFT_OUT).any()) for tensor in labels)
 
 
-def _leaves_all_out(batch: Any) -> bool:
-    labels = batch.get("labels") if isinstance(batch, Mapping) else None
-    return isinstance(labels, Tensor) and bool((labels == LEFT_OUT).all())
+def _counted(batch: Any) -> Any:
+    """The samples of a batch that are not left out of its loss; all if none would be left."""
+    if samples_in(batch) is None or not _leaves_out(batch) or not isinstance(batch, Mapping):
+        return batch
+    counts = (batch["labels"] != LEFT_OUT).flatten(1 if batch["labels"].dim() > 1 else 0)
+    counts = counts.any(dim=1) if counts.dim() > 1 else counts
+    return map_tensors(batch, lambda tensor: tensor[counts]) if bool(counts.any()) else batch
 
 
 def _projection(gradient: Tensor) -> Tensor:

@@ -17,6 +17,12 @@ LossFn = Callable[[nn.Module, Any], Tensor]
 LEFT_OUT = -100
 
 
+def leaves_all_out(batch: Any) -> bool:
+    """Does no sample of a batch count, so that the mean of a loss is no number?"""
+    labels = batch.get("labels") if isinstance(batch, Mapping) else None
+    return isinstance(labels, Tensor) and bool((labels == LEFT_OUT).all())
+
+
 def model_loss(model: nn.Module, batch: Any) -> Tensor:
     """Return ``model(**batch).loss``: the task loss of a Hugging Face model.
 

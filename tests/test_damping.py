@@ -238,6 +238,18 @@ def test_what_comes_in_another_order_cannot_be_kept_back_twice(shuffle, num_grad
     assert not shuffle or not notes or "in another order every time" in notes[0]
 
 
+def test_the_order_is_noted_where_batches_are_cut_or_uncounted():
+    samples = [{name: values[0] for name, values in batch.items()} for batch in batches(96)]
+    loader = DataLoader(samples, batch_size=4, shuffle=True)
+
+    def loss_fn(model, batch):  # no mean over samples
+        return model(**batch)["loss"] * len(batch["labels"])
+
+    options = {"num_grads": 40, "samples_per_grad": 2, "loss_fn": loss_fn}
+    notes = prune(TinyEncoder(), loader, 0.5, **options).report.notes
+    assert "every gradient took" in notes[0] and "in another order every time" in notes[1]
+
+
 class Endless(IterableDataset):
     """Batches without a number of them."""
 

@@ -7,7 +7,7 @@ from tiny import TinyEncoder, batches
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from obert_kernels import batch_gradients, estimate_fisher, find_weights, prediction_loss
+from obert_kernels import batch_gradients, estimate_fisher, find_weights, prediction_loss, prune
 from obert_kernels.batches import split_batch
 from obert_kernels.group_gradients import GroupGradients, NotServed
 from obert_kernels.losses import model_loss
@@ -82,11 +82,14 @@ def test_gradient_checkpointing(reentrant, frozen):
 
 
 class Patches(nn.Module):
-    """Starts with a convolution and a parameter of its own; most of it is checkpointed."""
+    """Starts with a convolution, or with parameters of its own; most of it is checkpointed."""
 
-    def __init__(self):
+    def __init__(self, start):
         super().__init__()
-        self.patch = nn.Conv1d(1, 8, 2, stride=2)
+        if start == "convolution":
+            self.patch = nn.Conv1d(1, 8, 2, stride=2)
+        else:
+            self.patch = lambda pixels: pixels.unflatten(2, (4, 2)).mean(dim=3).expand(-1, 8, -1)
         self.position = nn.Parameter(torch.randn(4, 8))
         self.layer = nn.ModuleList(nn.ModuleDict({"wide": nn.Linear(8, 8)}) for _ in range(3))
         self.head = nn.Linear(8, 2)
@@ -101,8 +104,9 @@ class Patches(nn.Module):
         return {"loss": nn.functional.cross_entropy(logits, labels)}
 
 
-def test_checkpoints_behind_something_else_than_an_embedding():
-    model = Patches()
+@pytest.mark.parametrize("start", ["convolution", "parameter"])
+def test_checkpoints_behind_something_else_than_an_embedding(start):
+    model = Patches(start)
     data = [{"pixels": torch.randn(6, 8), "labels": torch.arange(6) % 2} for _ in range(2)]
     weights = find_weights(model)
     pieces = [piece for batch in data for piece in split_batch(batch, 3)]
@@ -114,6 +118,7 @@ def test_checkpoints_behind_something_else_than_an_embedding():
             expected[name].append(weight.grad.flatten().clone())
     model.zero_grad()
     found = by_hooks(model, data, weights, 4, 3)
+    assert all(parameter.grad is None for parameter in model.parameters())
     alone = list(batch_gradients(model, pieces, weights, 4))
     for name in weights:
         rows = torch.stack(expected[name])
@@ -124,11 +129,12 @@ def test_checkpoints_behind_something_else_than_an_embedding():
 
 @pytest.mark.parametrize("loss_fn", [model_loss, prediction_loss])
 @pytest.mark.parametrize("group", [1, 2])
-def test_samples_left_out_of_the_loss(loss_fn, group):
+@pytest.mark.parametrize("at", [0, 1])
+def test_samples_left_out_of_the_loss(loss_fn, group, at):
     """The mean of a batch is over those that count, that of a group over its own."""
     data = batches(3, size=6)
     model = TinyEncoder()
-    data[1]["labels"][[0, 5]] = -100
+    data[at]["labels"][[0, 5]] = -100
     weights = find_weights(model)
     found = by_hooks(model, data, weights, 18 // group, group, loss_fn)
     pieces = [piece for batch in data for piece in split_batch(batch, group)]
@@ -139,6 +145,35 @@ def test_samples_left_out_of_the_loss(loss_fn, group):
     for name, rows in found.items():
         torch.testing.assert_close(rows[counted], expected[name])
         assert not rows[[not counts for counts in counted]].any()
+    options = {"num_grads": 18 // group, "loss_fn": loss_fn}
+    estimate = estimate_fisher(model, data, samples_per_grad=group, **options)
+    assert "1 batches took a backward pass for every gradient" in estimate.notes[0]
+    for name, fisher in estimate_fisher(model, pieces, **options).fishers.items():
+        torch.testing.assert_close(estimate.fishers[name].gram, fisher.gram)
+
+
+def test_a_sum_over_samples_is_no_mean_wherever_some_are_left_out():
+    def loss_fn(model, batch):
+        logits = model(batch["tokens"])["logits"]
+        return nn.functional.cross_entropy(logits, batch["labels"], reduction="sum")
+
+    model, data = TinyEncoder(), batches(1, size=6)
+    data[0]["labels"][0] = -100
+    with pytest.raises(NotServed, match="when they are alone"):
+        GroupGradients(model, find_weights(model), 1, loss_fn).check(data[0])
+
+
+def test_numbers_that_are_no_labels_leave_nothing_out():
+    class Pixels(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.ModuleList([nn.Linear(6, 6)])
+
+        def forward(self, pixels, labels):
+            return {"loss": (self.layer[0](pixels.float()).mean(dim=1) - labels).square().mean()}
+
+    data = [{"pixels": torch.full((4, 6), 156, dtype=torch.uint8), "labels": torch.randn(4)}]
+    assert not estimate_fisher(Pixels(), data, samples_per_grad=2, num_grads=2).notes
 
 
 def test_samples_left_out_of_a_loss_of_tuples():
@@ -154,7 +189,7 @@ def test_samples_left_out_of_a_loss_of_tuples():
 class Flattened(TinyEncoder):
     """Texts without padding, one after the other, as fused attention takes them."""
 
-    def forward(self, tokens, lengths, labels):
+    def forward(self, tokens, lengths, labels, hot=None):
         real = torch.arange(tokens.shape[1]) < lengths[:, None]
         x = self.embedding(tokens[real])
         for layer in self.layer:
@@ -165,19 +200,25 @@ class Flattened(TinyEncoder):
 
 
 @pytest.mark.parametrize("first", [[6, 6, 6, 6], [6, 6, 2, 2]])
-def test_texts_one_after_the_other_take_a_pass_for_every_group(first):
+@pytest.mark.parametrize("hot", [False, True])
+def test_texts_one_after_the_other_take_a_pass_for_every_group(first, hot):
     """Where they are of different lengths; the samples of a whole batch can be told apart."""
     model, data = Flattened(), batches(3, size=4)
-    for batch, lengths in zip(data, (first, [6, 5, 2, 2], [6, 6, 6, 6]), strict=True):
+    for batch, lengths in zip(data, (first, [6, 6, 2, 2], [6, 6, 6, 6]), strict=True):
         batch["lengths"] = torch.tensor(lengths)
-    GroupGradients(model, find_weights(model), 2).check(data[2])
+        if hot:  # as many numbers as the second batch has tokens
+            batch["hot"] = torch.zeros(4, 4)
+    if not hot:
+        GroupGradients(model, find_weights(model), 2).check(data[2])
     with pytest.raises(NotServed, match="for 4 samples"):
         GroupGradients(model, find_weights(model), 2).check(data[1])
     options = {"num_grads": 6, "block_size": 8, "loss_fn": model_loss}
     pieces = [piece for batch in data for piece in split_batch(batch, 2)]
     expected = estimate_fisher(model, pieces, **options)
     found = estimate_fisher(model, data, samples_per_grad=2, **options)
-    assert bool(found.notes) == (first != [6, 6, 6, 6])
+    of_all = "every gradient took" in found.notes[0]
+    assert of_all == (hot or first != [6, 6, 6, 6])
+    assert of_all or "1 batches took a backward pass for every gradient" in found.notes[0]
     for name, fisher in expected.fishers.items():
         torch.testing.assert_close(found.fishers[name].gram, fisher.gram)
 
@@ -207,6 +248,38 @@ def test_a_matrix_that_some_batches_do_not_reach_has_gradients_of_zero():
     assert "layer.1.wide.weight is not used in the first batch" in estimate.notes[0]
 
 
+@pytest.mark.parametrize("samples_per_grad", [None, 2])
+@pytest.mark.parametrize("max_memory", [None, 75_000])
+def test_so_it_has_in_every_pass(samples_per_grad, max_memory):
+    model, data = SometimesShort(), batches(8, size=4)
+    for index, batch in enumerate(data):
+        batch["tokens"][:, 0] = 1 - index % 2
+    report = prune(
+        model, data, 0.5, num_grads=8, samples_per_grad=samples_per_grad, damping=1e-3,
+        loss_fn=model_loss, max_memory=max_memory,
+    ).report  # fmt: skip
+    assert (report.memory["passes"] > 1) == (max_memory is not None)
+    assert report.sparsity == pytest.approx(0.5, abs=0.01)
+
+
+class Heads(nn.Linear):
+    """Splits its output."""
+
+    def forward(self, x):
+        return super().forward(x).unflatten(-1, (2, -1))
+
+
+def test_a_layer_with_another_output_takes_a_pass_for_every_group():
+    model, data = TinyEncoder(), batches(2)
+    model.layer[0]["wide"] = Heads(12, 24)
+    forward = model.layer[0]["narrow"].forward
+    model.layer[0]["narrow"].forward = lambda x: forward(x.flatten(-2))
+    with pytest.raises(NotServed, match=r"the output of layer.0.wide.weight has shape"):
+        GroupGradients(model, find_weights(model), 2, model_loss).check(data[0])
+    estimate = estimate_fisher(model, data, samples_per_grad=2, num_grads=4)
+    assert "every gradient took a backward pass of its own" in estimate.notes[0]
+
+
 def test_a_layer_called_by_keyword():
     class Named(TinyEncoder):
         def forward(self, tokens, labels):
@@ -227,6 +300,7 @@ def test_nothing_beside_the_weights_is_touched(samples_per_grad):
     called = []
     for parameter in (*model.parameters(), *head.parameters()):
         parameter.register_post_accumulate_grad_hook(called.append)
+        parameter.register_hook(called.append)
 
     def loss_fn(model, batch):
         return head(model(batch["tokens"])["logits"]).square().mean()
@@ -237,7 +311,7 @@ def test_nothing_beside_the_weights_is_touched(samples_per_grad):
     assert torch.equal(head.weight.grad, torch.ones(2, 3)) and head.bias.grad is None
     assert all(parameter.grad is None for parameter in model.parameters())
     loss_fn(model, batches()[0]).backward()
-    assert len(called) == len(list(model.parameters())) + 2, "they are there again"
+    assert len(called) == 2 * (len(list(model.parameters())) + 2), "they are there again"
 
 
 @pytest.mark.parametrize("samples_per_grad", [None, 2])
