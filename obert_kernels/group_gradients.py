@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .backward import Tap, anchor_of, backward, frozen, grads_of, removed
 from .batches import (
     map_tensors,
     samples_in,
@@ -24,16 +25,7 @@ from .batches import (
     tensors_in,
     to_device,
 )
-from .gradients import (
-    Tap,
-    anchor_of,
-    backward,
-    check_loss,
-    check_reached,
-    frozen,
-    grads_of,
-    removed,
-)
+from .gradients import check_loss, check_reached
 from .losses import LEFT_OUT, LossFn, leaves_all_out, model_loss
 from .memory import STREAMED_PER_UPDATE
 from .patterns import UNSTRUCTURED, Pattern

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .backward import evaluation
 from .damping import Trial, choose_damping, mean_diagonal
 from .estimate import Clock, Progress, silent
 from .fisher import Fisher
-from .gradients import evaluation
 from .losses import LossFn
 from .masks import alive_groups, n_of_m_mask, prunes_anything, select_masks
 from .ops import NumericalError

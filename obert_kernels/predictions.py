@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .backward import evaluation
 from .batches import to_device
-from .gradients import evaluation
 from .losses import LossFn, class_logits, model_loss
 
 
