@@ -12,18 +12,13 @@ from torch import Tensor, nn
 
 
 @contextmanager
-def evaluation(model: nn.Module, weights: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Eval mode and gradients for ``weights``; everything as it was afterwards."""
+def evaluation(model: nn.Module) -> Iterator[None]:
+    """Eval mode; every module as it was afterwards."""
     training = [module for module in model.modules() if module.training]
-    frozen = [weight for weight in weights if not weight.requires_grad]
     try:
         model.eval()
-        for weight in frozen:
-            weight.requires_grad_(True)
         yield
     finally:
-        for weight in frozen:
-            weight.requires_grad_(False)
         for module in training:
             module.training = True
 
@@ -81,7 +76,7 @@ def frozen(model: nn.Module, anchor: Tensor) -> Iterator[None]:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     held = [(parameter, _take_grad(parameter)) for parameter in trained if id(parameter) in bare]
     with ExitStack() as stack:
-        stack.enter_context(evaluation(model, []))
+        stack.enter_context(evaluation(model))
         for module in model.modules():
             if next(module.parameters(recurse=False), None) is not None:
                 stack.enter_context(removed(module.register_forward_hook(enter)))

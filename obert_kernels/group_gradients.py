@@ -9,7 +9,7 @@ are handed on layer by layer while the pass runs; the whole of them never exists
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from .backward import Tap, anchor_of, backward, frozen, grads_of, removed
 from .batches import (
-    map_tensors,
     samples_in,
     split_batch,
     take_batches,
@@ -26,7 +25,7 @@ from .batches import (
     to_device,
 )
 from .gradients import check_loss, check_reached
-from .losses import LEFT_OUT, LossFn, leaves_all_out, model_loss
+from .losses import LossFn, counted, leaves_all_out, leaves_out, model_loss
 from .memory import STREAMED_PER_UPDATE
 from .patterns import UNSTRUCTURED, Pattern
 
@@ -40,20 +39,12 @@ class NotServed(ValueError):
 class _Recorder:
     """Collects A and D of one batch and hands on the gradients of its groups."""
 
-    def __init__(
-        self,
-        weights: Mapping[str, nn.Parameter],
-        group: int,
-        groups_at_once: int,
-        receive: Receive,
-        pattern: Pattern,
-        is_part: bool,
-    ) -> None:
-        self.is_part = is_part
-        self.weights = weights
-        self.pattern = pattern
-        self.group = group
-        self.groups_at_once = groups_at_once
+    def __init__(self, wanted: GroupGradients, receive: Receive) -> None:
+        self.weights = wanted.weights
+        self.group = wanted.group
+        self.groups_at_once = wanted.groups_at_once
+        self.pattern = wanted.pattern
+        self.is_part = wanted.is_part
         self.receive = receive
         self.space: Tensor | None = None
         self.start([], 0, "")
@@ -178,31 +169,6 @@ class _Recorder:
         return self.space[:size].view(groups, *shape)
 
 
-@contextmanager
-def _recording(
-    model: nn.Module,
-    weights: Mapping[str, nn.Parameter],
-    group: int,
-    groups_at_once: int,
-    receive: Receive,
-    pattern: Pattern,
-    is_part: bool,
-) -> Iterator[_Recorder]:
-    """Taps at every linear layer that owns one of the weights; the model frozen, in eval mode."""
-    recorder = _Recorder(weights, group, groups_at_once, receive, pattern, is_part)
-    names = {weight: name for name, weight in weights.items()}
-    anchor = anchor_of(weights)
-
-    with ExitStack() as stack:
-        stack.enter_context(frozen(model, anchor))
-        for module in model.modules():
-            if isinstance(module, nn.Linear) and module.weight in names:
-                hook = recorder.hook(names[module.weight], anchor)
-                handle = module.register_forward_hook(hook, with_kwargs=True)
-                stack.enter_context(removed(handle))
-        yield recorder
-
-
 class GroupGradients:
     """Gradients of the mean loss of groups of samples, handed on layer by layer.
 
@@ -268,7 +234,7 @@ class GroupGradients:
     def _gradients_of(self, recorder: _Recorder, batch: Any, most: int, where: str) -> int:
         """Those of a batch, from one pass if that can tell them apart; how many they are."""
         # Samples left out of the loss have no share in its mean over the batch.
-        if samples_in(batch) is not None and not _leaves_out(batch):
+        if samples_in(batch) is not None and not leaves_out(batch):
             try:
                 return self._pass(recorder, batch, most, where)
             except NotServed:
@@ -281,16 +247,21 @@ class GroupGradients:
                 done += self._pass(recorder, part, most - done, where)
         return done
 
-    def _recording(self, receive: Receive) -> AbstractContextManager[_Recorder]:
-        return _recording(
-            self.model,
-            self.weights,
-            self.group,
-            self.groups_at_once,
-            receive,
-            self.pattern,
-            self.is_part,
-        )
+    @contextmanager
+    def _recording(self, receive: Receive) -> Iterator[_Recorder]:
+        """Taps at every linear layer that owns one of the weights; the model frozen, in eval
+        mode."""
+        recorder = _Recorder(self, receive)
+        names = {weight: name for name, weight in self.weights.items()}
+        anchor = anchor_of(self.weights)
+        with ExitStack() as stack:
+            stack.enter_context(frozen(self.model, anchor))
+            for module in self.model.modules():
+                if isinstance(module, nn.Linear) and module.weight in names:
+                    hook = recorder.hook(names[module.weight], anchor)
+                    handle = module.register_forward_hook(hook, with_kwargs=True)
+                    stack.enter_context(removed(handle))
+            yield recorder
 
     def _pass(self, recorder: _Recorder, batch: Any, most: int, where: str) -> int:
         """Run forward and backward once; return how many gradients came of it."""
@@ -311,7 +282,7 @@ class GroupGradients:
         Raises:
             NotServed: they do, or the batch does not reach a matrix; the message names it.
         """
-        batch = _counted(to_device(batch, self.device))
+        batch = counted(to_device(batch, self.device))
         # A group that is all of the batch has the same gradient in it, whatever the loss.
         half = max(1, (samples_in(batch) or 0) // 2)
         if half < self.group:
@@ -342,7 +313,7 @@ class GroupGradients:
         return None
 
     def _with_group(self, size: int) -> GroupGradients:
-        how = self.loss_fn, self.groups_at_once, self.pattern
+        how = self.loss_fn, self.groups_at_once, self.pattern, self.is_part
         return GroupGradients(self.model, self.weights, size, *how)
 
     def _from_autograd(self, batch: Any, where: str) -> dict[str, Tensor]:
@@ -364,23 +335,6 @@ class GroupGradients:
                 check_loss(loss, where)
                 backward(loss, self.weights.values())
         return found
-
-
-def _leaves_out(batch: Any) -> bool:
-    """Does it hold the label of samples that a loss leaves out?"""
-    if isinstance(batch, Mapping):
-        batch = batch.get("labels")
-    labels = [tensor for tensor in tensors_in(batch) if tensor.dtype == torch.int64]
-    return any(bool((tensor == LEFT_OUT).any()) for tensor in labels)
-
-
-def _counted(batch: Any) -> Any:
-    """The samples of a batch that are not left out of its loss; all if none would be left."""
-    if samples_in(batch) is None or not _leaves_out(batch) or not isinstance(batch, Mapping):
-        return batch
-    counts = (batch["labels"] != LEFT_OUT).flatten(1 if batch["labels"].dim() > 1 else 0)
-    counts = counts.any(dim=1) if counts.dim() > 1 else counts
-    return map_tensors(batch, lambda tensor: tensor[counts]) if bool(counts.any()) else batch
 
 
 def _projection(gradient: Tensor) -> Tensor:

@@ -96,7 +96,7 @@ class Job:
             loss_fn=self.loss_fn,
             progress=self.progress,
         )
-        with self.clock.stage("scores"), evaluation(self.model, []):
+        with self.clock.stage("scores"), evaluation(self.model):
             return saliencies.find(self.selection).scores(problem)
 
     def sub_sparsities(self, steps: int, schedule: str) -> list[float | dict[str, float]]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .batches import samples_in, tensors_in
+from .batches import map_tensors, samples_in, tensors_in
 
 LossFn = Callable[[nn.Module, Any], Tensor]
 
@@ -21,6 +21,23 @@ def leaves_all_out(batch: Any) -> bool:
     """Does no sample of a batch count, so that the mean of a loss is no number?"""
     labels = batch.get("labels") if isinstance(batch, Mapping) else None
     return isinstance(labels, Tensor) and bool((labels == LEFT_OUT).all())
+
+
+def leaves_out(batch: Any) -> bool:
+    """Does it hold the label of samples that a loss leaves out?"""
+    if isinstance(batch, Mapping):
+        batch = batch.get("labels")
+    labels = [tensor for tensor in tensors_in(batch) if tensor.dtype == torch.int64]
+    return any(bool((tensor == LEFT_OUT).any()) for tensor in labels)
+
+
+def counted(batch: Any) -> Any:
+    """The samples of a batch that are not left out of its loss; all if none would be left."""
+    if samples_in(batch) is None or not leaves_out(batch) or not isinstance(batch, Mapping):
+        return batch
+    counts = (batch["labels"] != LEFT_OUT).flatten(1 if batch["labels"].dim() > 1 else 0)
+    counts = counts.any(dim=1) if counts.dim() > 1 else counts
+    return map_tensors(batch, lambda tensor: tensor[counts]) if bool(counts.any()) else batch
 
 
 def model_loss(model: nn.Module, batch: Any) -> Tensor:

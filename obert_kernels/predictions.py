@@ -44,7 +44,7 @@ def predict(model: nn.Module, batches: Iterable[Any], loss_fn: LossFn | None = N
     def note(module: nn.Module, args: object, output: Any) -> None:
         logits.append(class_logits(module, output))
 
-    with evaluation(model, []), torch.no_grad(), model.register_forward_hook(note):
+    with evaluation(model), torch.no_grad(), model.register_forward_hook(note):
         for batch in batches:
             losses.append(float(loss_fn(model, to_device(batch, device))))
     known = [found.double() for found in logits if found is not None and found.dim() == 2]

@@ -341,3 +341,16 @@ def test_a_first_batch_of_one_group_is_looked_at_in_parts():
     expected = estimate_fisher(model, pieces, **options)
     for name, fisher in expected.fishers.items():
         torch.testing.assert_close(found.fishers[name].gram, fisher.gram)
+
+
+def test_a_part_that_the_loss_does_not_depend_on_has_gradients_of_zero():
+    """Also where the first batch is smaller than two groups, and is looked at in parts."""
+    model = Shared()
+    weights = {"unused.weight": model.unused.weight}
+    data = [(torch.randn(3, 2, 6), torch.randn(3, 2, 2))]
+    groups = GroupGradients(model, weights, 2, regression, is_part=True)
+    groups.check(data[0])
+    found = []
+    for _ in groups.run(data, 2, lambda name, rows: found.append(rows.clone())):
+        pass
+    assert sum(map(len, found)) == 2 and not torch.cat(found).any()
