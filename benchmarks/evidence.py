@@ -18,7 +18,7 @@ import shlex
 import statistics
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from dense_models import MAX_LENGTH, MINILM, MPNET, Dense, Stages, fine_tuned
@@ -57,7 +57,8 @@ class Case:
     """A model and a task.
 
     Attributes:
-        dampings: fixed ones, for oBERT and to compare with; wide enough that the best is inside.
+        dampings: fixed ones, for oBERT and to compare with.
+        more_dampings: of oBERT, by pattern, where the best of those is the last.
         fisher_dtype: of the Gram.
         fine_tunings: seeds of fine-tuning; a seed of texts takes one of them.
     """
@@ -67,6 +68,10 @@ class Case:
     dampings: tuple[float, ...]
     fisher_dtype: str = "float64"
     fine_tunings: int = 3
+    more_dampings: dict[str, tuple[float, ...]] = field(default_factory=dict)
+
+    def dampings_of_obert(self, pattern: str) -> tuple[float, ...]:
+        return (*self.dampings, *self.more_dampings.get(pattern, ()))
 
     @property
     def name(self) -> str:
@@ -81,7 +86,14 @@ class Case:
 CASES = {
     "minilm-mr": Case(MINILM, "mr", (1e-9, 1e-8, 1e-7, 1e-6)),
     "minilm-trec": Case(MINILM, "trec", (1e-9, 1e-8, 1e-7, 1e-6)),
-    "mpnet-mr": Case(MPNET, "mr", (1e-10, 1e-9, 1e-8, 1e-7), "float32", fine_tunings=1),
+    "mpnet-mr": Case(
+        MPNET,
+        "mr",
+        (1e-10, 1e-9, 1e-8, 1e-7),
+        "float32",
+        fine_tunings=1,
+        more_dampings={"block4": (1e-6, 1e-5)},
+    ),
 }
 
 
@@ -125,7 +137,7 @@ def measure(case: Case, seed: int, pattern: str, work: Path) -> None:
     without_damping = ["wanda"] if seed >= case.fine_tunings else ["magnitude", "wanda"]
     known = [
         *grid(pattern, without_damping, ["auto"]),
-        *grid(pattern, ["diagonal"], case.dampings),
+        *grid(pattern, ["diagonal"], case.dampings_of_obert(pattern)),
     ]
     sweep_classifier(others, known, progress=progress)
     ours = replace(
@@ -142,10 +154,16 @@ def measure(case: Case, seed: int, pattern: str, work: Path) -> None:
 Runs = list[list[Outcome]]  # by seed
 
 
-def accuracies(runs: Runs, selection: str, target: float, damping: float | str | None) -> list:
-    """Test accuracy of each seed that has it."""
+def found(
+    runs: Runs,
+    selection: str,
+    target: float,
+    damping: float | str | None,
+    of: str = "test_accuracy",
+) -> list[float]:
+    """A result of each seed that has it."""
     return [
-        outcome.test_accuracy or 0.0
+        getattr(outcome, of) or 0.0
         for run in runs
         for outcome in run
         if outcome.setting.selection == selection
@@ -156,22 +174,22 @@ def accuracies(runs: Runs, selection: str, target: float, damping: float | str |
 
 def best_damping(runs: Runs, selection: str, target: float, by: str) -> float:
     """The fixed damping, of those that every seed has, with the best mean accuracy."""
-    found: dict[float, list[float]] = {}
+    by_damping: dict[float, list[float]] = {}
     for run in runs:
         for outcome in run:
             setting = outcome.setting
             same = (setting.selection, outcome.target) == (selection, target)
             if same and not isinstance(setting.damping, str):
-                found.setdefault(setting.damping, []).append(getattr(outcome, by) or 0.0)
-    everywhere = [damping for damping, values in found.items() if len(values) == len(runs)]
-    return max(everywhere, key=lambda damping: statistics.mean(found[damping]))
+                by_damping.setdefault(setting.damping, []).append(getattr(outcome, by) or 0.0)
+    everywhere = [damping for damping, values in by_damping.items() if len(values) == len(runs)]
+    return max(everywhere, key=lambda damping: statistics.mean(by_damping[damping]))
 
 
-def cell(values: list[float]) -> str:
+def cell(values: list[float], scale: int = 100, digits: int = 1) -> str:
     if not values:
         return ""
-    spread = f" ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{100 * statistics.mean(values):.1f}{spread}"
+    spread = f" ± {scale * statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{scale * statistics.mean(values):.{digits}f}{spread}"
 
 
 def row(cells: Iterable[object]) -> str:
@@ -182,14 +200,14 @@ def header(cells: Sequence[str]) -> list[str]:
     return [row(cells), "|" + "---|" * len(cells)]
 
 
-def shown(runs: Runs, selection: str, target: float) -> list[float]:
-    """Test accuracy of each seed, at the damping of the table."""
+def shown(runs: Runs, selection: str, target: float, of: str = "test_accuracy") -> list[float]:
+    """A result of each seed, at the damping of the table."""
     damping: float | str | None = None
     if selection == "diagonal":
         damping = best_damping(runs, selection, target, "dev_accuracy")
     elif selection == "greedy":
         damping = "auto"
-    return accuracies(runs, selection, target, damping)
+    return found(runs, selection, target, damping, of)
 
 
 def accuracy_table(runs: Runs, targets: list[float]) -> list[str]:
@@ -203,13 +221,21 @@ def accuracy_table(runs: Runs, targets: list[float]) -> list[str]:
     return [*lines, row(["ours minus oBERT, by seed", *gains])]
 
 
+def loss_table(runs: Runs, targets: list[float]) -> list[str]:
+    lines = header(["cross entropy of held-back texts", *(f"{target:.0%}" for target in targets)])
+    for selection, name in NAMES.items():
+        losses = (shown(runs, selection, target, "dev_loss") for target in targets)
+        lines.append(row([name, *(cell(values, 1, 3) for values in losses)]))
+    return lines
+
+
 def damping_table(runs: Runs) -> list[str]:
     """Ours with a damping that takes care of itself, and with fixed ones."""
     lines = header(["sparsity", "auto", "best fixed by hand", "its damping", "auto minus best"])
     for target in DAMPING_SPARSITIES:
-        auto = accuracies(runs, "greedy", target, "auto")
+        auto = found(runs, "greedy", target, "auto")
         best = best_damping(runs, "greedy", target, "test_accuracy")
-        fixed = accuracies(runs, "greedy", target, best)
+        fixed = found(runs, "greedy", target, best)
         gap = 100 * (statistics.mean(auto) - statistics.mean(fixed))
         lines.append(row([f"{target:.0%}", cell(auto), cell(fixed), f"{best:g}", f"{gap:+.1f}"]))
     return lines
@@ -222,18 +248,18 @@ def trials(folder: Path, *selections: str) -> list[Outcome]:
     return [outcome for outcome in outcomes if outcome.setting.selection in selections]
 
 
-def _is_shown(case: Case, outcome: Outcome) -> bool:
+def _is_shown(case: Case, pattern: str, outcome: Outcome) -> bool:
     damping = outcome.setting.damping
     if damping is None or damping == "auto":
         return True
     in_table = outcome.setting.selection == "diagonal" or outcome.target in DAMPING_SPARSITIES
-    return damping in case.dampings and in_table
+    return damping in case.dampings_of_obert(pattern) and in_table
 
 
 def finished(case: Case, pattern: str, work: Path) -> dict[int, tuple[list[Outcome], float]]:
     """Outcomes and dense accuracy of every seed that is whole."""
     found = {}
-    count = len(SPARSITIES[pattern]) * (3 + len(case.dampings))
+    count = len(SPARSITIES[pattern]) * (3 + len(case.dampings_of_obert(pattern)))
     count += len(DAMPING_SPARSITIES) * len(case.dampings) * (pattern == "unstructured")
     for seed in SEEDS:
         others, ours = (case.folder(work, seed, pattern, of) for of in ("labels", "predictions"))
@@ -243,7 +269,7 @@ def finished(case: Case, pattern: str, work: Path) -> dict[int, tuple[list[Outco
             *trials(first, "magnitude"),
             *trials(ours, "greedy"),
         ]
-        outcomes = [outcome for outcome in outcomes if _is_shown(case, outcome)]
+        outcomes = [outcome for outcome in outcomes if _is_shown(case, pattern, outcome)]
         if len(outcomes) == count:
             basis = json.loads((ours / BASIS_FILE).read_text())
             found[seed] = outcomes, basis["dense"]["test_accuracy"]
@@ -307,10 +333,14 @@ def report(work: Path, command: str | None) -> tuple[str, dict]:
             if key not in document["cases"]:
                 document["cases"][key] = {}
                 dampings = ", ".join(f"{damping:g}" for damping in case.dampings)
-                lines += [f"## {case.name}", "", f"Dampings: {dampings}.", ""]
+                more = "".join(
+                    f"; of oBERT with {p} also {', '.join(f'{damping:g}' for damping in added)}"
+                    for p, added in case.more_dampings.items()
+                )
+                lines += [f"## {case.name}", "", f"Dampings: {dampings}{more}.", ""]
             count = f"{len(runs)} seed{'s' if len(runs) > 1 else ''}"
             lines += [f"{pattern}; dense {cell(dense)}; {count}{note}", ""]
-            lines += [*accuracy_table(runs, targets), ""]
+            lines += [*accuracy_table(runs, targets), "", *loss_table(runs, targets), ""]
             if pattern == "unstructured":
                 lines += ["Damping, greedy selection:", "", *damping_table(runs), ""]
             document["cases"][key][pattern] = {
