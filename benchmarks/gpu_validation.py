@@ -11,7 +11,7 @@ import torch
 from gpu_kernels import pattern_for
 from torch import Tensor
 
-from obert_kernels import ops, reference
+from obert_kernels import living_ops, ops, reference
 
 DAMPING = 1e-4
 SCALE = 1e-2  # with that damping: condition numbers below 1e3, as in tests/test_ops.py
@@ -85,6 +85,7 @@ def accumulation_checks(g: Tensor, size: int) -> Iterator[Check]:
         with unless_refused():
             ops.gram_accumulate(gram, g, size)
             yield Check(f"gram_accumulate {dtype}", gram, exact, 4 * own_error + floor)
+            yield living_check(g, size, dtype, 4 * own_error + floor)
     status = ops.new_status(device)
     state = empty_gram(n, size, torch.float32, device)
     state[:, :size] = 1.0 / DAMPING  # packed: the diagonal comes first
@@ -94,6 +95,22 @@ def accumulation_checks(g: Tensor, size: int) -> Iterator[Check]:
     )
     yield Check("woodbury_update", state, expected, WOODBURY)
     yield status_check("woodbury_update", status)
+
+
+def living_check(g: Tensor, size: int, dtype: torch.dtype, allowed: float) -> Check:
+    """The Gram of blocks of all sizes up to a size, with places where no weight stands."""
+    n, device = g.shape[1], g.device
+    sizes = torch.arange(n // size, device=device) % (size + 1)
+    first_place = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
+    source = torch.randperm(n, device=device)[: int(first_place[-1])].int()
+    source[torch.rand(source.shape, device=device) < 0.1] = -1
+    triangles = sizes * (sizes + 1) // 2
+    tables = (triangles.cumsum(0) - triangles, first_place, source)
+    gram = torch.zeros(int(triangles.sum()), dtype=dtype, device=device)
+    expected = gram.double()
+    living_ops.gram_accumulate_living(gram, g, *tables)
+    living_ops.in_torch(expected, g, *tables)
+    return Check(f"gram_accumulate_living {dtype}", gram, expected, allowed)
 
 
 def status_check(what: str, status: Tensor) -> Check:

@@ -28,12 +28,13 @@ from typing import Any
 import torch
 
 from obert_kernels import ops
+from obert_kernels.living_ops import gram_accumulate_living
 
 ROOT = Path(__file__).resolve().parent.parent
 CACHE = ROOT / "build" / "ptx"
 RESULTS = ROOT / "benchmarks" / "results"
 # Longest compilation first.
-SOURCES = ["factor", "inverse", "greedy", "update", "n_of_m", "gram", "woodbury"]
+SOURCES = ["factor", "inverse", "greedy", "update", "n_of_m", "gram", "gram_living", "woodbury"]
 # What setup.py gives nvcc for device code; warnings are looked for in the output instead.
 FLAGS = ["-std=c++17", "-O3"]
 ARCHITECTURES = (80, 90)
@@ -213,10 +214,14 @@ def operators(size: int) -> dict[str, Callable[[], Any]]:
     narrow, inverse = wide.float(), wide.float()
     status = ops.new_status()
     fisher = (size, float(m), 1e-4, status)
+    blocks, places = torch.arange(5), torch.arange(n, dtype=torch.int32)
+    living = (gradients, blocks[:4] * wide.shape[1], blocks * size, places)
     kept, group = (2, 4) if size % 4 == 0 else (1, 2)
     return {
         "gram, float32": lambda: ops.gram_accumulate(narrow, gradients, size),
         "gram, float64": lambda: ops.gram_accumulate(wide, gradients, size),
+        "gram of the living, float32": lambda: gram_accumulate_living(narrow.view(-1), *living),
+        "gram of the living, float64": lambda: gram_accumulate_living(wide.view(-1), *living),
         "woodbury": lambda: ops.woodbury_update(inverse, gradients, float(m), status),
         "gram scores, single": lambda: ops.gram_scores(wide, weight, 1, *fisher),
         "gram scores, groups of 4": lambda: ops.gram_scores(wide, weight, 4, *fisher),

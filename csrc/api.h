@@ -45,7 +45,9 @@ struct GramAccumulate {
 };
 
 // The same for blocks of different sizes that hold some of the weights, the living ones.
-// Block b has the places first_place[b] .. first_place[b + 1], at most kMaxBlockSize.
+// Block b has the places first_place[b] .. first_place[b + 1], at most kMaxBlockSize.  Returns the
+// first block whose tables point outside of the tensors they speak of, -1 if none do; a device is
+// not waited for: it leaves such blocks alone.
 struct GramAccumulateLiving {
     int64_t num_blocks;
     int64_t gram_size, num_places, num_weights;  // of gram, from, and a gradient
@@ -235,6 +237,7 @@ int runtime_version();
 // they can be captured in a graph; a failed launch throws std::runtime_error, a block size that
 // the device cannot hold std::invalid_argument.
 void gram_accumulate(const GramAccumulate&, void* stream);
+int64_t gram_accumulate_living(const GramAccumulateLiving&, void* stream);
 void gram_inverse(const GramInverse&, void* stream);
 void gram_diagonal(const GramDiagonal&, void* stream);
 void gram_solve(const GramSolve&, void* stream);

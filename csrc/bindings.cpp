@@ -58,30 +58,16 @@ PYBIND11_MODULE(_C, m) {
     m.def("current_instruction_set", &cpu::current_instruction_set);
     m.def("select_instruction_set", &cpu::select_instruction_set);
 
-    m.def(
-        "gram_accumulate_living",
-        [](int64_t num_blocks, int64_t gram_size, int64_t num_places, int64_t num_weights,
-           Address gram, int gram_type, Address gram_start, Address first_place, Address from,
-           Address gradients, int gradient_type, int64_t num_gradients, int64_t gradient_stride,
-           int threads) {
-            return cpu::gram_accumulate_living(
-                {num_blocks, gram_size, num_places, num_weights, pointer<void>(gram),
-                 DType(gram_type), pointer<int64_t>(gram_start), pointer<int64_t>(first_place),
-                 pointer<int32_t>(from), pointer<void>(gradients), DType(gradient_type),
-                 num_gradients, gradient_stride},
-                threads);
-        },
-        py::call_guard<py::gil_scoped_release>());
-    define_operators<int>(
-        m, {cpu::gram_accumulate, cpu::gram_inverse, cpu::gram_diagonal, cpu::gram_solve,
-            cpu::gram_scores, cpu::gram_greedy_scores, cpu::gram_n_of_m, cpu::gram_update,
-            cpu::woodbury_update, cpu::inverse_scores, cpu::inverse_update});
+    define_operators<int>(m, {cpu::gram_accumulate, cpu::gram_accumulate_living, cpu::gram_inverse,
+                              cpu::gram_diagonal, cpu::gram_solve, cpu::gram_scores,
+                              cpu::gram_greedy_scores, cpu::gram_n_of_m, cpu::gram_update,
+                              cpu::woodbury_update, cpu::inverse_scores, cpu::inverse_update});
 #ifdef OBERT_WITH_CUDA
     py::module_ on_device = m.def_submodule("cuda");
     define_operators<void*>(
-        on_device,
-        {cuda::gram_accumulate, cuda::gram_inverse, cuda::gram_diagonal, cuda::gram_solve,
-         cuda::gram_scores, cuda::gram_greedy_scores, cuda::gram_n_of_m, cuda::gram_update,
-         cuda::woodbury_update, cuda::inverse_scores, cuda::inverse_update});
+        on_device, {cuda::gram_accumulate, cuda::gram_accumulate_living, cuda::gram_inverse,
+                    cuda::gram_diagonal, cuda::gram_solve, cuda::gram_scores,
+                    cuda::gram_greedy_scores, cuda::gram_n_of_m, cuda::gram_update,
+                    cuda::woodbury_update, cuda::inverse_scores, cuda::inverse_update});
 #endif
 }

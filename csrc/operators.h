@@ -20,6 +20,7 @@ T* pointer(Address address) {
 template <class Where>
 struct Operators {
     void (*gram_accumulate)(const GramAccumulate&, Where);
+    int64_t (*gram_accumulate_living)(const GramAccumulateLiving&, Where);
     void (*gram_inverse)(const GramInverse&, Where);
     void (*gram_diagonal)(const GramDiagonal&, Where);
     void (*gram_solve)(const GramSolve&, Where);
@@ -52,6 +53,20 @@ void define_operators(pybind11::module_& m, Operators<Where> run) {
                                  num_gradients,
                                  gradient_stride},
                                 at(where));
+        },
+        release());
+    m.def(
+        "gram_accumulate_living",
+        [run, at](int64_t num_blocks, int64_t gram_size, int64_t num_places, int64_t num_weights,
+                  Address gram, int gram_type, Address gram_start, Address first_place,
+                  Address from, Address gradients, int gradient_type, int64_t num_gradients,
+                  int64_t gradient_stride, Python where) {
+            return run.gram_accumulate_living(
+                {num_blocks, gram_size, num_places, num_weights, pointer<void>(gram),
+                 DType(gram_type), pointer<int64_t>(gram_start), pointer<int64_t>(first_place),
+                 pointer<int32_t>(from), pointer<void>(gradients), DType(gradient_type),
+                 num_gradients, gradient_stride},
+                at(where));
         },
         release());
     m.def(

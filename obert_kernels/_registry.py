@@ -50,7 +50,6 @@ def operator(
     check: Callable[..., None],
     fake: Callable[..., Any],
     oracle: Callable[..., Any] | None = None,
-    on_cuda: bool = True,
 ) -> Callable:
     """Register the decorated native implementation, its oracle, checks and shapes.
 
@@ -59,7 +58,6 @@ def operator(
         check: raises for bad arguments.
         fake: shapes of the result.
         oracle: in torch; by default of the same name in :mod:`obert_kernels.reference`.
-        on_cuda: whether the native implementation serves CUDA devices, too.
     """
     given = oracle
 
@@ -83,7 +81,7 @@ def operator(
         _library.define(f"{name}{schema}")
         _library.impl(name, run_oracle, "CompositeExplicitAutograd")
         _library.impl(name, run_native, "CPU")
-        if on_cuda and _has_cuda_kernels():
+        if _has_cuda_kernels():
             _library.impl(name, run_on_device, "CUDA")
         torch.library.register_fake(f"{_NAMESPACE}::{name}", fake, lib=_library)
         registered = getattr(getattr(torch.ops, _NAMESPACE), name).default

@@ -18,13 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import ops
 from ._checks import MAX_BLOCK_SIZE
 from ._registry import NumericalError
 from .fisher import Fisher, GramFisher, as_rows, gram_bytes
 from .living_ops import gram_accumulate_living
 
-# Sizes that blocks are rounded up to; each is one more call of every operator but the CPU's sum.
+# Sizes that blocks are rounded up to; each is one more call of every operator but the sum.
 _SIZES = (4, 8, 12, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224)
 # Gathering gradients takes time and room of its own: not for less than a quarter of the Gram.
 _WORTHWHILE = 0.75
@@ -249,19 +248,8 @@ class LiveFisher(Fisher):
     def accumulate(self, gradients: Tensor) -> None:
         """Add gradients ``[n]`` or ``[k, n]``; those of pruned weights are not looked at."""
         rows = as_rows(gradients, self.num_weights)
-        if self.device.type == "cuda":
-            self._accumulate_by_part(rows)
-        else:
-            gram_accumulate_living(
-                self._gram, rows, self._gram_start, self._first_place, self._source
-            )
+        gram_accumulate_living(self._gram, rows, self._gram_start, self._first_place, self._source)
         self.num_gradients += rows.shape[0]
-
-    def _accumulate_by_part(self, rows: Tensor) -> None:
-        """The same by the operator for blocks of one size, which CUDA has."""
-        for part in self._parts:
-            gathered = _gather(rows, self._index[part.places], self._empty[part.places])
-            ops.gram_accumulate(part.fisher.gram, gathered, part.size)
 
     def merge(self, other: LiveFisher) -> None:
         """Add the gradients another process or run has seen of the same weights."""

@@ -3,7 +3,8 @@
 Its blocks have different sizes and hold some of the weights.  ``gram`` is flat, one packed lower
 triangle after the other, block b from ``gram_start[b]`` on; ``first_place`` (``[blocks + 1]``)
 says which places a block has, and ``source`` which weight stands at each place (int32, -1: none,
-its gradient is zero).
+its gradient is zero).  A block whose tables point outside is an error on the CPU; a CUDA device is
+not waited for and leaves it as it was.
 """
 
 from __future__ import annotations
@@ -11,13 +12,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import _lib
+from . import ops
 from ._checks import MAX_BLOCK_SIZE, WIDE, check_devices, check_dtype, check_gradients, require
 from ._registry import operator
-from .ops import DTYPE_CODES, contiguous_rows
 
 
-def _in_torch(
+def in_torch(
     gram: Tensor, gradients: Tensor, gram_start: Tensor, first_place: Tensor, source: Tensor
 ) -> None:
     """Add ``sum_i g_i g_i^T`` to every block's triangle; blocks of one size at a time."""
@@ -61,18 +61,18 @@ def _check(
     "-> ()",
     _check,
     lambda gram, gradients, gram_start, first_place, source: None,
-    oracle=_in_torch,
-    on_cuda=False,
+    oracle=in_torch,
 )
 def gram_accumulate_living(
     gram: Tensor, gradients: Tensor, gram_start: Tensor, first_place: Tensor, source: Tensor
 ) -> None:
-    gradients = contiguous_rows(gradients)
-    failed = _lib.core().gram_accumulate_living(
+    gradients = ops.contiguous_rows(gradients)
+    core, where = ops._run_on(gram)
+    failed = core.gram_accumulate_living(
         len(gram_start), len(gram), len(source), gradients.shape[1], gram.data_ptr(),
-        DTYPE_CODES[gram.dtype], gram_start.data_ptr(), first_place.data_ptr(), source.data_ptr(),
-        gradients.data_ptr(), DTYPE_CODES[gradients.dtype], gradients.shape[0],
-        gradients.stride(0), torch.get_num_threads(),
+        ops.DTYPE_CODES[gram.dtype], gram_start.data_ptr(), first_place.data_ptr(),
+        source.data_ptr(), gradients.data_ptr(), ops.DTYPE_CODES[gradients.dtype],
+        gradients.shape[0], gradients.stride(0), where,
     )  # fmt: skip
     require(
         failed < 0,

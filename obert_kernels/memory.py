@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from .estimators import Estimator
 from .live import fisher_bytes
-from .masks import alive_groups
 from .patterns import Pattern
 
 # Gradients gathered before one call of the native core.  More of them amortise reading and
@@ -63,8 +62,7 @@ class Plan:
         gram_bytes: Gram of the largest pass.
         buffer_bytes: gathered gradients of the largest pass, or of the largest matrix where
             gradients are streamed.
-        other_bytes: gradient of one batch, scores, masks and new weights (all matrices), and
-            gradients of the living weights of one.
+        other_bytes: gradient of one batch, scores, masks and new weights (all matrices).
         gradients_per_update: k.
     """
 
@@ -143,16 +141,13 @@ def plan_passes(
         budget = available_memory(next(iter(weights.values())).device)
     k = min(STREAMED_PER_UPDATE if streamed else GRADIENTS_PER_UPDATE, num_grads)
     num_bytes = fisher_bytes if estimator is None else estimator.num_bytes
-    gram, most_living = {}, 0  # bytes of one gradient of the living, gathered from the others
+    gram = {}
     for name, w in weights.items():
         c = 1 if living_for is None else living_for.span
         alive = torch.ones_like(w.detach(), dtype=torch.bool)
         if living_for is not None:
             alive = living_for.flat(w.detach() != 0)
         gram[name] = num_bytes(alive, block_size, c, dtype)
-        if gram[name] < num_bytes(torch.ones_like(alive), block_size, c, dtype):
-            places = int(alive_groups(alive, c).sum()) * c
-            most_living = max(most_living, places * w.element_size())
 
     def plan(k: int) -> Plan:
         # Gathered, one gradient of the batch at hand stands beside the buffer of k.
@@ -164,7 +159,6 @@ def plan_passes(
         }
         together = max if streamed else sum
         other = sum(w.numel() * (4 + 1 + w.element_size()) for w in weights.values())
-        other += k * most_living
         if max_memory is None:
             passes = [list(weights)]
         else:

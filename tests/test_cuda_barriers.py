@@ -14,6 +14,7 @@ import torch
 from problems import DAMPING, fresh_inverse, gradients, gram_of
 
 from obert_kernels import ops, reference
+from obert_kernels.living_ops import gram_accumulate_living
 
 ROOT = Path(__file__).parent.parent
 
@@ -40,9 +41,15 @@ def results(size: int) -> dict[str, list[torch.Tensor]]:
     given = reference.gram_inverse(exact, n, size, 20.0, DAMPING, torch.float32, ops.new_status())
     fisher = (size, 20.0, DAMPING, status)
     made = (n, size, 20.0, DAMPING, torch.float64, status)
-    gram = torch.zeros_like(exact)
+    gram, living = torch.zeros_like(exact), torch.zeros_like(exact)
+    tables = (
+        torch.arange(blocks) * exact.shape[1],
+        torch.arange(blocks + 1) * size,
+        torch.arange(n, dtype=torch.int32),
+    )
     calls = {
         "gram": lambda: [gram, ops.gram_accumulate(gram, g, size)],
+        "living": lambda: [living, gram_accumulate_living(living.view(-1), g, *tables)],
         "woodbury": lambda: [inverse, ops.woodbury_update(inverse, g, 20.0, status)],
         "woodbury, no gradients": lambda: [start, ops.woodbury_update(start, g[:0], 20.0, status)],
         "scores": lambda: [ops.gram_scores(exact, weight, 1, *fisher)],
@@ -119,6 +126,10 @@ NOTHING = {"update, nothing to remove", "given: update, nothing to remove"}
         ("gram.cu", "__syncthreads();", 1, COMPILED, {"gram"}),
         ("gram.cu", "__syncthreads();", 2, SIZE, {"gram"}),
         ("gram.cu", "__syncthreads();", 3, SIZE, {"gram"}),
+        ("gram_living.cu", "Warp::sync();", 0, COMPILED, {"living"}),
+        ("gram_living.cu", "Warp::sync();", 1, COMPILED, {"living"}),
+        ("gram_living.cu", "Warp::sync();", 0, SIZE, {"living"}),
+        ("gram_living.cu", "Warp::sync();", 2, SIZE, {"living"}),
         ("woodbury.cu", "T::sync();", 0, COMPILED, {"woodbury"}),
         ("woodbury.cu", "__syncthreads();", 0, COMPILED, {"woodbury"}),
         ("woodbury.cu", "__syncthreads();", 1, COMPILED, {"woodbury"}),

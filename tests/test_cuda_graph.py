@@ -12,6 +12,7 @@ import torch
 from problems import DAMPING, gradients, gram_of
 
 from obert_kernels import ops, reference
+from obert_kernels.living_ops import gram_accumulate_living
 
 STREAM = 0x5EED
 M = 30
@@ -36,9 +37,12 @@ def operators(size: int) -> dict:
     whole = torch.ones(n, dtype=torch.bool)
     fisher = (size, float(M), DAMPING, status)
     made = (gram, n, size, float(M), DAMPING, torch.float32, status)
-    target = torch.zeros_like(gram)
+    target, living = torch.zeros_like(gram), torch.zeros(gram.numel(), dtype=gram.dtype)
+    tables = (torch.arange(6) * gram.shape[1], torch.arange(7) * size, torch.arange(n).int())
+    tables[1][-1] = n  # the last block is short
     calls = {
         "gram_accumulate": lambda: (ops.gram_accumulate(target, g, size), target)[1:],
+        "gram_accumulate_living": lambda: (gram_accumulate_living(living, g, *tables), living)[1:],
         "gram_inverse": lambda: (ops.gram_inverse(*made),),
         "gram_diagonal": lambda: (ops.gram_diagonal(*made),),
         "gram_solve": lambda: (ops.gram_solve(gram, weight, *fisher),),
@@ -77,7 +81,7 @@ def test_launches_go_to_the_callers_stream_and_can_be_run_again(recording, name,
     assert recording.launch_streams() == [STREAM]  # nothing else was asked of the device
 
     # In a graph torch's own zeroing of outputs would be run again, too.
-    adds_up = name in ("gram_accumulate", "woodbury_update")
+    adds_up = name in ("gram_accumulate", "gram_accumulate_living", "woodbury_update")
     before = [output.clone() if adds_up else torch.zeros_like(output) for output in outputs]
     results = []
     for _ in range(2):

@@ -8,12 +8,7 @@ import pytest
 import torch
 from tiny import TinyEncoder, batches
 
-from obert_kernels import LiveFisher, prune
-
-
-def accumulate_by_part(fisher: LiveFisher, gradients_: torch.Tensor) -> None:
-    fisher._accumulate_by_part(gradients_)
-    fisher.num_gradients += len(gradients_)
+from obert_kernels import prune
 
 
 @pytest.mark.parametrize(
@@ -30,8 +25,6 @@ def accumulate_by_part(fisher: LiveFisher, gradients_: torch.Tensor) -> None:
 def test_a_model_is_pruned_as_on_the_cpu(cuda_on_host, monkeypatch, options):
     torch.manual_seed(5)
     model = TinyEncoder()
-    # As on a device: the Gram of living weights is added to part by part.
-    monkeypatch.setattr(LiveFisher, "accumulate", accumulate_by_part)
     pruned = {}
     for where in ("device", "cpu"):
         if where == "cpu":

@@ -24,7 +24,8 @@ import torch
 from problems import DAMPING, gradients, gram_of, relative_error
 from torch import Tensor
 
-from obert_kernels import ops, reference
+from obert_kernels import LiveFisher, ops, reference
+from obert_kernels.living_ops import in_torch
 
 ROOT = Path(__file__).resolve().parent.parent
 PTXSIM = ROOT.parent / "shared" / "ptxsim" / "ptxsim.py"
@@ -162,6 +163,19 @@ def check_gram(host: ModuleType, block_size: int, g: Tensor, dtype: torch.dtype)
 @pytest.mark.parametrize("block_size", [8, 50, 20, 37])
 def test_gram(cuda_on_host, block_size, dtype):
     check_gram(cuda_on_host, block_size, gradients(3, weights_in(block_size), 1.0), dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_gram_of_living_weights(cuda_on_host, dtype):
+    """A few, and more than a warp has lanes for the tiles of."""
+    n = 300
+    alive = torch.rand(n) < torch.linspace(0.0, 1.2, n)
+    live, g = LiveFisher(alive, 50, dtype=dtype), gradients(12, n, 1.0)
+    tables = (live._gram_start, live._first_place, live._source)
+    expected = torch.zeros_like(live._gram, dtype=torch.float64)
+    in_torch(expected, g, *tables)
+    for _ in replay(cuda_on_host, lambda: live.accumulate(g), live._gram, g, *tables):
+        assert relative_error(live._gram, expected) < (1e-14 if dtype == torch.float64 else 1e-6)
 
 
 def test_gram_with_more_tiles_than_threads(cuda_on_host):

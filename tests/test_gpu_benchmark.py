@@ -16,7 +16,7 @@ from typing import ClassVar
 import pytest
 import torch
 
-from obert_kernels import _lib, ops
+from obert_kernels import _lib, living_ops, ops
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
@@ -212,9 +212,10 @@ def slightly_wrong(operator):
     return call
 
 
-@pytest.mark.parametrize("name", OPERATORS)
+@pytest.mark.parametrize("name", [*OPERATORS, "gram_accumulate_living"])
 def test_a_wrong_operator_stops_the_run(cuda_on_host, monkeypatch, tmp_path, name):
-    monkeypatch.setattr(ops, name, slightly_wrong(getattr(ops, name)))
+    owner = ops if hasattr(ops, name) else living_ops
+    monkeypatch.setattr(owner, name, slightly_wrong(getattr(owner, name)))
     timer = FakeTimer()
     tiny = replace(TINY, block_sizes=(4,))
     with pytest.raises(gpu_validation.Mismatch, match=f"{name}.*block size 4.*nothing was timed"):

@@ -25,27 +25,26 @@ def both(g, alive, size, c, dtype=torch.float64):
     live = LiveFisher(alive, size, c, dtype=dtype)
     live.accumulate(g[:7])  # pruned weights have gradients, which are left aside
     live.accumulate(g[7:])
-    by_part = LiveFisher(alive, size, c, dtype=dtype)
-    by_part._accumulate_by_part(g)  # as on CUDA
-    torch.testing.assert_close(by_part._gram, live._gram, rtol=1e-6, atol=1e-9)
     return full, live
 
 
 @pytest.mark.parametrize("c", [1, 4])
-def test_results_on_cuda_are_those_of_the_cpu(cuda_on_host, c):
-    """Part by part, by the kernels for blocks of one size."""
+def test_results_on_cuda_are_those_of_the_cpu(request, c):
     g, weight, alive = masked_problem(600, 0.1, c)
-    on_cpu, on_cuda = LiveFisher(alive, 50, c), LiveFisher(alive, 50, c)
-    on_cpu.accumulate(g)
+
+    def results():
+        fisher = LiveFisher(alive, 50, c)
+        fisher.accumulate(g)
+        scores = fisher.greedy_scores(weight, alive, DAMPING, c)
+        keep = alive & (scores > scores.median()).repeat_interleave(c)
+        return fisher._gram, scores, fisher.update(weight, keep, DAMPING, c)[0]
+
+    on_cpu = results()
+    cuda_on_host = request.getfixturevalue("cuda_on_host")
     cuda_on_host.reset_counters()
-    on_cuda._accumulate_by_part(g)
-    on_cuda.num_gradients = len(g)
+    on_cuda = results()
     assert cuda_on_host.counters()["load_bytes"] > 0
-    found = on_cuda.greedy_scores(weight, alive, DAMPING, c)
-    keep = alive & (found > found.median()).repeat_interleave(c)
-    updates = [fisher.update(weight, keep, DAMPING, c) for fisher in (on_cuda, on_cpu)]
-    expected = on_cpu._gram.clone(), on_cpu.greedy_scores(weight, alive, DAMPING, c), updates[1][0]
-    for actual, known in zip((on_cuda._gram, found, updates[0][0]), expected, strict=True):
+    for actual, known in zip(on_cuda, on_cpu, strict=True):
         assert relative_error(actual, known) < 1e-6
 
 
@@ -117,8 +116,6 @@ def test_groups_that_outgrow_the_largest_block_take_full_blocks():
 @pytest.mark.parametrize("gram_dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("k", [1, 33, 70])
 def test_the_operator_against_its_oracle(isa, dtype, gram_dtype, k):
-    if isa == "cuda-on-host":
-        pytest.skip("CUDA gathers, and takes the operator for blocks of one size")
     n = 3000
     alive = torch.rand(n) < torch.linspace(0.0, 1.2, n)  # blocks of every size
     live = LiveFisher(alive, 50, 1, dtype=gram_dtype)
@@ -126,13 +123,12 @@ def test_the_operator_against_its_oracle(isa, dtype, gram_dtype, k):
     live.accumulate(apart)
     expected = LiveFisher(alive, 50, 1, dtype=torch.float64)
     tables = (expected._gram_start, expected._first_place, expected._source)
-    living_ops._in_torch(expected._gram, apart, *tables)
+    living_ops.in_torch(expected._gram, apart, *tables)
     assert relative_error(live._gram, expected._gram) < (
         1e-5 if gram_dtype.itemsize == 4 else 1e-12
     )
 
 
-@pytest.mark.parametrize("isa", INSTRUCTION_SETS, indirect=True)
 @pytest.mark.parametrize("gram_dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("blocks", [1, 5, 1500])
 def test_blocks_of_any_sizes_in_any_order(isa, gram_dtype, blocks):
@@ -153,12 +149,11 @@ def test_blocks_of_any_sizes_in_any_order(isa, gram_dtype, blocks):
     for k in (3, 40):
         g = gradients(k, max(places, 1))
         living_ops.gram_accumulate_living(gram, g, gram_start, first_place, source)
-        living_ops._in_torch(expected, g, gram_start, first_place, source)
+        living_ops.in_torch(expected, g, gram_start, first_place, source)
     if gram.numel():
         assert relative_error(gram, expected) < (1e-5 if gram_dtype.itemsize == 4 else 1e-12)
 
 
-@pytest.mark.parametrize("isa", INSTRUCTION_SETS, indirect=True)
 @pytest.mark.parametrize("size", [3, 7, 11])
 def test_a_gradient_that_is_nan_stays_in_its_block(isa, size):
     blocks, triangle = 403, size * (size + 1) // 2
@@ -182,19 +177,22 @@ def test_the_operator_checks_its_arguments():
         operator(live._gram, gradients(4, 100), *tables[:2], tables[2].long())
 
 
-@pytest.mark.parametrize("isa", INSTRUCTION_SETS, indirect=True)
+# What to change in which table, and the first block that it spoils.
+POINT_OUTSIDE = [
+    (2, 5, 100, 1),  # a weight behind the last
+    (1, 3, 10_000, 2),  # a block of too many places
+    (1, 0, -1, 0),
+    (1, 10, 41, 9),  # places behind the last
+    (0, 4, 10_000, 4),  # a Gram behind the end
+    (0, 4, -1, 4),
+]
+ENDS_BEFORE_IT_BEGINS = (1, 2, 2, 1)
+
+
 @pytest.mark.parametrize(
-    ("table", "place", "value", "block"),
-    [
-        (2, 5, 100, 1),  # a weight behind the last
-        (1, 3, 10_000, 2),  # a block of too many places
-        (1, 2, 2, 1),  # one that ends before it begins
-        (1, 0, -1, 0),
-        (1, 10, 35, 9),  # places behind the last
-        (0, 4, 10_000, 4),  # a Gram behind the end
-        (0, 4, -1, 4),
-    ],
+    ("table", "place", "value", "block"), [*POINT_OUTSIDE, ENDS_BEFORE_IT_BEGINS]
 )
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS, indirect=True)
 def test_tables_that_point_outside_are_refused(isa, table, place, value, block):
     live = LiveFisher(torch.arange(100) % 3 == 0, 10)
     tables = [live._gram_start.clone(), live._first_place.clone(), live._source.clone()]
@@ -203,7 +201,26 @@ def test_tables_that_point_outside_are_refused(isa, table, place, value, block):
         living_ops.gram_accumulate_living(live._gram, gradients(4, 100), *tables)
 
 
-@pytest.mark.parametrize("isa", INSTRUCTION_SETS, indirect=True)
+@pytest.mark.parametrize(("table", "place", "value", "block"), POINT_OUTSIDE)
+def test_cuda_leaves_blocks_alone_whose_tables_point_outside(
+    cuda_on_host, table, place, value, block
+):
+    live = LiveFisher(torch.arange(100) % 3 == 0, 10)
+    tables = [live._gram_start.clone(), live._first_place.clone(), live._source.clone()]
+    g = gradients(4, 100)
+    expected, gram = live._gram.clone(), live._gram
+    living_ops.in_torch(expected, g, *tables)
+    expected, found = expected.view(10, -1), gram.view(10, -1)  # blocks of four places each
+    tables[table][place] = value
+    living_ops.gram_accumulate_living(gram, g, *tables)
+    assert not found[block].any()
+    others = torch.arange(10) != block
+    if table == 1 and 0 < place < 10:  # the next block begins elsewhere, too
+        assert not found[place].any()
+        others[place] = False
+    assert relative_error(found[others], expected[others]) < 1e-12
+
+
 def test_no_gradients_change_nothing(isa):
     live = LiveFisher(torch.arange(100) % 3 == 0, 10)
     live.accumulate(torch.empty(0, 100))

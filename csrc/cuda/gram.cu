@@ -7,7 +7,7 @@
 // block, either way: B(B+1) sizeof(gram) + k B sizeof(gradient).
 #include <algorithm>
 
-#include "common.cuh"
+#include "gram_tile.cuh"
 #include "launch.h"
 
 namespace obert {
@@ -23,12 +23,6 @@ constexpr int max_tiles() {
 template <class Sum>
 constexpr int tile_of(int size) {
     return sizeof(Sum) == 8 || size <= 32 ? 4 : 8;
-}
-
-template <int tile>
-__host__ __device__ constexpr int tiles_in(int size) {
-    const int rows = (size + tile - 1) / tile;
-    return rows * (rows + 1) / 2;
 }
 
 // Small blocks share a thread block.
@@ -56,28 +50,10 @@ struct Plan {
     int64_t shared_bytes;
 };
 
-// Weights of one Fisher block in shared memory: whole tiles.
-template <int tile>
-__host__ __device__ inline int padded(int block_size) {
-    return (block_size + tile - 1) / tile * tile;
-}
-
 // Bytes of a packed triangle in shared memory, up to a 16-byte border.
 template <class Sum>
 __host__ __device__ inline int64_t triangle_bytes(int64_t entries) {
     return (entries * int64_t(sizeof(Sum)) + 15) / 16 * 16;
-}
-
-// Tiles start at 16-byte borders of shared memory.
-template <int tile, class Sum>
-__device__ inline void load_tile(const Sum* from, Sum (&to)[tile]) {
-    constexpr int per_vector = 16 / sizeof(Sum);
-#pragma unroll
-    for (int v = 0; v < tile / per_vector; ++v) {
-        const Vector<Sum> x = reinterpret_cast<const Vector<Sum>*>(from)[v];
-#pragma unroll
-        for (int j = 0; j < per_vector; ++j) to[per_vector * v + j] = x.at[j];
-    }
 }
 
 // Passes all gradients of a thread block's weights through shared memory, plan.staged at a time,
@@ -102,48 +78,6 @@ __device__ inline void pass_gradients(const GramAccumulate& args, const Plan& pl
         __syncthreads();
     }
 }
-
-// The sums of one square tile of a triangle.
-template <class Sum, int tile>
-struct Tile {
-    int row, column;
-    Sum sum[tile][tile];
-
-    __device__ explicit Tile(int index) {
-        row = packed_row(index);
-        column = (index - packed(row, 0)) * tile;
-        row *= tile;
-#pragma unroll
-        for (int r = 0; r < tile; ++r)
-#pragma unroll
-            for (int c = 0; c < tile; ++c) sum[r][c] = Sum(0);
-    }
-
-    // `count` gradients, `width` apart.
-    __device__ void add(const Sum* g, int width, int count) {
-#pragma unroll 1
-        for (int t = 0; t < count; ++t, g += width) {
-            Sum left[tile], right[tile];
-            load_tile(g + row, left);
-            load_tile(g + column, right);
-#pragma unroll
-            for (int r = 0; r < tile; ++r)
-#pragma unroll
-                for (int c = 0; c < tile; ++c) sum[r][c] += left[r] * right[c];
-        }
-    }
-
-    // put(entry, sum) for what lies in the packed triangle.
-    template <class Put>
-    __device__ void for_entries(int size, Put put) const {
-#pragma unroll
-        for (int r = 0; r < tile; ++r)
-#pragma unroll
-            for (int c = 0; c < tile; ++c)
-                if (column + c <= row + r && row + r < size)
-                    put(packed(row + r, column + c), sum[r][c]);
-    }
-};
 
 // A thread for each tile.  SIZE: the block size if compiled for it, else 0.
 template <class Sum, int tile, int SIZE>

@@ -13,9 +13,10 @@ using namespace obert;
 
 PYBIND11_MODULE(host_cuda, m) {
     define_operators<void*>(
-        m, {cuda::gram_accumulate, cuda::gram_inverse, cuda::gram_diagonal, cuda::gram_solve,
-            cuda::gram_scores, cuda::gram_greedy_scores, cuda::gram_n_of_m, cuda::gram_update,
-            cuda::woodbury_update, cuda::inverse_scores, cuda::inverse_update});
+        m, {cuda::gram_accumulate, cuda::gram_accumulate_living, cuda::gram_inverse,
+            cuda::gram_diagonal, cuda::gram_solve, cuda::gram_scores, cuda::gram_greedy_scores,
+            cuda::gram_n_of_m, cuda::gram_update, cuda::woodbury_update, cuda::inverse_scores,
+            cuda::inverse_update});
     m.def("set_seed", &host_cuda::set_seed);
     m.def("set_shared_memory_limit", &host_cuda::set_shared_memory_limit);
     m.def("set_recording", &host_cuda::set_recording);
