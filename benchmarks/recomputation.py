@@ -5,7 +5,7 @@
 All rows see the same texts: ``--texts`` in all, a quarter of them in each of four sub-steps.
 "gram" holds the living weights of every block where they were; "refilled" gathers the living
 weights of a matrix and cuts them into full blocks anew.  The damping is chosen in every sub-step
-on held-back texts.  Texts, order and model are fixed; one seed.
+on held-back texts.
 """
 
 from __future__ import annotations
@@ -13,53 +13,25 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
+import statistics
 import sys
 from pathlib import Path
 
 from machine import machine
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from obert_kernels import Fisher, GramFisher, classification, prune, register_fisher
+from obert_kernels import classification, prune
 from obert_kernels.calibration import calibration_batches, tokens_at_once
 from obert_kernels.text_data import load_demo_set
 
 RESULTS = Path(__file__).parent / "results"
 MAX_LENGTH = 96
-
-
-@register_fisher("refilled")
-class RefilledFisher(Fisher):
-    """Full blocks of living weights, wherever in the matrix these stand."""
-
-    def __init__(self, alive, block_size, group_size, *, dtype, name):
-        self.num_weights = alive.numel()
-        self.living = alive.nonzero().flatten()
-        self.inner = GramFisher(len(self.living), block_size, dtype=dtype, name=name)
-
-    @property
-    def num_gradients(self):
-        return self.inner.num_gradients
-
-    def accumulate(self, gradients):
-        self.inner.accumulate(gradients.index_select(1, self.living))
-
-    def mean_squares(self):
-        return self.inner.mean_squares()
-
-    def _spread(self, values):
-        return values.new_zeros(self.num_weights).index_copy_(0, self.living, values)
-
-    def scores(self, weight, damping, group_size=1):
-        return self._spread(self.inner.scores(weight[self.living], damping))
-
-    def greedy_scores(self, weight, keep, damping, group_size=1):
-        given = (weight[self.living], keep[self.living])
-        return self._spread(self.inner.greedy_scores(*given, damping))
-
-    def update(self, weight, keep, damping, group_size=1, rule="joint"):
-        given = (weight[self.living], keep[self.living])
-        new, increase = self.inner.update(*given, damping, 1, rule)
-        return self._spread(new), increase
+RUNS = (
+    ("gram", "geometric", 1),
+    ("gram", "geometric", 4),
+    ("gram", "linear", 4),
+    ("refilled", "geometric", 4),
+)
 
 
 def main() -> None:
@@ -68,7 +40,7 @@ def main() -> None:
     parser.add_argument("--texts", type=int, default=4096)
     parser.add_argument("--texts-per-grad", type=int, nargs="+", default=[16, 4, 1])
     parser.add_argument("--sparsity", type=float, nargs="+", default=[0.8, 0.9])
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     args = parser.parse_args()
     data = load_demo_set("mr")
     tokenizer = AutoTokenizer.from_pretrained(args.model)
@@ -80,37 +52,33 @@ def main() -> None:
     calibration = [batch for batch, _ in zip(held, range(4), strict=False)]
     about, rows = machine(), []
     about["dense"] = f"{classification.accuracy(model, test):.4f}"
-    for g in args.texts_per_grad:
-        for estimator, schedule, steps in (
-            ("gram", "geometric", 1),
-            ("gram", "geometric", 4),
-            ("gram", "linear", 4),
-            ("refilled", "geometric", 4),
-        ):
-            num_grads = args.texts // g // steps
-            batches = calibration_batches(
-                tokenizer, data.train, num_grads, g, steps=steps, seed=args.seed,
-                max_tokens=tokens_at_once(model.config.hidden_size), **options,
-            )  # fmt: skip
-            for sparsity in args.sparsity:
-                model.load_state_dict(dense)
-                report = prune(
-                    model, batches, sparsity, num_grads=num_grads, samples_per_grad=g,
-                    steps=steps, schedule=schedule, estimator=estimator, calibration=calibration,
-                    loss_fn=classification.prediction_text_loss,
-                ).report  # fmt: skip
-                rows.append({
-                    "texts_per_grad": g, "estimator": estimator, "steps": steps,
-                    "schedule": schedule if steps > 1 else "", "num_grads": num_grads,
-                    "sparsity": sparsity,
-                    "accuracy": classification.accuracy(model, test),
-                    "damping": [
-                        min((t for t in report.damping_trials if t.step == step),
-                            key=lambda t: t.cost).relative
-                        for step in range(1, steps + 1)
-                    ],
-                })  # fmt: skip
-                print(rows[-1], flush=True)
+    for seed in args.seeds:
+        for g in args.texts_per_grad:
+            for estimator, schedule, steps in RUNS:
+                num_grads = args.texts // g // steps
+                batches = calibration_batches(
+                    tokenizer, data.train, num_grads, g, steps=steps, seed=seed,
+                    max_tokens=tokens_at_once(model.config.hidden_size), **options,
+                )  # fmt: skip
+                for sparsity in args.sparsity:
+                    model.load_state_dict(dense)
+                    report = prune(
+                        model, batches, sparsity, num_grads=num_grads, samples_per_grad=g,
+                        steps=steps, schedule=schedule, estimator=estimator,
+                        calibration=calibration, loss_fn=classification.prediction_text_loss,
+                    ).report  # fmt: skip
+                    rows.append({
+                        "seed": seed, "texts_per_grad": g, "estimator": estimator, "steps": steps,
+                        "schedule": schedule if steps > 1 else "", "num_grads": num_grads,
+                        "sparsity": sparsity,
+                        "accuracy": classification.accuracy(model, test),
+                        "damping": [
+                            min((t for t in report.damping_trials if t.step == step),
+                                key=lambda t: t.cost).relative
+                            for step in range(1, steps + 1)
+                        ],
+                    })  # fmt: skip
+                    print(rows[-1], flush=True)
     command = shlex.join(["python", "benchmarks/recomputation.py", *sys.argv[1:]])
     document = {"command": command, "machine": about, "rows": rows}
     RESULTS.mkdir(exist_ok=True)
@@ -125,19 +93,26 @@ def markdown(command: str, about: dict, rows: list[dict], args: argparse.Namespa
         f"`{command}` on {about['cpu']}, {about['threads']} threads, torch {about['torch']}, "
         f"{about['date']}.  MiniLM-L6 on MR, dense {float(about['dense']):.1%}, {args.texts} texts "
         "in all, gradients of predictions, greedy selection, joint update, damping chosen in every "
-        "sub-step; one seed.  "
-        "Damping is relative to the mean diagonal of the Fisher.",
+        f"sub-step; seeds of the texts {', '.join(map(str, args.seeds))}, one model: accuracy is "
+        "mean ± standard deviation, then by seed.  Dampings, of the first seed, are relative to "
+        "the mean diagonal of the Fisher.",
         "",
         "| texts per gradient | Fisher | sub-steps | gradients in each | sparsity | accuracy | "
-        "dampings |",
-        "|---|---|---|---|---|---|---|",
+        "by seed | dampings |",
+        "|---|---|---|---|---|---|---|---|",
     ]
-    for row in rows:
-        steps = f"{row['steps']} {row['schedule']}".strip()
-        dampings = ", ".join(f"{value:.0e}" for value in row["damping"])
+    for first in (row for row in rows if row["seed"] == args.seeds[0]):
+        same = ("texts_per_grad", "estimator", "steps", "schedule", "sparsity")
+        values = [
+            100 * row["accuracy"] for row in rows if all(row[key] == first[key] for key in same)
+        ]
+        spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+        steps = f"{first['steps']} {first['schedule']}".strip()
         lines.append(
-            f"| {row['texts_per_grad']} | {row['estimator']} | {steps} | {row['num_grads']} | "
-            f"{row['sparsity']:.0%} | {row['accuracy']:.1%} | {dampings} |"
+            f"| {first['texts_per_grad']} | {first['estimator']} | {steps} | {first['num_grads']} "
+            f"| {first['sparsity']:.0%} | {statistics.mean(values):.1f}{spread} | "
+            f"{', '.join(f'{value:.1f}' for value in values)} | "
+            f"{', '.join(f'{value:.0e}' for value in first['damping'])} |"
         )
     return "\n".join(lines) + "\n"
 

@@ -144,7 +144,11 @@ ScopeOption = Annotated[
 ]
 EstimatorName = Annotated[
     str,
-    typer.Option(help="gram: the block Fisher; or a plugin's estimate.", rich_help_panel="Fisher"),
+    typer.Option(
+        help="gram: the block Fisher; refilled: weights that are left are cut into full blocks "
+        "anew; or a plugin's estimate.",
+        rich_help_panel="Fisher",
+    ),
 ]
 Plugin = Annotated[
     list[str] | None,

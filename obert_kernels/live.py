@@ -5,8 +5,9 @@ zero but for the damping.  So the blocks keep their borders and hold only the we
 left; what comes out is the same.  Blocks are sorted into a few sizes by what is left of them,
 and each size is a :class:`GramFisher` of its own on gathered gradients.
 
-Living weights could be cut into full blocks anew instead.  That needs more gradients: with 64 in
-a sub-step it was 12 points worse at 90 %, with 256 as good (benchmarks/results/recomputation.md).
+Or the living weights are cut into full blocks anew ("refilled"), so that each has as many others to
+make up for it as before.  Full blocks need more gradients: with 64 in a sub-step it was worse by
+points, with 256 better by one (benchmarks/results/recomputation.md).
 """
 
 from __future__ import annotations
@@ -52,8 +53,10 @@ def _changes(x: Tensor) -> Tensor:
     return torch.cat([x.new_ones(min(1, len(x)), dtype=torch.bool), x[1:] != x[:-1]])
 
 
-def _living(alive: Tensor, block_size: int, group_size: int) -> _Living:
+def _living(alive: Tensor, block_size: int, group_size: int, refill: bool = False) -> _Living:
     weight = alive.flatten().nonzero().flatten()
+    if refill:
+        return _refilled(weight, block_size, group_size)
     new_block = _changes(weight // block_size)
     new_group = new_block | _changes(weight // group_size)
     block = torch.cumsum(new_block, 0) - 1
@@ -62,6 +65,17 @@ def _living(alive: Tensor, block_size: int, group_size: int) -> _Living:
     first_group = torch.cumsum(groups, 0) - groups
     place = (group - first_group[block]) * group_size + weight % group_size
     return _Living(weight, block, place, groups * group_size)
+
+
+def _refilled(weight: Tensor, block_size: int, group_size: int) -> _Living:
+    """One group after the other, as many in a block as it has places for."""
+    new_group = _changes(weight // group_size)
+    group = torch.cumsum(new_group, 0) - 1
+    fit = max(1, block_size // group_size)
+    place = group % fit * group_size + weight % group_size
+    return _Living(
+        weight, group // fit, place, torch.bincount(group[new_group] // fit) * group_size
+    )
 
 
 def _sizes(needed: Tensor, group_size: int) -> list[int]:
@@ -93,23 +107,28 @@ _MOST_WEIGHTS = 2**31 - 1  # int32 says which weight stands at a place
 
 
 def _size(
-    alive: Tensor, block_size: int, group_size: int, dtype: torch.dtype
+    alive: Tensor, block_size: int, group_size: int, dtype: torch.dtype, refill: bool
 ) -> tuple[int, _Living | None]:
     """Memory of a Fisher, and the living weights if it is one of them alone."""
     full = gram_bytes(alive.numel(), block_size, dtype)
     if alive.numel() <= _MOST_WEIGHTS and not bool(alive.all()):
-        living = _living(alive, block_size, group_size)
+        living = _living(alive, block_size, group_size, refill)
         live = _live_bytes(living, group_size, dtype)
-        if live <= _WORTHWHILE * full:
+        if live < (math.inf if refill else _WORTHWHILE * full):
             return int(live), living
     return full, None
 
 
 def fisher_bytes(
-    alive: Tensor, block_size: int, group_size: int = 1, dtype: torch.dtype = torch.float64
+    alive: Tensor,
+    block_size: int,
+    group_size: int = 1,
+    dtype: torch.dtype = torch.float64,
+    *,
+    refill: bool = False,
 ) -> int:
     """Memory that :func:`block_fisher` will take."""
-    return _size(alive, block_size, group_size, dtype)[0]
+    return _size(alive, block_size, group_size, dtype, refill)[0]
 
 
 def block_fisher(
@@ -119,14 +138,16 @@ def block_fisher(
     *,
     dtype: torch.dtype = torch.float64,
     name: str = "weights",
+    refill: bool = False,
 ) -> GramFisher | LiveFisher:
     """Return a Fisher of the living weights alone if that is worthwhile, else of all weights.
 
     Args:
         alive: bool, the weights that are left.
         block_size, group_size, dtype, name: as for :class:`LiveFisher`.
+        refill: cut the living weights, where some are gone, into full blocks anew.
     """
-    living = _size(alive, block_size, group_size, dtype)[1]
+    living = _size(alive, block_size, group_size, dtype, refill)[1]
     if living is not None:
         return LiveFisher(alive, block_size, group_size, dtype=dtype, name=name, living=living)
     return GramFisher(alive.numel(), block_size, dtype=dtype, device=alive.device, name=name)
