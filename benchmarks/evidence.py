@@ -308,7 +308,8 @@ def report(work: Path, command: str | None) -> tuple[str, dict]:
         "one global ranking, nothing trained afterwards; mean ± standard deviation over the seeds. "
         f" All rows saw the same {TEXTS} training texts, in {TEXTS // TEXTS_PER_GRAD} gradients of "
         f"{TEXTS_PER_GRAD} where they take gradients (of TREC's 4078 texts 32 come twice); "
-        "magnitude saw none.  Block size 50, 48 for N:M.",
+        "magnitude saw none.  Block size 50, 48 for N:M; Fishers in float64, those of MPNet in "
+        "float32.",
         "",
         "Wanda's score: |W| times the norm of the input, ranked in each row.  oBERT: diagonal "
         "scores, sum update, and of the dampings named below for every sparsity the one with the "
