@@ -168,7 +168,8 @@ class _Part:
 
 
 class LiveFisher(Fisher):
-    """Block Fisher of the living weights of a matrix; does what :class:`GramFisher` does.
+    """Block Fisher of the living weights of a matrix; does what :class:`GramFisher` does
+    but for ``inverse`` and ``solve``.
 
     Args:
         alive: ``[n]`` bool, the weights that are left.
