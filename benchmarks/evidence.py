@@ -154,7 +154,7 @@ def measure(case: Case, seed: int, pattern: str, work: Path) -> None:
 Runs = list[list[Outcome]]  # by seed
 
 
-def found(
+def results(
     runs: Runs,
     selection: str,
     target: float,
@@ -207,35 +207,45 @@ def shown(runs: Runs, selection: str, target: float, of: str = "test_accuracy") 
         damping = best_damping(runs, selection, target, "dev_accuracy")
     elif selection == "greedy":
         damping = "auto"
-    return found(runs, selection, target, damping, of)
+    return results(runs, selection, target, damping, of)
+
+
+def methods(
+    runs: Runs, targets: list[float], of: str, scale: int = 100, digits: int = 1
+) -> list[str]:
+    """A row for each."""
+    return [
+        row([name, *(cell(shown(runs, key, target, of), scale, digits) for target in targets)])
+        for key, name in NAMES.items()
+    ]
 
 
 def accuracy_table(runs: Runs, targets: list[float]) -> list[str]:
-    lines = header(["", *(f"{target:.0%}" for target in targets)])
-    for selection, name in NAMES.items():
-        lines.append(row([name, *(cell(shown(runs, selection, target)) for target in targets)]))
     gains = []
     for target in targets:
         pairs = zip(shown(runs, "greedy", target), shown(runs, "diagonal", target), strict=True)
         gains.append(", ".join(f"{100 * (ours - theirs):+.1f}" for ours, theirs in pairs))
-    return [*lines, row(["ours minus oBERT, by seed", *gains])]
+    return [
+        *header(["", *(f"{target:.0%}" for target in targets)]),
+        *methods(runs, targets, "test_accuracy"),
+        row(["ours minus oBERT, by seed", *gains]),
+    ]
 
 
 def loss_table(runs: Runs, targets: list[float]) -> list[str]:
-    lines = header(["cross entropy of held-back texts", *(f"{target:.0%}" for target in targets)])
-    for selection, name in NAMES.items():
-        losses = (shown(runs, selection, target, "dev_loss") for target in targets)
-        lines.append(row([name, *(cell(values, 1, 3) for values in losses)]))
-    return lines
+    return [
+        *header(["cross entropy of held-back texts", *(f"{target:.0%}" for target in targets)]),
+        *methods(runs, targets, "dev_loss", 1, 3),
+    ]
 
 
 def damping_table(runs: Runs) -> list[str]:
     """Ours with a damping that takes care of itself, and with fixed ones."""
     lines = header(["sparsity", "auto", "best fixed by hand", "its damping", "auto minus best"])
     for target in DAMPING_SPARSITIES:
-        auto = found(runs, "greedy", target, "auto")
+        auto = results(runs, "greedy", target, "auto")
         best = best_damping(runs, "greedy", target, "test_accuracy")
-        fixed = found(runs, "greedy", target, best)
+        fixed = results(runs, "greedy", target, best)
         gap = 100 * (statistics.mean(auto) - statistics.mean(fixed))
         lines.append(row([f"{target:.0%}", cell(auto), cell(fixed), f"{best:g}", f"{gap:+.1f}"]))
     return lines
@@ -313,9 +323,10 @@ def report(work: Path, command: str | None) -> tuple[str, dict]:
         "",
         "Wanda's score: |W| times the norm of the input, ranked in each row.  oBERT: diagonal "
         "scores, sum update, and of the dampings named below for every sparsity the one with the "
-        "best mean accuracy on the held-back texts.  Ours: the defaults of obert-prune, gradients "
-        "of the model's predictions, texts of about the same length in each, greedy selection, "
-        "joint update, damping chosen on 256 held-back texts; the fixed one it is held against is "
+        "best mean accuracy on the held-back texts.  Ours: the defaults of obert-prune sweep, "
+        "gradients of the model's predictions, texts of about the same length in each, greedy "
+        "selection, joint update, damping chosen on 256 held-back texts; the fixed one it is held "
+        "against is "
         "the best by test accuracy.  What is asked "
         "of predictions was chosen on MiniLM, where held-back and test accuracy say the same.",
         "",

@@ -85,7 +85,7 @@ def accumulation_checks(g: Tensor, size: int) -> Iterator[Check]:
         with unless_refused():
             ops.gram_accumulate(gram, g, size)
             yield Check(f"gram_accumulate {dtype}", gram, exact, 4 * own_error + floor)
-            yield living_check(g, size, dtype, 4 * own_error + floor)
+        yield living_check(g, size, dtype, 4 * own_error + floor)
     status = ops.new_status(device)
     state = empty_gram(n, size, torch.float32, device)
     state[:, :size] = 1.0 / DAMPING  # packed: the diagonal comes first
@@ -98,9 +98,9 @@ def accumulation_checks(g: Tensor, size: int) -> Iterator[Check]:
 
 
 def living_check(g: Tensor, size: int, dtype: torch.dtype, allowed: float) -> Check:
-    """The Gram of blocks of all sizes up to a size, with places where no weight stands."""
+    """The Gram of blocks of all sizes from a size down, with places where no weight stands."""
     n, device = g.shape[1], g.device
-    sizes = torch.arange(n // size, device=device) % (size + 1)
+    sizes = size - torch.arange(n // size, device=device) % (size + 1)
     first_place = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
     source = torch.randperm(n, device=device)[: int(first_place[-1])].int()
     source[torch.rand(source.shape, device=device) < 0.1] = -1

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .backward import backward, grads_of
+from .backward import backward, evaluation, grads_of
 from .batches import take_batches, to_device
 from .losses import LossFn, leaves_all_out, model_loss
 
@@ -51,26 +51,27 @@ def batch_gradients(
     """
     loss_fn = loss_fn or model_loss
     device = next(iter(weights.values())).device
-    for index, batch in enumerate(take_batches(batches, num_grads), first):
-        where = f"{unit} {index}"
-        if leaves_all_out(batch):
-            yield {name: torch.zeros_like(weight) for name, weight in weights.items()}
-            continue
-        with grads_of(model, weights):
-            loss = loss_fn(model, to_device(batch, device))
-            check_loss(loss, where)
-            backward(loss, weights.values())
-            found = {name: weight.grad for name, weight in weights.items()}
-        if not is_part:
-            check_reached(any(gradient is not None for gradient in found.values()), where)
-        gradients = {
-            name: torch.zeros_like(weights[name]) if gradient is None else gradient
-            for name, gradient in found.items()
-        }
-        _check_finite(gradients, where)
-        del loss, found
-        yield gradients
-        del gradients  # there are to be those of one batch alone
+    with evaluation(model):  # also while the caller makes a batch, maybe with this model
+        for index, batch in enumerate(take_batches(batches, num_grads), first):
+            where = f"{unit} {index}"
+            if leaves_all_out(batch):
+                yield {name: torch.zeros_like(weight) for name, weight in weights.items()}
+                continue
+            with grads_of(model, weights):
+                loss = loss_fn(model, to_device(batch, device))
+                check_loss(loss, where)
+                backward(loss, weights.values())
+                found = {name: weight.grad for name, weight in weights.items()}
+            if not is_part:
+                check_reached(any(gradient is not None for gradient in found.values()), where)
+            gradients = {
+                name: torch.zeros_like(weights[name]) if gradient is None else gradient
+                for name, gradient in found.items()
+            }
+            _check_finite(gradients, where)
+            del loss, found
+            yield gradients
+            del gradients  # there are to be those of one batch alone
 
 
 def check_loss(loss: Any, where: str) -> None:

@@ -17,13 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .backward import Tap, anchor_of, backward, frozen, grads_of, removed
-from .batches import (
-    samples_in,
-    split_batch,
-    take_batches,
-    tensors_in,
-    to_device,
-)
+from .batches import samples_in, split_batch, take_batches, tensors_in, to_device
 from .gradients import check_loss, check_reached
 from .losses import LossFn, counted, leaves_all_out, leaves_out, model_loss
 from .memory import STREAMED_PER_UPDATE

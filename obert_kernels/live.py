@@ -3,11 +3,11 @@
 The gradient of a pruned weight does not matter any more, and its row of the Fisher block is
 zero but for the damping.  So the blocks keep their borders and hold only the weights that are
 left; what comes out is the same.  Blocks are sorted into a few sizes by what is left of them,
-and each size is a :class:`GramFisher` of its own on gathered gradients.
+and each size is a :class:`GramFisher` of its own on its part of the Gram.
 
 Or the living weights are cut into full blocks anew ("refilled"), so that each has as many others to
-make up for it as before.  Full blocks need more gradients: with 64 in a sub-step it was worse by
-points, with 256 better by one (benchmarks/results/recomputation.md).
+make up for it as before.  At 90 % that was 1.3 points better with 256 gradients of 4 texts in each
+of four sub-steps, and 1.3 worse with 64 of 16 (benchmarks/results/recomputation.md).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .living_ops import gram_accumulate_living
 
 # Sizes that blocks are rounded up to; each is one more call of every operator but the sum.
 _SIZES = (4, 8, 12, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224)
-# Gathering gradients takes time and room of its own: not for less than a quarter of the Gram.
+# Tables and a call for each size take time and room of their own: not for less than a quarter.
 _WORTHWHILE = 0.75
 # Of a place: its weight twice, by part and by block (int32), and whether there is one (bool).
 _PLACE_BYTES = 9
@@ -153,11 +153,6 @@ def block_fisher(
     return GramFisher(alive.numel(), block_size, dtype=dtype, device=alive.device, name=name)
 
 
-def _gather(values: Tensor, index: Tensor, empty: Tensor) -> Tensor:
-    """``[..., n]`` to ``[..., places]``, zero where no weight stands."""
-    return torch.index_select(values, -1, index).masked_fill_(empty, 0)
-
-
 @dataclass
 class _Part:
     """The blocks of one size; its places are a slice of those by part."""
@@ -241,7 +236,8 @@ class LiveFisher(Fisher):
             self._gram_start[mine] = starts[index] + rank * triangle[index]
             within = torch.arange(s, device=self.device)
             source = self._source[self._first_place[mine][:, None] + within].flatten()
-            fisher = GramFisher(len(source), s, dtype=dtype, device=self.device, name=self.name)
+            # Without memory of its own: its Gram is a part of that of all.
+            fisher = GramFisher(len(source), s, dtype=dtype, device="meta", name=self.name)
             entries = len(mine) * int(triangle[index])
             fisher.gram = self._gram[starts[index] :][:entries].view(len(mine), -1)
             here = slice(begin, begin + len(source))
@@ -307,7 +303,7 @@ class LiveFisher(Fisher):
 
     def _gathered(self, vectors: tuple[Tensor, ...], group_size: int) -> tuple[Tensor, ...]:
         """Weights, then what else belongs to them, ``[n]`` to ``[places]``."""
-        here = tuple(_gather(vector, self._index, self._empty) for vector in vectors)
+        here = tuple(vector[self._index].masked_fill_(self._empty, 0) for vector in vectors)
         self._check(vectors[0], here[0], group_size)
         return here
 

@@ -4,7 +4,7 @@ Its blocks have different sizes and hold some of the weights.  ``gram`` is flat,
 triangle after the other, block b from ``gram_start[b]`` on; ``first_place`` (``[blocks + 1]``)
 says which places a block has, and ``source`` which weight stands at each place (int32, -1: none,
 its gradient is zero).  A block whose tables point outside is an error on the CPU; a CUDA device is
-not waited for and leaves it as it was.
+not waited for and leaves it as it was.  That no two Grams overlap is not checked.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import ops
+from . import ops, reference
 from ._checks import MAX_BLOCK_SIZE, WIDE, check_devices, check_dtype, check_gradients, require
 from ._registry import operator
 
@@ -20,19 +20,21 @@ from ._registry import operator
 def in_torch(
     gram: Tensor, gradients: Tensor, gram_start: Tensor, first_place: Tensor, source: Tensor
 ) -> None:
-    """Add ``sum_i g_i g_i^T`` to every block's triangle; blocks of one size at a time."""
+    """Add ``sum_i g_i g_i^T`` to every block's triangle; some blocks of one size at a time."""
     sizes = first_place.diff()
     for size in sizes.unique().tolist():
         if size == 0:
             continue
-        blocks = (sizes == size).nonzero().flatten()
         within = torch.arange(size, device=gram.device)
-        index = source[first_place[blocks][:, None] + within].long()
-        g = gradients[:, index.clamp_min(0)].double().masked_fill(index < 0, 0)
-        added = torch.einsum("kbi,kbj->bij", g, g)
         row, column = torch.tril_indices(size, size, device=gram.device)
         entries = torch.arange(len(row), device=gram.device)
-        gram[gram_start[blocks][:, None] + entries] += added[:, row, column].to(gram.dtype)
+        same = (sizes == size).nonzero().flatten()
+        for some in reference._chunks(len(same), size):
+            blocks = same[some]
+            index = source[first_place[blocks][:, None] + within].long()
+            g = gradients[:, index.clamp_min(0)].double().masked_fill(index < 0, 0)
+            added = torch.einsum("kbi,kbj->bij", g, g)
+            gram[gram_start[blocks][:, None] + entries] += added[:, row, column].to(gram.dtype)
 
 
 def _check(

@@ -138,9 +138,8 @@ def _of_predictions(output: Any, logits: Tensor, batch: Mapping[str, Any]) -> Te
     logits = logits.flatten(0, -2).float()
     labels = batch.get("labels")
     if isinstance(labels, Tensor) and labels.numel() == len(logits):
-        counted = labels.flatten() != LEFT_OUT
-        counted = counted.to(logits.device)
-        logits, pushes = logits[counted], pushes[counted]
+        counts = (labels.flatten() != LEFT_OUT).to(logits.device)
+        logits, pushes = logits[counts], pushes[counts]
     change = (logits * pushes).sum(dim=1).mean()
     own = _part(output, "loss")
     return change - change.detach() + (0.0 if own is None else own.detach())

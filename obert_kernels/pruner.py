@@ -105,9 +105,8 @@ def prune(
         schedule: "geometric" takes the same share of what is left in each sub-step, "linear"
             the same number of weights.
         estimator: "gram"; "refilled": the same, but where weights are gone already the others are
-            cut into full blocks anew, which keeps more accuracy at high sparsities in sub-steps of
-            256 gradients or more, and less in those of 64; or what :func:`register_fisher` was
-            given.
+            cut into full blocks anew (:mod:`obert_kernels.live` says when that is better); or what
+            :func:`register_fisher` was given.
         fisher: an :func:`estimate_fisher` of this model to use instead of batches; what belongs to
             the estimate (``num_grads``, ``samples_per_grad``, ``block_size``, ``estimator``,
             ``fisher_dtype``, ``max_memory``) is then the fisher's.  ``damping="auto"`` needs

@@ -183,9 +183,12 @@ POINT_OUTSIDE = [
     (1, 3, 10_000, 2),  # a block of too many places
     (1, 0, -1, 0),
     (1, 10, 41, 9),  # places behind the last
+    (1, 10, 35, 9),  # the last ends before it begins
     (0, 4, 10_000, 4),  # a Gram behind the end
     (0, 4, -1, 4),
+    (0, 4, 2**63 - 1, 4),
 ]
+# The next block is sound by itself, and its Gram reaches into others.
 ENDS_BEFORE_IT_BEGINS = (1, 2, 2, 1)
 
 

@@ -104,9 +104,10 @@ void gather(DType type, const Piece& piece, T* panel, int64_t stride) {
 // Whether what the tables say of a block lies inside of the tensors they speak of.
 bool is_sound(const GramAccumulateLiving& args, int64_t b) {
     const int64_t first = args.first_place[b], last = args.first_place[b + 1];
+    if (first < 0 || last < first || last > args.num_places) return false;
     const int64_t size = last - first, start = args.gram_start[b];
-    if (first < 0 || last > args.num_places || size < 0 || size > kMaxBlockSize) return false;
-    if (start < 0 || start + size * (size + 1) / 2 > args.gram_size) return false;
+    if (size > kMaxBlockSize) return false;
+    if (start < 0 || start > args.gram_size - size * (size + 1) / 2) return false;
     bool good = true;
     for (int64_t i = first; i < last; ++i) good &= args.from[i] < args.num_weights;
     return good;

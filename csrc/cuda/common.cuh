@@ -1,7 +1,8 @@
 // What every kernel needs: memory access, conversion, teams of threads, failure status.
 //
-// Device memory is read and written through the streaming intrinsics only: every byte is
-// used once, and tests that run these sources on the host count what passes through them.
+// Device memory is read and written through the streaming intrinsics only: every byte is used once
+// (but for gradients of many living weights), and tests that run these sources on the host count
+// what passes through them.
 #pragma once
 
 #include <cuda_runtime.h>

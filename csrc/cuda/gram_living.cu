@@ -3,7 +3,8 @@
 // A warp works on a block, and a lane on a tile of its Gram, while the gradients pass through
 // shared memory, gathered a few at a time.  Bytes per block of n places: n(n+1) sizeof(gram) + 4 n
 // for its table + k n sizeof(gradient).  A block of more than 28 places has more tiles than a warp
-// has lanes: the gradients pass once for every 32 tiles, from the second time on out of the caches.
+// has lanes: the gradients pass once for every 32 tiles, and sums are added to the Gram out of
+// order.
 #include "gram_tile.cuh"
 #include "launch.h"
 
@@ -26,11 +27,11 @@ struct Span {
 // Its tables up to the weights; no places if they point outside of the tensors they speak of.
 __device__ inline Span span_of(const GramAccumulateLiving& args, int64_t b) {
     const int64_t first = __ldcs(args.first_place + b), last = __ldcs(args.first_place + b + 1);
-    const int64_t places = last - first, gram = __ldcs(args.gram_start + b);
-    const bool good = first >= 0 && last <= args.num_places && places >= 0 &&
-                      places <= kMaxBlockSize && gram >= 0 &&
-                      gram + packed(places) <= args.gram_size;
-    return {first, good ? int(places) : 0, gram};
+    const int64_t gram = __ldcs(args.gram_start + b);
+    const bool good = first >= 0 && last >= first && last <= args.num_places &&
+                      last - first <= kMaxBlockSize && gram >= 0 &&
+                      gram <= args.gram_size - packed(last - first);
+    return {first, good ? int(last - first) : 0, gram};
 }
 
 template <class Sum>
