@@ -126,10 +126,12 @@ NOTHING = {"update, nothing to remove", "given: update, nothing to remove"}
         ("gram.cu", "__syncthreads();", 1, COMPILED, {"gram"}),
         ("gram.cu", "__syncthreads();", 2, SIZE, {"gram"}),
         ("gram.cu", "__syncthreads();", 3, SIZE, {"gram"}),
-        ("gram_living.cu", "Warp::sync();", 0, COMPILED, {"living"}),
-        ("gram_living.cu", "Warp::sync();", 1, COMPILED, {"living"}),
-        ("gram_living.cu", "Warp::sync();", 0, SIZE, {"living"}),
-        ("gram_living.cu", "Warp::sync();", 2, SIZE, {"living"}),
+        *(
+            ("gram_living.cu", "Workers::sync();", i, size, {"living"})
+            for i in range(3)
+            for size in (SIZE, COMPILED)
+        ),
+        ("gram_living.cu", "__syncthreads();", 0, COMPILED, {"living"}),
         ("woodbury.cu", "T::sync();", 0, COMPILED, {"woodbury"}),
         ("woodbury.cu", "__syncthreads();", 0, COMPILED, {"woodbury"}),
         ("woodbury.cu", "__syncthreads();", 1, COMPILED, {"woodbury"}),

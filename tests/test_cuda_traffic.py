@@ -53,30 +53,34 @@ def test_gram_and_woodbury_move_every_byte_once(cuda_on_host, size, k, dtype):
 
 def table_bytes(live: LiveFisher) -> int:
     """Of a Fisher of living weights, read once; where a block is by every lane of its warp, from
-    one address."""
-    return 32 * 3 * 8 * len(live._gram_start) + 4 * len(live._source)
+    one address, and where one of four is large by every thread once more."""
+    places = live._first_place.diff().split(4)
+    readers = sum((32 + 128 * bool(four.max() > 28)) * len(four) for four in places)
+    return readers * 3 * 8 + 4 * len(live._source)
 
 
-@pytest.mark.parametrize("share", [0.5, 0.1])
+@pytest.mark.parametrize(("share", "size", "most"), [(0.1, 40, 28), (0.5, 40, 28), (0.8, 60, 60)])
 @pytest.mark.parametrize("k", [1, 40])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_gram_of_living_weights_moves_their_bytes_once(cuda_on_host, share, k, dtype):
-    """Of blocks that a warp has lanes enough for."""
+def test_the_gram_of_living_weights_moves_their_bytes_once(
+    cuda_on_host, share, size, most, k, dtype
+):
+    """Of blocks that a warp, or a thread block, has threads enough for."""
     alive = torch.rand(2000) < share
     g = gradients(k, 2000).to(dtype)
     for gram_dtype in (torch.float32, torch.float64):
-        live = LiveFisher(alive, 40, dtype=gram_dtype)
-        assert 4 < live._first_place.diff().max() <= 28
+        live = LiveFisher(alive, size, dtype=gram_dtype)
+        assert most // 8 < live._first_place.diff().max() <= most
         state, read = live._gram.nbytes, k * int(alive.sum()) * dtype.itemsize
         got = moved(cuda_on_host, lambda live=live: live.accumulate(g))
         assert got == (state + table_bytes(live) + read, state)
 
 
 @pytest.mark.parametrize("k", [1, 40])
-def test_gradients_of_more_living_weights_pass_once_for_32_tiles(cuda_on_host, k):
+def test_gradients_of_more_living_weights_pass_once_for_128_tiles(cuda_on_host, k):
     alive = torch.arange(256) % 4 != 3  # 96 in each of two blocks: 24 tiles high
     live, g = LiveFisher(alive, 128), gradients(k, 256)
-    passes = -(-(24 * 25 // 2) // 32)
+    passes = -(-(24 * 25 // 2) // 128)
     state, read = live._gram.nbytes, passes * k * 192 * 4
     got = moved(cuda_on_host, lambda: live.accumulate(g))
     assert got == (state + table_bytes(live) + read, state)

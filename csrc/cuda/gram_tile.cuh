@@ -60,15 +60,29 @@ struct Tile {
         }
     }
 
-    // put(entry, sum) for what lies in the packed triangle.
-    template <class Put>
-    __device__ void for_entries(int size, Put put) const {
+    // visit(entry, r, c) for what lies in the packed triangle.
+    template <class Visit>
+    __device__ void for_places(int size, Visit visit) const {
 #pragma unroll
         for (int r = 0; r < tile; ++r)
 #pragma unroll
             for (int c = 0; c < tile; ++c)
                 if (column + c <= row + r && row + r < size)
-                    put(packed(row + r, column + c), sum[r][c]);
+                    visit(packed(row + r, column + c), r, c);
+    }
+
+    // put(entry, sum) likewise.
+    template <class Put>
+    __device__ void for_entries(int size, Put put) const {
+        for_places(size, [&](int e, int r, int c) { put(e, sum[r][c]); });
+    }
+
+    // Adds them to a packed triangle.  Nothing is stored before all is read, so that the loads are
+    // on their way together.
+    __device__ void add_to(Sum* triangle, int size) const {
+        Sum old[tile][tile];
+        for_places(size, [&](int e, int r, int c) { old[r][c] = __ldcs(triangle + e); });
+        for_places(size, [&](int e, int r, int c) { __stcs(triangle + e, old[r][c] + sum[r][c]); });
     }
 };
 
