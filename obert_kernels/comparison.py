@@ -31,7 +31,7 @@ class Measurement:
         target: the sparsity asked for.
         sparsity: share of pruned weights reached, over the pruned matrices.
         accuracy: on the test texts, as a fraction.
-        predicted_increase: see :class:`obert_kernels.LayerReport`; None without a Fisher.
+        predicted_increase: see :class:`obert_kernels.LayerReport`.
         damping: of the Fisher; None without one.
     """
 
@@ -115,7 +115,7 @@ def compare(
             max_memory,
             num_grads,
             streamed=samples_per_grad is not None,
-            living_for=find_pattern(options["pattern"]),
+            pattern=find_pattern(options["pattern"]),
             estimator=estimators.find(estimator),
         )
         passes = len(plan.passes)

@@ -359,9 +359,10 @@ def estimate_fisher(
         fisher_dtype,
         None,
         num_grads,
-        streamed=source.group is not None,
-        living_for=shape,
+        pattern=shape,
         estimator=kind,
+        streamed=source.group is not None,
+        can_split=False,
     )
     clock = Clock()
     fishers = accumulate(

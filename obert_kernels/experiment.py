@@ -124,7 +124,7 @@ def prune_classifier(
             settings.max_memory,
             settings.num_grads,
             streamed=True,
-            living_for=shape,
+            pattern=shape,
             estimator=estimators.find(settings.estimator),
         )
     echo(describe(settings, data, sum(weight.numel() for weight in weights.values())))

@@ -274,7 +274,7 @@ class _Work:
             self.max_memory,
             setting.num_grads,
             streamed=True,
-            living_for=find_pattern(self.options["pattern"]),
+            pattern=find_pattern(self.options["pattern"]),
             estimator=estimators.find(self.options["estimator"]),
         )
 

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from .estimators import Estimator
-from .live import fisher_bytes
 from .patterns import Pattern
 
 # Gradients gathered before one call of the native core.  More of them amortise reading and
@@ -116,9 +115,11 @@ def plan_passes(
     dtype: torch.dtype,
     max_memory: int | None,
     num_grads: int,
-    streamed: bool = False,
-    living_for: Pattern | None = None,
-    estimator: Estimator | None = None,
+    *,
+    pattern: Pattern,
+    estimator: Estimator,
+    streamed: bool,
+    can_split: bool = True,
 ) -> Plan:
     """Split the matrices into passes that fit.
 
@@ -129,9 +130,10 @@ def plan_passes(
         max_memory: bytes the call may use on top of the model; None: one pass, if that fits
             what is free now.
         num_grads: m; no more than these are gathered.
+        pattern: whose groups the Fisher is to score.
+        estimator: of the Fisher.
         streamed: gradients come one matrix at a time and need not be gathered.
-        living_for: the Fisher holds the living weights alone, for this pattern; None: all.
-        estimator: of the Fisher; None: a Gram.
+        can_split: the caller knows ``max_memory`` and several passes.
 
     Raises:
         MemoryError: it does not fit; the message gives the figures and the remedies.
@@ -140,14 +142,10 @@ def plan_passes(
     if budget is None:
         budget = available_memory(next(iter(weights.values())).device)
     k = min(STREAMED_PER_UPDATE if streamed else GRADIENTS_PER_UPDATE, num_grads)
-    num_bytes = fisher_bytes if estimator is None else estimator.num_bytes
-    gram = {}
-    for name, w in weights.items():
-        c = 1 if living_for is None else living_for.span
-        alive = torch.ones_like(w.detach(), dtype=torch.bool)
-        if living_for is not None:
-            alive = living_for.flat(w.detach() != 0)
-        gram[name] = num_bytes(alive, block_size, c, dtype)
+    gram = {
+        name: estimator.num_bytes(pattern.flat(w.detach() != 0), block_size, pattern.span, dtype)
+        for name, w in weights.items()
+    }
 
     def plan(k: int) -> Plan:
         # Gathered, one gradient of the batch at hand stands beside the buffer of k.
@@ -176,7 +174,14 @@ def plan_passes(
         k //= 2  # slower, but it may fit
         found = plan(k)
     if budget is not None and found.total_bytes > budget:
-        _refuse(found, budget, max_memory is None, block_size, dtype, weights)
+        remedies = _remedies(found, max_memory is None, can_split, block_size, dtype)
+        raise MemoryError(
+            f"pruning needs {_readable(found.total_bytes)} (Gram {_readable(found.gram_bytes)}, "
+            f"gathered gradients {_readable(found.buffer_bytes)}, the rest "
+            f"{_readable(found.other_bytes)}) but "
+            f"{'free memory' if max_memory is None else 'max_memory'} is {_readable(budget)}. "
+            f"Remedies: {'; '.join(remedies)}"
+        )
     return found
 
 
@@ -198,27 +203,20 @@ def _fill(
     return passes
 
 
-def _refuse(
-    plan: Plan,
-    budget: int,
-    is_free: bool,
-    block_size: int,
-    dtype: torch.dtype,
-    weights: Mapping[str, nn.Parameter],
-) -> None:
-    what = "free memory" if is_free else "max_memory"
+def _remedies(
+    plan: Plan, is_free: bool, can_split: bool, block_size: int, dtype: torch.dtype
+) -> list[str]:
+    """What can be done about a plan that does not fit, in words for Python and command line."""
     remedies = []
-    if is_free and len(weights) > 1:
-        remedies.append("set max_memory (bytes) to work on the layers in several passes")
+    several = len(plan.passes) > 1 or len(plan.passes[0]) > 1
+    if is_free and can_split and several:
+        remedies.append("set max_memory to work on the layers in several passes")
     if not is_free:
         remedies.append(f"raise max_memory to at least {plan.total_bytes} bytes")
+    if not can_split and several:
+        remedies.append("name fewer matrices with params")
     if block_size > 1:
         remedies.append(f"a smaller block_size (now {block_size}; memory is proportional to it)")
     if dtype == torch.float64:
-        remedies.append("fisher_dtype=torch.float32 (half the Gram)")
-    raise MemoryError(
-        f"pruning needs {_readable(plan.total_bytes)} (Gram {_readable(plan.gram_bytes)}, "
-        f"gathered gradients {_readable(plan.buffer_bytes)}, the rest "
-        f"{_readable(plan.other_bytes)}) but {what} is {_readable(budget)}. "
-        f"Remedies: {'; '.join(remedies)}"
-    )
+        remedies.append("fisher_dtype float32 (half the Gram)")
+    return remedies or ["free some memory"]

@@ -22,7 +22,7 @@ class Step(NamedTuple):
 
     Attributes:
         masks: of all matrices, flat in the order of the pattern.
-        increase: predicted loss increase by matrix; None without a Fisher.
+        increase: predicted loss increase by matrix; None without an update.
         damping: of the Fisher, if there was one.
         trials: by which it was chosen.
         plan: memory and passes, if there was a Fisher.
@@ -118,9 +118,9 @@ def _one_step(job: Job, source: Source, limits: Limits) -> Step:
         limits.dtype,
         limits.max_memory,
         source.num_grads,
-        streamed=source.group is not None,
-        living_for=job.pattern,
+        pattern=job.pattern,
         estimator=limits.estimator,
+        streamed=source.group is not None,
     )
     if len(plan.passes) > 1:
         source = source.with_held_batches()

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from obert_kernels import memory
+from obert_kernels import estimate_fisher, memory
+from obert_kernels.estimators import estimators
 from obert_kernels.fisher import gram_bytes
 from obert_kernels.memory import (
     GRADIENTS_PER_UPDATE,
@@ -15,13 +16,18 @@ from obert_kernels.memory import (
     gradient_buffer,
     plan_passes,
 )
+from obert_kernels.patterns import UNSTRUCTURED
+
+PLAN = {"pattern": UNSTRUCTURED, "estimator": estimators.find("gram"), "streamed": False}
 
 MEASURE = """
 import ctypes, gc, resource, sys
 import torch
 from torch import nn
 import obert_kernels
+from obert_kernels.estimators import estimators
 from obert_kernels.memory import plan_passes
+from obert_kernels.patterns import UNSTRUCTURED
 
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -30,7 +36,8 @@ model = nn.Sequential(*[nn.Linear(512, 512, bias=False) for _ in range(12)])
 data = [torch.randn(4, 512) for _ in range(32)]
 loss_fn = lambda m, b: m(b).square().mean()
 weights = obert_kernels.find_weights(model, "re:.*")
-plan = plan_passes(weights, 50, torch.float64, None, 32)
+plan = plan_passes(weights, 50, torch.float64, None, 32, pattern=UNSTRUCTURED,
+                   estimator=estimators.find("gram"), streamed=False)
 # A first call on a small part pays for threads, libraries and caches.
 obert_kernels.prune(model, data, 0.1, params="0", num_grads=2, loss_fn=loss_fn, damping=1e-6)
 gc.collect()
@@ -84,14 +91,15 @@ def test_passes_keep_to_the_limit():
 
 
 def test_estimate():
-    weights = {"a": nn.Parameter(torch.zeros(30, 40)), "b": nn.Parameter(torch.zeros(7, 8))}
-    plan = plan_passes(weights, 50, torch.float64, None, 1024)
+    weights = {"a": nn.Parameter(torch.ones(30, 40)), "b": nn.Parameter(torch.ones(7, 8))}
+    plan = plan_passes(weights, 50, torch.float64, None, 1024, **PLAN)
     assert plan.gram_bytes == (24 + 2) * 1275 * 8
     assert gram_bytes(101, 50, torch.float32) == 3 * 1275 * 4
     assert plan.buffer_bytes == (16 + 1) * 1256 * 4
     assert plan.passes == [["a", "b"]]
-    assert plan_passes(weights, 50, torch.float64, plan.total_bytes, 1024).passes == [["a", "b"]]
-    split = plan_passes(weights, 50, torch.float64, plan.total_bytes - 1, 1024)
+    whole = plan_passes(weights, 50, torch.float64, plan.total_bytes, 1024, **PLAN)
+    assert whole.passes == [["a", "b"]]
+    split = plan_passes(weights, 50, torch.float64, plan.total_bytes - 1, 1024, **PLAN)
     assert split.passes == [["a"], ["b"]]
 
 
@@ -109,9 +117,17 @@ def test_files_that_a_container_keeps_are_to_be_had(tmp_path, monkeypatch):
 
 
 def test_refusal_gives_the_figures():
-    weights = {"a": nn.Parameter(torch.zeros(300, 400))}
+    weights = {"a": nn.Parameter(torch.ones(300, 400))}
     with pytest.raises(MemoryError, match=r"needs \d+\.\d MiB .* max_memory is 1.0 MiB"):
-        plan_passes(weights, 50, torch.float64, 1 << 20, 1024)
+        plan_passes(weights, 50, torch.float64, 1 << 20, 1024, **PLAN)
+
+
+def test_a_refused_estimate_names_what_it_can_take(monkeypatch):
+    monkeypatch.setattr(memory, "available_memory", lambda device: 1 << 20)
+    model = nn.Sequential(nn.Linear(300, 400), nn.Linear(400, 10))
+    with pytest.raises(MemoryError, match=r"free memory is 1\.0 MiB.*fewer matrices") as error:
+        estimate_fisher(model, [], params="re:.*weight", num_grads=4, loss_fn=lambda m, b: b)
+    assert "max_memory" not in str(error.value)
 
 
 @pytest.mark.parametrize("n", [1, 50, 65_536, 70_001, 768 * 768, 768 * 3072])
@@ -128,8 +144,8 @@ def test_gathered_gradients_do_not_begin_a_power_of_two_apart(n, dtype):
 
 
 def test_the_plan_counts_the_room_between_gathered_gradients():
-    weight = {"w": nn.Parameter(torch.zeros(768, 768))}
-    plan = plan_passes(weight, 50, torch.float64, None, 1024)
+    weight = {"w": nn.Parameter(torch.ones(768, 768))}
+    plan = plan_passes(weight, 50, torch.float64, None, 1024, **PLAN)
     buffer = gradient_buffer(GRADIENTS_PER_UPDATE, 768 * 768)
     room = buffer.stride(0) * GRADIENTS_PER_UPDATE * 4
     assert plan.buffer_bytes == room + 768 * 768 * 4
