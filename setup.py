@@ -2,7 +2,8 @@
 
 The package metadata lives in pyproject.toml.  Environment variables:
   OBERT_CUDA=0|1       without or with the CUDA part (default: with, where nvcc is found)
-  OBERT_CUDA_ARCHS     compute capabilities, for example "80;90" (default: all supported)
+  OBERT_CUDA_ARCHS     compute capabilities, for example "80;90" (default: those of 7.5 to 12.0
+                       that nvcc knows)
   CXX, NVCC            compilers (default: c++, nvcc)
   MAX_JOBS             parallel compilations
 """
@@ -23,7 +24,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
 VERSION = re.search(r'^version = "(.+)"', (ROOT / "pyproject.toml").read_text(), re.M).group(1)
-CUDA_ARCHS = "75;80;86;89;90;100;120"
+CUDA_ARCHS = ["75", "80", "86", "89", "90", "100", "120"]
 IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
 
 # Flags of each instruction set; the vector width is what csrc/cpu/simd.h builds on.
@@ -55,6 +56,19 @@ def find_nvcc() -> str | None:
     if wish == "1" and nvcc is None:
         sys.exit("OBERT_CUDA=1 but nvcc was not found: put it on PATH or set NVCC=/path/to/nvcc")
     return nvcc
+
+
+def cuda_archs(nvcc: str) -> list[str]:
+    """The architectures to compile for; by default those that this nvcc knows."""
+    if wish := os.environ.get("OBERT_CUDA_ARCHS", "").strip():
+        return re.split(r"[;,\s]+", wish)
+    known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout.split()
+    archs = [arch for arch in CUDA_ARCHS if f"compute_{arch}" in known]
+    if not archs:
+        sys.exit(
+            f"{nvcc} knows none of {', '.join(CUDA_ARCHS)}: set OBERT_CUDA_ARCHS or OBERT_CUDA=0"
+        )
+    return archs
 
 
 def cuda_flags(archs: list[str]) -> list[str]:
@@ -135,13 +149,12 @@ class NinjaBuildExt(build_ext):
         ninja_file = NinjaFile(Path(self.build_temp).resolve())
         nvcc = find_nvcc()
 
-        archs = re.split(r"[;,\s]+", os.environ.get("OBERT_CUDA_ARCHS", CUDA_ARCHS).strip())
-
         # What takes longest first, so that the last one does not keep one processor busy alone.
         includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
         binding_flags = [*CXX_FLAGS, *includes, f'-DOBERT_VERSION="{VERSION}"']
         link_flags = ["-pthread"]
         if nvcc:
+            archs = cuda_archs(nvcc)
             binding_flags += [
                 "-DOBERT_WITH_CUDA",
                 f'-DOBERT_CUDA_ARCHITECTURES="{";".join(archs)}"',

@@ -38,11 +38,11 @@ def core() -> ModuleType:
     """Return the native module.
 
     Raises:
-        RuntimeError: it could not be loaded; the message says what was found, what was
+        ImportError: it could not be loaded; the message says what was found, what was
             wanted and what to do.
     """
     if _core is None:
-        raise RuntimeError(_failure)
+        raise ImportError(_failure)
     return _core
 
 

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader
 
-from .batches import to_device
+from .backward import evaluation
+from .batches import take_batches, to_device
 from .downloads import import_extra
 from .estimate import Progress
 from .losses import default_loss
@@ -146,8 +147,6 @@ def fine_tune(
     epochs: float,
     learning_rate: float = 2e-5,
     *,
-    warmup: float = 0.1,
-    weight_decay: float = 0.01,
     masks: Mapping[str, Tensor] | None = None,
     bfloat16: bool | None = None,
     seed: int = 0,
@@ -156,13 +155,14 @@ def fine_tune(
 ) -> None:
     """Fit a model in place: AdamW, linear warm-up and decay, gradients clipped to norm 1.
 
+    The learning rate rises over a tenth of the steps; the weight decay is 0.01, none for vectors
+    (biases, norms).
+
     Args:
         model: returns an output with ``.loss`` for ``model(**batch)``.
         loader: training batches.
         epochs: passes over the loader; fractions are allowed.
         learning_rate: at the end of the warm-up.
-        warmup: share of the steps over which the learning rate rises.
-        weight_decay: of matrices; vectors (biases, norms) have none.
         masks: parameter name -> bool tensor; weights where it is False are kept at zero.
         bfloat16: compute in bfloat16 (the weights stay as they are); None: where the
             processor has it natively.
@@ -180,19 +180,19 @@ def fine_tune(
     device = next(model.parameters()).device
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
-        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": 0.01},
         {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups, lr=learning_rate, fused=True)
     schedule = transformers.get_linear_schedule_with_warmup(
-        optimizer, num_warmup_steps=round(warmup * steps), num_training_steps=steps
+        optimizer, num_warmup_steps=round(0.1 * steps), num_training_steps=steps
     )
     kept_at_zero = _masked_parameters(model, masks or {})
     was_training = model.training
     model.train()
     try:
         with seeded(seed, device):
-            for step, batch in enumerate(_endless(loader, steps)):
+            for step, batch in enumerate(take_batches(loader, steps)):
                 batch = to_device(batch, device)
                 with for_backward(batch, device, bfloat16):
                     loss = model(**batch).loss
@@ -223,16 +223,6 @@ def _masked_parameters(
     if unknown:
         raise ValueError(f"masks name parameters the model does not have: {', '.join(unknown)}")
     return [(parameters[name], mask.to(parameters[name].device)) for name, mask in masks.items()]
-
-
-def _endless(loader: DataLoader[Batch], steps: int) -> Iterator[Batch]:
-    done = 0
-    while done < steps:
-        for batch in loader:
-            yield batch
-            done += 1
-            if done == steps:
-                return
 
 
 @contextmanager
@@ -277,22 +267,17 @@ def quality(
     batches = loader if isinstance(loader, Sequence | DataLoader) else list(loader)
     right = total = 0
     loss = 0.0
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.inference_mode(), _autocast(device, bfloat16):
-            for index, batch in enumerate(batches):
-                batch = to_device(batch, device)
-                output = model(**batch)
-                found = output.logits.argmax(dim=-1)
-                right += int((found == batch["labels"]).sum())
-                total += len(found)
-                own = getattr(output, "loss", None)
-                loss += math.nan if own is None else float(own) * len(found)
-                if progress is not None:
-                    progress(stage, index + 1, len(batches))
-    finally:
-        model.train(was_training)
+    with evaluation(model), torch.inference_mode(), _autocast(device, bfloat16):
+        for index, batch in enumerate(batches):
+            batch = to_device(batch, device)
+            output = model(**batch)
+            found = output.logits.argmax(dim=-1)
+            right += int((found == batch["labels"]).sum())
+            total += len(found)
+            own = getattr(output, "loss", None)
+            loss += math.nan if own is None else float(own) * len(found)
+            if progress is not None:
+                progress(stage, index + 1, len(batches))
     return Quality(right / total, loss / total)
 
 

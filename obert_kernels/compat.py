@@ -23,6 +23,9 @@ class EmpiricalBlockFisherInverse:
         num_weights: d.
         damp: damping.
         device: where the Gram lives.
+
+    Raises:
+        ValueError: one of them is out of range, or later a gradient or vector is of another size.
     """
 
     def __init__(
@@ -50,7 +53,8 @@ class EmpiricalBlockFisherInverse:
         """Add a gradient of ``num_weights`` values, any shape and floating type."""
         if g.numel() != self.d:
             raise ValueError(f"the gradient must have {self.d} values, got {g.numel()}")
-        if self._buffer is None:
+        if self._buffer is None or self._buffer.dtype != g.dtype:
+            self._flush()
             self._buffer = gradient_buffer(GRADIENTS_PER_UPDATE, self.d, g.dtype, self.dev)
         self._buffer[self._gathered].copy_(g.detach().reshape(-1))
         self._gathered += 1

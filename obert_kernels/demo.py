@@ -17,8 +17,6 @@ _DEMO_SETTINGS: dict[str, Any] = {
     "sparsity": (0.5, 0.6, 0.7, 0.8),
     "finetune_epochs": 2.0,
     "learning_rate": 2e-4,
-    "num_grads": 256,
-    "grad_batch_size": 16,
     "max_length": 64,
 }
 

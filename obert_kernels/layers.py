@@ -63,8 +63,8 @@ def find_weights(
             without embeddings, pooler and head.
 
     Raises:
-        ValueError: nothing matches, or the model shares its layers' weights (ALBERT) and
-            ``params`` does not say what to do.
+        ValueError: nothing matches, a matrix holds NaN or infinity, or the model shares its
+            layers' weights (ALBERT) and ``params`` does not say what to do.
         TypeError: a matrix is not of a floating type.
     """
     matrices = {

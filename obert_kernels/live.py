@@ -270,7 +270,11 @@ class LiveFisher(Fisher):
         self.num_gradients += rows.shape[0]
 
     def merge(self, other: LiveFisher) -> None:
-        """Add the gradients another process or run has seen of the same weights."""
+        """Add the gradients another process or run has seen of the same weights.
+
+        Raises:
+            ValueError: its Fisher is of other weights.
+        """
         same = torch.equal(self._source, other._source)
         same = same and torch.equal(self._first_place, other._first_place)
         if not same:

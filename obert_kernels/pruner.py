@@ -122,7 +122,8 @@ def prune(
     Raises:
         ValueError: an argument is out of range or does not fit the model, the batches give no
             finite loss or gradient, or they are too few.
-        TypeError: no loss could be had from a batch.
+        TypeError: no loss could be had from a batch, or a matrix, or ``fisher_dtype``, has a type
+            that cannot be worked with.
         MemoryError: the call would not fit; the message gives the figures and the remedies.
         NumericalError: a Fisher block is not positive definite, or new weights (with damping
             "auto": what the model makes of the calibration batches) are not finite.

@@ -19,7 +19,7 @@ class LayerReport:
         pruned: how many of them are zero now.
         predicted_increase: ``1/2 d^T F d`` for its change d: of the loss, or of half the
             variance of the logits' change where gradients are of predictions (of g samples: a g-th
-            of it); None where no Fisher was used.
+            of it); None where the survivors were not updated.
     """
 
     name: str
@@ -43,7 +43,8 @@ class PruneReport:
         settings: most of the arguments that decided the result, and the damping used.
         seconds: stage to wall-clock seconds ("gradients", "fisher", "damping", "scores", "masks",
             "update").
-        memory: bytes planned ("gram", "gathered gradients", "other") and "passes".
+        memory: bytes planned ("gram", "gathered gradients", "other") and "passes"; of the first
+            sub-step, the largest.
         notes: what the user should know, one sentence each.
         damping_trials: those of damping "auto".
     """
@@ -62,7 +63,7 @@ class PruneReport:
 
     @property
     def predicted_increase(self) -> float | None:
-        """Sum over the matrices; None where no Fisher was used."""
+        """Sum over the matrices; None where the survivors were not updated."""
         parts = [x.predicted_increase for x in self.layers]
         return None if any(p is None for p in parts) else float(sum(p or 0.0 for p in parts))
 

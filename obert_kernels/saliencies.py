@@ -9,13 +9,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from .batches import to_device
+from .estimate import Progress
 from .fisher import Fisher
 from .losses import LossFn
 from .masks import magnitude_scores
 from .patterns import Pattern
 from .registry import Registry
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass
@@ -100,6 +99,9 @@ def register_saliency(name: str, *, uses_fisher: bool = True) -> Callable[[Salie
         name: of the saliency.
         uses_fisher: False if it does without; then none is estimated unless an update is asked
             for.
+
+    Raises:
+        ValueError: the name is empty or no string.
     """
 
     def register(function: Saliency) -> Saliency:

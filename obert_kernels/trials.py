@@ -70,7 +70,7 @@ class Outcome:
         target: sparsity asked for.
         sparsity: share of pruned weights reached, over the pruned matrices.
         dev_accuracy, dev_loss, test_accuracy: see :class:`Scores`.
-        predicted_increase: see :class:`obert_kernels.LayerReport`; None without a Fisher.
+        predicted_increase: see :class:`obert_kernels.LayerReport`.
         damping_used: of the Fisher; None without one.
         gradients_seconds, fisher_seconds: of the estimate, whether or not other trials shared it.
         damping_seconds: of choosing the damping.

@@ -16,7 +16,15 @@ pytest.importorskip("typer")
 
 from tiny_text import save_model  # noqa: E402
 
-from obert_kernels import checkpoints, classification, cli, cli_options, demo, prune  # noqa: E402
+from obert_kernels import (  # noqa: E402
+    _lib,
+    checkpoints,
+    classification,
+    cli,
+    cli_options,
+    demo,
+    prune,
+)
 from obert_kernels.calibration import calibration_batches, held_back  # noqa: E402
 from obert_kernels.text_data import Texts, load_text_data  # noqa: E402
 
@@ -358,3 +366,17 @@ def test_attention_is_written_out_for_short_texts_in_bfloat16(tokens, bfloat16, 
         assert torch.backends.cuda.flash_sdp_enabled() == fused
         assert torch.is_autocast_enabled("cpu") == bfloat16
     assert torch.backends.cuda.flash_sdp_enabled()
+
+
+def test_a_missing_core_is_one_line(
+    tmp_path: Path,
+    data_file: str,
+    command: Callable[..., tuple[int, str, str]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(_lib, "_core", None)
+    monkeypatch.setattr(_lib, "_failure", "the native core could not be loaded.\n  do: build it")
+    model = save_model(tmp_path / "model", head=True)
+    code, _, stderr = command("run", model, data_file, "-s", 0.5, "-o", tmp_path / "out", *QUICK)
+    assert code == 1
+    assert stderr.splitlines()[-1] == "error: the native core could not be loaded. do: build it"

@@ -113,12 +113,21 @@ def test_drop_in_class_raises_where_the_reference_turns_nan():
         inverse.diag()
 
 
+def test_gradients_of_several_types_keep_theirs():
+    inverse, fisher = EmpiricalBlockFisherInverse(2, 50, 100, 1e-3), GramFisher(100, 50)
+    rough, fine = torch.randn(100).bfloat16(), torch.randn(100)
+    for g in (rough, fine):
+        inverse.add_grad(g)
+        fisher.accumulate(g)
+    assert torch.equal(inverse.diag(), fisher.diagonal(1e-3))
+
+
 def test_overflowing_update_changes_nothing():
     """float16 weights whose update leaves the range of the type."""
     from torch import nn
 
     from obert_kernels import FisherEstimate, prune
-    from obert_kernels.memory import plan_passes
+    from obert_kernels.memory import Plan
 
     model = nn.Linear(50, 2, bias=False).half()
     with torch.no_grad():
@@ -127,7 +136,7 @@ def test_overflowing_update_changes_nothing():
     g = torch.randn(200, 1) * torch.ones(1, 100)  # all weights fully correlated
     fisher = GramFisher(100, 50, name="weight")
     fisher.accumulate(g)
-    plan = plan_passes({"weight": model.weight}, 50, torch.float64, None, 1)
+    plan = Plan([["weight"]], 0, 0, 0, 1)
     estimate = FisherEstimate({"weight": fisher}, 200, {}, plan, [])
     with pytest.raises(ArithmeticError, match="weight left the range"):
         prune(model, fisher=estimate, sparsity=0.9, damping=1e-4)
