@@ -57,6 +57,18 @@ def gram_accumulate(blocks: int, size: int, k: int, gram_bytes: int, gradient_by
     return Cost(blocks * moved, blocks * k * 2 * _triangle(size), arithmetic)
 
 
+def gram_accumulate_living(
+    blocks: int, size: int, k: int, gram_bytes: int, gradient_bytes: int
+) -> Cost:
+    """csrc/cuda/gram_living.cu, blocks of B living weights: as ``gram_accumulate``, and tables.
+
+    An int32 says which weight stands at a place, three int64 where a block begins and ends.  Memory
+    delivers 32 bytes where one gradient is asked for, so that 100 % cannot be had.
+    """
+    dense = gram_accumulate(blocks, size, k, gram_bytes, gradient_bytes)
+    return Cost(dense.bytes + blocks * (4 * size + 24), dense.flops, dense.arithmetic)
+
+
 def woodbury_update(blocks: int, size: int, k: int, gradient_bytes: int) -> Cost:
     """k gradients in one call; csrc/cuda/woodbury.cu: 4 B (B+1) + k B sizeof(gradient).
 

@@ -11,7 +11,7 @@ from contender import ReferenceInverse
 from costs import Cost
 from torch import Tensor
 
-from obert_kernels import WoodburyFisher, ops, reference
+from obert_kernels import WoodburyFisher, living_ops, ops, reference
 
 M = 1024
 DAMPING = 1e-7
@@ -19,6 +19,8 @@ SCALE = 1e-4
 KEPT = 0.3  # share of weights that survive the timed updates
 REFERENCE = "reference"
 TORCH = "torch cholesky_inverse"
+ALL_WEIGHTS = "Gram of all weights"
+LEFT = 10  # one of so many weights is left
 # torch may loop over the blocks on the host; its time is scaled up from so many.
 _TORCH_BLOCKS = 16384
 _TORCH_BYTES = 128 << 20
@@ -91,6 +93,35 @@ def gram_kernel(size: int, k: int, gram_type: torch.dtype, gradient_type: torch.
         size,
         lambda blocks: costs.gram_accumulate(blocks, size, k, element, gradient),
         (size + 1) / 2 * element + k * gradient + 4 * size + 16,
+        build,
+    )
+
+
+def living_kernel(size: int, k: int, gram_type: torch.dtype, gradient_type: torch.dtype) -> Kernel:
+    """Full blocks of the weights that are left, against the Gram of all."""
+
+    def build(n: int, device: torch.device) -> Copy:
+        g = random_gradients(k, LEFT * n, device, gradient_type)
+        first_place = torch.arange(0, n + 1, size, device=device)
+        gram_start = first_place[:-1] // size * (size * (size + 1) // 2)
+        offset = torch.randint(LEFT, (n,), device=device)
+        source = (torch.arange(n, device=device) * LEFT + offset).int()
+        gram = torch.zeros(reference.gram_shape(n, size), dtype=gram_type, device=device).view(-1)
+        every = torch.zeros(
+            reference.gram_shape(LEFT * n, size), dtype=gram_type, device=device
+        )  # fmt: skip
+        return Copy(
+            lambda: living_ops.gram_accumulate_living(gram, g, gram_start, first_place, source),
+            {ALL_WEIGHTS: Contender(lambda: ops.gram_accumulate(every, g, size), 1)},
+        )
+
+    element, gradient = gram_type.itemsize, gradient_type.itemsize
+    return Kernel(
+        "gram_accumulate_living",
+        f"{name_of(gram_type)} Gram, k = {k}, {name_of(gradient_type)} gradients",
+        size,
+        lambda blocks: costs.gram_accumulate_living(blocks, size, k, element, gradient),
+        (LEFT + 1) * (size + 1) / 2 * element + LEFT * k * (gradient + 4) + 64,
         build,
     )
 
@@ -316,6 +347,7 @@ def kernels(
         for k in gradients_per_call:
             yield gram_kernel(size, k, torch.float32, gradient_type)
             yield gram_kernel(size, k, torch.float64, gradient_type)
+            yield living_kernel(size, k, torch.float64, gradient_type)
             yield woodbury_kernel(size, k, gradient_type)
     for gram_type in (torch.float32, torch.float64):
         yield from gram_kernels(size, gram_type)

@@ -2,7 +2,8 @@
 
     python benchmarks/recomputation.py MODEL      # a MiniLM fine-tuned on MR; about 30 minutes
 
-All rows see the same texts: ``--texts`` in all, a quarter of them in each of four sub-steps.
+One step takes as many gradients as four sub-steps together, of the same texts.  (Of more texts than
+there are, each comes several times, in other gradients.)
 "gram" holds the living weights of every block where they were; "refilled" gathers the living
 weights of a matrix and cuts them into full blocks anew.  The damping is chosen in every sub-step
 on held-back texts.
@@ -15,6 +16,7 @@ import json
 import shlex
 import statistics
 import sys
+from itertools import product
 from pathlib import Path
 
 from machine import machine
@@ -26,21 +28,23 @@ from obert_kernels.text_data import load_demo_set
 
 RESULTS = Path(__file__).parent / "results"
 MAX_LENGTH = 96
-RUNS = (
-    ("gram", "geometric", 1),
-    ("gram", "geometric", 4),
-    ("gram", "linear", 4),
-    ("refilled", "geometric", 4),
-)
+RUNS = {
+    "one step": ("gram", "geometric", 1),
+    "geometric": ("gram", "geometric", 4),
+    "linear": ("gram", "linear", 4),
+    "refilled": ("refilled", "geometric", 4),
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", type=Path)
-    parser.add_argument("--texts", type=int, default=4096)
-    parser.add_argument("--texts-per-grad", type=int, nargs="+", default=[16, 4, 1])
-    parser.add_argument("--sparsity", type=float, nargs="+", default=[0.8, 0.9])
+    parser.add_argument("--runs", nargs="+", default=list(RUNS), choices=list(RUNS))
+    parser.add_argument("--gradients", type=int, nargs="+", default=[64, 256], help="a sub-step")
+    parser.add_argument("--texts-per-grad", type=int, nargs="+", default=[4, 16])
+    parser.add_argument("--sparsity", type=float, nargs="+", default=[0.9])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--name", default="recomputation", help="file name under results/")
     args = parser.parse_args()
     data = load_demo_set("mr")
     tokenizer = AutoTokenizer.from_pretrained(args.model)
@@ -53,9 +57,9 @@ def main() -> None:
     about, rows = machine(), []
     about["dense"] = f"{classification.accuracy(model, test):.4f}"
     for seed in args.seeds:
-        for g in args.texts_per_grad:
-            for estimator, schedule, steps in RUNS:
-                num_grads = args.texts // g // steps
+        for g, in_quarter in product(args.texts_per_grad, args.gradients):
+            for estimator, schedule, steps in map(RUNS.__getitem__, args.runs):
+                num_grads = in_quarter * 4 // steps
                 batches = calibration_batches(
                     tokenizer, data.train, num_grads, g, steps=steps, seed=seed,
                     max_tokens=tokens_at_once(model.config.hidden_size), **options,
@@ -82,8 +86,8 @@ def main() -> None:
     command = shlex.join(["python", "benchmarks/recomputation.py", *sys.argv[1:]])
     document = {"command": command, "machine": about, "rows": rows}
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "recomputation.json").write_text(json.dumps(document, indent=1) + "\n")
-    (RESULTS / "recomputation.md").write_text(markdown(command, about, rows, args))
+    (RESULTS / f"{args.name}.json").write_text(json.dumps(document, indent=1) + "\n")
+    (RESULTS / f"{args.name}.md").write_text(markdown(command, about, rows, args))
 
 
 def markdown(command: str, about: dict, rows: list[dict], args: argparse.Namespace) -> str:
@@ -91,18 +95,18 @@ def markdown(command: str, about: dict, rows: list[dict], args: argparse.Namespa
         "# Sub-steps with fresh gradients",
         "",
         f"`{command}` on {about['cpu']}, {about['threads']} threads, torch {about['torch']}, "
-        f"{about['date']}.  MiniLM-L6 on MR, dense {float(about['dense']):.1%}, {args.texts} texts "
-        "in all, gradients of predictions, greedy selection, joint update, damping chosen in every "
+        f"{about['date']}.  MiniLM-L6 on MR, dense {float(about['dense']):.1%}, "
+        "gradients of predictions, greedy selection, joint update, damping chosen in every "
         f"sub-step; seeds of the texts {', '.join(map(str, args.seeds))}, one model: accuracy is "
         "mean ± standard deviation, then by seed.  Dampings, of the first seed, are relative to "
         "the mean diagonal of the Fisher.",
         "",
-        "| texts per gradient | Fisher | sub-steps | gradients in each | sparsity | accuracy | "
-        "by seed | dampings |",
-        "|---|---|---|---|---|---|---|---|",
+        "| texts per gradient | Fisher | sub-steps | gradients in each | texts in all | sparsity | "
+        "accuracy | by seed | dampings |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for first in (row for row in rows if row["seed"] == args.seeds[0]):
-        same = ("texts_per_grad", "estimator", "steps", "schedule", "sparsity")
+        same = ("texts_per_grad", "num_grads", "estimator", "steps", "schedule", "sparsity")
         values = [
             100 * row["accuracy"] for row in rows if all(row[key] == first[key] for key in same)
         ]
@@ -110,6 +114,7 @@ def markdown(command: str, about: dict, rows: list[dict], args: argparse.Namespa
         steps = f"{first['steps']} {first['schedule']}".strip()
         lines.append(
             f"| {first['texts_per_grad']} | {first['estimator']} | {steps} | {first['num_grads']} "
+            f"| {first['num_grads'] * first['steps'] * first['texts_per_grad']} "
             f"| {first['sparsity']:.0%} | {statistics.mean(values):.1f}{spread} | "
             f"{', '.join(f'{value:.1f}' for value in values)} | "
             f"{', '.join(f'{value:.0e}' for value in first['damping'])} |"

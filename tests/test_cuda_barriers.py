@@ -131,7 +131,8 @@ NOTHING = {"update, nothing to remove", "given: update, nothing to remove"}
             for i in range(3)
             for size in (SIZE, COMPILED)
         ),
-        ("gram_living.cu", "__syncthreads();", 0, COMPILED, {"living"}),
+        ("gram_living.cu", "__syncthreads();", 0, SIZE, {"living"}),
+        ("gram_living.cu", "__syncthreads();", 1, COMPILED, {"living"}),
         ("woodbury.cu", "T::sync();", 0, COMPILED, {"woodbury"}),
         ("woodbury.cu", "__syncthreads();", 0, COMPILED, {"woodbury"}),
         ("woodbury.cu", "__syncthreads();", 1, COMPILED, {"woodbury"}),

@@ -52,11 +52,8 @@ def test_gram_and_woodbury_move_every_byte_once(cuda_on_host, size, k, dtype):
 
 
 def table_bytes(live: LiveFisher) -> int:
-    """Of a Fisher of living weights, read once; where a block is by every lane of its warp, from
-    one address, and where one of four is large by every thread once more."""
-    places = live._first_place.diff().split(4)
-    readers = sum((32 + 128 * bool(four.max() > 28)) * len(four) for four in places)
-    return readers * 3 * 8 + 4 * len(live._source)
+    """Of a Fisher of living weights, read once."""
+    return 3 * 8 * len(live._gram_start) + 4 * len(live._source)
 
 
 @pytest.mark.parametrize(("share", "size", "most"), [(0.1, 40, 28), (0.5, 40, 28), (0.8, 60, 60)])

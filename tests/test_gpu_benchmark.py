@@ -29,9 +29,9 @@ import roofline
 
 BENCHMARKS = Path(gpu.__file__).parent
 OPERATORS = [
-    "gram_accumulate", "gram_inverse", "gram_diagonal", "gram_solve", "gram_scores",
-    "gram_greedy_scores", "gram_n_of_m", "gram_update", "woodbury_update", "inverse_scores",
-    "inverse_update",
+    "gram_accumulate", "gram_accumulate_living", "gram_inverse", "gram_diagonal", "gram_solve",
+    "gram_scores", "gram_greedy_scores", "gram_n_of_m", "gram_update", "woodbury_update",
+    "inverse_scores", "inverse_update",
 ]  # fmt: skip
 TINY = gpu.Settings(
     block_sizes=(4, 50),
@@ -49,6 +49,7 @@ TIMES = {
     gpu.OURS: 5e-6,
     gpu_kernels.REFERENCE: 20e-6,
     gpu_kernels.TORCH: 30e-6,
+    gpu_kernels.ALL_WEIGHTS: 40e-6,
 }
 TOP = gpu.Ceilings(1e9, {"float32": 4e9, "float64": 2e9})
 
@@ -92,7 +93,7 @@ def test_a_whole_run(document, tmp_path):
     rows = document["rows"]
     assert {row["operator"] for row in rows} == set(OPERATORS)
     assert {row["block_size"] for row in rows} == {4, 50}
-    assert sum("bfloat16 gradients" in row["variant"] for row in rows) == 2 * 3
+    assert sum("bfloat16 gradients" in row["variant"] for row in rows) == 2 * 4
     assert document["refused"] == []
     assert document["checks"] > 2 * 2 * len(OPERATORS)
     for row in rows:
@@ -189,6 +190,8 @@ def test_bytes_are_those_the_kernels_move(cuda_on_host, size):
     for kernel in gpu_kernels.kernels(size, (3,), (torch.float32, torch.bfloat16)):
         if "groups of 4" in kernel.variant and size % 4:
             continue  # the formula is for groups that no border cuts
+        if kernel.operator == "gram_accumulate_living" and size > 60:
+            continue  # more tiles than threads: the gradients pass several times
         blocks = 4
         copy = kernel.build(blocks * size, torch.device("cpu"))
         cuda_on_host.reset_counters()
@@ -212,7 +215,7 @@ def slightly_wrong(operator):
     return call
 
 
-@pytest.mark.parametrize("name", [*OPERATORS, "gram_accumulate_living"])
+@pytest.mark.parametrize("name", OPERATORS)
 def test_a_wrong_operator_stops_the_run(cuda_on_host, monkeypatch, tmp_path, name):
     owner = ops if hasattr(ops, name) else living_ops
     monkeypatch.setattr(owner, name, slightly_wrong(getattr(owner, name)))

@@ -24,9 +24,6 @@ constexpr int kStagedBytes = 128 * threads;
 template <int threads>
 constexpr int kSharedBytes = kStagedBytes<threads> + kMaxBlockSize * int(sizeof(int32_t));
 
-constexpr int kLaunchBytes = Warp::kTeams * kSharedBytes<32>;
-static_assert(kSharedBytes<Warp::kLaunch> <= kLaunchBytes, "a large block has it for itself");
-
 // Where a block stands in the tables.
 struct Span {
     int64_t first;  // place
@@ -35,6 +32,10 @@ struct Span {
 
     __device__ int tiles() const { return tiles_in<kTile>(places); }
 };
+
+constexpr int kLaunchBytes = Warp::kTeams * (kSharedBytes<32> + int(sizeof(Span)));
+static_assert(kSharedBytes<Warp::kLaunch> <= Warp::kTeams * kSharedBytes<32>,
+              "a large block takes the place of as many small ones as there are warps");
 
 // Its tables up to the weights; no places if they point outside of the tensors they speak of, or
 // there is no such block.
@@ -120,17 +121,18 @@ __device__ inline void accumulate(const GramAccumulateLiving& args, const Span& 
 template <class Sum>
 __global__ void __launch_bounds__(Warp::kLaunch)
     living_kernel(const __grid_constant__ GramAccumulateLiving args) {
-    const int64_t first = int64_t(blockIdx.x) * Warp::kTeams;
-    const Span mine = span_of(args, first + Warp::index());
-    const bool is_large = mine.tiles() > 32;
-    if (mine.places > 0 && !is_large)
+    Span* spans = reinterpret_cast<Span*>(obert_shared + Warp::kTeams * kSharedBytes<32>);
+    if (threadIdx.x < Warp::kTeams)
+        spans[threadIdx.x] = span_of(args, int64_t(blockIdx.x) * Warp::kTeams + threadIdx.x);
+    __syncthreads();
+    const Span mine = spans[Warp::index()];
+    if (mine.places > 0 && mine.tiles() <= 32)
         accumulate<Sum, 32>(args, mine, obert_shared + Warp::index() * kSharedBytes<32>);
-    if (!__syncthreads_or(is_large)) return;
 #pragma unroll 1
     for (int i = 0; i < Warp::kTeams; ++i) {
-        const Span span = span_of(args, first + i);
-        if (span.tiles() > 32) accumulate<Sum, Warp::kLaunch>(args, span, obert_shared);
-        __syncthreads();
+        if (spans[i].tiles() <= 32) continue;
+        __syncthreads();  // the block before is done with the shared memory
+        accumulate<Sum, Warp::kLaunch>(args, spans[i], obert_shared);
     }
 }
 

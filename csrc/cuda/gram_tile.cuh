@@ -60,29 +60,32 @@ struct Tile {
         }
     }
 
-    // visit(entry, r, c) for what lies in the packed triangle.
-    template <class Visit>
-    __device__ void for_places(int size, Visit visit) const {
+    // put(entry, sum) for what lies in the packed triangle.
+    template <class Put>
+    __device__ void for_entries(int size, Put put) const {
 #pragma unroll
         for (int r = 0; r < tile; ++r)
 #pragma unroll
             for (int c = 0; c < tile; ++c)
                 if (column + c <= row + r && row + r < size)
-                    visit(packed(row + r, column + c), r, c);
+                    put(packed(row + r, column + c), sum[r][c]);
     }
 
-    // put(entry, sum) likewise.
-    template <class Put>
-    __device__ void for_entries(int size, Put put) const {
-        for_places(size, [&](int e, int r, int c) { put(e, sum[r][c]); });
-    }
-
-    // Adds them to a packed triangle.  Nothing is stored before all is read, so that the loads are
-    // on their way together.
+    // Adds them to a packed triangle.  A row is read before any of it is stored, so that its loads
+    // are on their way together; all of the tile would take too many registers.
     __device__ void add_to(Sum* triangle, int size) const {
-        Sum old[tile][tile];
-        for_places(size, [&](int e, int r, int c) { old[r][c] = __ldcs(triangle + e); });
-        for_places(size, [&](int e, int r, int c) { __stcs(triangle + e, old[r][c] + sum[r][c]); });
+#pragma unroll
+        for (int r = 0; r < tile; ++r) {
+            if (row + r >= size) return;
+            Sum* entries = triangle + packed(row + r, column);
+            Sum old[tile];
+#pragma unroll
+            for (int c = 0; c < tile; ++c)
+                if (column + c <= row + r) old[c] = __ldcs(entries + c);
+#pragma unroll
+            for (int c = 0; c < tile; ++c)
+                if (column + c <= row + r) __stcs(entries + c, old[c] + sum[r][c]);
+        }
     }
 };
 
