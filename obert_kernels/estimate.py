@@ -19,7 +19,7 @@ from .gradients import batch_gradients
 from .group_gradients import GroupGradients, NotServed
 from .layers import find_weights
 from .losses import LossFn, default_loss
-from .memory import Plan, gradient_buffer, plan_passes
+from .memory import Plan, gradient_buffers, plan_passes
 from .patterns import UNSTRUCTURED, Pattern, find_pattern
 
 Progress = Callable[[str, int, int], None]
@@ -253,9 +253,7 @@ def _gather(
 ) -> None:
     """One gradient a batch, k of them gathered before they are added."""
     k = plan.gradients_per_update
-    buffers = {
-        name: gradient_buffer(k, w.numel(), w.dtype, w.device) for name, w in weights.items()
-    }
+    buffers = gradient_buffers(k, weights)
     gathered = 0
     with closing(
         batch_gradients(

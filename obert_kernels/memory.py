@@ -52,6 +52,25 @@ def gradient_buffer(
     return torch.empty((count, distance), dtype=dtype, device=device)[:, :num_weights]
 
 
+def gradient_buffers(count: int, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a :func:`gradient_buffer` for each matrix, in one piece of memory.
+
+    The C library gives that back to the system as soon as it is freed; of many pieces of some ten
+    MiB it keeps a part.
+    """
+    buffers, begin = {}, 0
+    size = {
+        name: _whole_pages(count * _row_bytes(w.numel(), w.itemsize)) for name, w in weights.items()
+    }
+    device = next(iter(weights.values())).device
+    room = torch.empty(sum(size.values()), dtype=torch.uint8, device=device)
+    for name, w in weights.items():
+        rows = room[begin : begin + count * _row_bytes(w.numel(), w.itemsize)]
+        buffers[name] = rows.view(w.dtype).view(count, -1)[:, : w.numel()]
+        begin += size[name]
+    return buffers
+
+
 @dataclass(frozen=True)
 class Plan:
     """Which matrices are worked on together, and the memory of the largest pass in bytes.
@@ -103,6 +122,10 @@ def _left_in_container(folder: Path) -> int:
     lines = (folder / "memory.stat").read_text().splitlines()
     files = next(int(line.split()[1]) for line in lines if line.startswith("inactive_file "))
     return limit - used + files
+
+
+def _whole_pages(size: int) -> int:
+    return -(-size // _PAGE) * _PAGE
 
 
 def _readable(size: float) -> str:

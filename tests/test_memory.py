@@ -143,6 +143,22 @@ def test_gathered_gradients_do_not_begin_a_power_of_two_apart(n, dtype):
         assert distance % 4096 == 5 * 64
 
 
+def test_gathered_gradients_of_all_matrices_stand_in_one_piece():
+    weights = {
+        "a": torch.zeros(768, 768), "b": torch.zeros(7, 9, dtype=torch.bfloat16),
+        "c": torch.zeros(3, 5, dtype=torch.float64), "d": torch.zeros(300, 300),
+    }  # fmt: skip
+    buffers = memory.gradient_buffers(3, weights)
+    assert len({buffer.untyped_storage().data_ptr() for buffer in buffers.values()}) == 1
+    for index, (name, weight) in enumerate(weights.items()):
+        alone = gradient_buffer(3, weight.numel(), weight.dtype)
+        assert buffers[name].shape == alone.shape and buffers[name].dtype == alone.dtype
+        assert buffers[name].stride() == alone.stride()
+        buffers[name].fill_(index)
+    for index, name in enumerate(weights):
+        assert (buffers[name] == index).all()
+
+
 def test_the_plan_counts_the_room_between_gathered_gradients():
     weight = {"w": nn.Parameter(torch.ones(768, 768))}
     plan = plan_passes(weight, 50, torch.float64, None, 1024, **PLAN)
