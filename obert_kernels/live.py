@@ -6,8 +6,9 @@ left; what comes out is the same.  Blocks are sorted into a few sizes by what is
 and each size is a :class:`GramFisher` of its own on its part of the Gram.
 
 Or the living weights are cut into full blocks anew ("refilled"), so that each has as many others to
-make up for it as before.  At 90 % that was 1.3 points better with 256 gradients of 4 texts in each
-of four sub-steps, and 1.3 worse with 64 of 16 (benchmarks/results/recomputation.md).
+make up for it as before.  Full blocks want more gradients than what is left of blocks: at 90 %, in
+four sub-steps, that was 1.2 points better with 256 gradients of 4 texts in each, and 2.1 worse with
+64 of them (benchmarks/results/recomputation_gradients.md).
 """
 
 from __future__ import annotations
