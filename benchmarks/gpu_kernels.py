@@ -89,12 +89,16 @@ def gram_kernel(size: int, k: int, gram_type: torch.dtype, gradient_type: torch.
     element, gradient = gram_type.itemsize, gradient_type.itemsize
     return Kernel(
         "gram_accumulate",
-        f"{name_of(gram_type)} Gram, k = {k}, {name_of(gradient_type)} gradients",
+        accumulation(gram_type, k, gradient_type),
         size,
         lambda blocks: costs.gram_accumulate(blocks, size, k, element, gradient),
         (size + 1) / 2 * element + k * gradient + 4 * size + 16,
         build,
     )
+
+
+def accumulation(gram_type: torch.dtype, k: int, gradient_type: torch.dtype) -> str:
+    return f"{name_of(gram_type)} Gram, k = {k}, {name_of(gradient_type)} gradients"
 
 
 def living_kernel(size: int, k: int, gram_type: torch.dtype, gradient_type: torch.dtype) -> Kernel:
@@ -107,9 +111,7 @@ def living_kernel(size: int, k: int, gram_type: torch.dtype, gradient_type: torc
         offset = torch.randint(LEFT, (n,), device=device)
         source = (torch.arange(n, device=device) * LEFT + offset).int()
         gram = torch.zeros(reference.gram_shape(n, size), dtype=gram_type, device=device).view(-1)
-        every = torch.zeros(
-            reference.gram_shape(LEFT * n, size), dtype=gram_type, device=device
-        )  # fmt: skip
+        every = torch.zeros(reference.gram_shape(LEFT * n, size), dtype=gram_type, device=device)
         return Copy(
             lambda: living_ops.gram_accumulate_living(gram, g, gram_start, first_place, source),
             {ALL_WEIGHTS: Contender(lambda: ops.gram_accumulate(every, g, size), 1)},
@@ -118,10 +120,10 @@ def living_kernel(size: int, k: int, gram_type: torch.dtype, gradient_type: torc
     element, gradient = gram_type.itemsize, gradient_type.itemsize
     return Kernel(
         "gram_accumulate_living",
-        f"{name_of(gram_type)} Gram, k = {k}, {name_of(gradient_type)} gradients",
+        accumulation(gram_type, k, gradient_type),
         size,
         lambda blocks: costs.gram_accumulate_living(blocks, size, k, element, gradient),
-        (LEFT + 1) * (size + 1) / 2 * element + LEFT * k * (gradient + 4) + 64,
+        (LEFT + 1) * (size + 1) / 2 * element + LEFT * k * gradient + 64,
         build,
     )
 

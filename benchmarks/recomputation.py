@@ -1,9 +1,11 @@
 """One step against sub-steps with fresh gradients; living rows against refilled blocks.
 
-    python benchmarks/recomputation.py MODEL      # a MiniLM fine-tuned on MR; about 30 minutes
+    python benchmarks/recomputation.py MODEL      # a MiniLM fine-tuned on MR; hours on two cores
 
 One step takes as many gradients as four sub-steps together, of the same texts.  (Of more texts than
-there are, each comes several times, in other gradients.)
+there are, each comes several times, in other gradients.)  results/recomputation.md was made when
+4,096 texts in all were given: ``--gradients 64 --texts-per-grad 16`` and ``--gradients 256
+--texts-per-grad 4`` today.
 "gram" holds the living weights of every block where they were; "refilled" gathers the living
 weights of a matrix and cuts them into full blocks anew.  The damping is chosen in every sub-step
 on held-back texts.

@@ -53,21 +53,19 @@ def gradient_buffer(
 
 
 def gradient_buffers(count: int, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return a :func:`gradient_buffer` for each matrix, in one piece of memory.
+    """Return a :func:`gradient_buffer` for each matrix, in one piece of memory of its device.
 
     The C library gives that back to the system as soon as it is freed; of many pieces of some ten
     MiB it keeps a part.
     """
-    buffers, begin = {}, 0
-    size = {
-        name: _whole_pages(count * _row_bytes(w.numel(), w.itemsize)) for name, w in weights.items()
-    }
-    device = next(iter(weights.values())).device
-    room = torch.empty(sum(size.values()), dtype=torch.uint8, device=device)
-    for name, w in weights.items():
-        rows = room[begin : begin + count * _row_bytes(w.numel(), w.itemsize)]
-        buffers[name] = rows.view(w.dtype).view(count, -1)[:, : w.numel()]
-        begin += size[name]
+    buffers = {}
+    for device in dict.fromkeys(w.device for w in weights.values()):
+        here = {name: w for name, w in weights.items() if w.device == device}
+        sizes = [count * _row_bytes(w.numel(), w.itemsize) for w in here.values()]
+        pages = [-(-size // _PAGE) * _PAGE for size in sizes]
+        room = torch.empty(sum(pages), dtype=torch.uint8, device=device)
+        for (name, w), piece, size in zip(here.items(), room.split(pages), sizes, strict=True):
+            buffers[name] = piece[:size].view(w.dtype).view(count, -1)[:, : w.numel()]
     return buffers
 
 
@@ -122,10 +120,6 @@ def _left_in_container(folder: Path) -> int:
     lines = (folder / "memory.stat").read_text().splitlines()
     files = next(int(line.split()[1]) for line in lines if line.startswith("inactive_file "))
     return limit - used + files
-
-
-def _whole_pages(size: int) -> int:
-    return -(-size // _PAGE) * _PAGE
 
 
 def _readable(size: float) -> str:
@@ -231,7 +225,7 @@ def _remedies(
 ) -> list[str]:
     """What can be done about a plan that does not fit, in words for Python and command line."""
     remedies = []
-    several = len(plan.passes) > 1 or len(plan.passes[0]) > 1
+    several = sum(map(len, plan.passes)) > 1
     if is_free and can_split and several:
         remedies.append("set max_memory to work on the layers in several passes")
     if not is_free:

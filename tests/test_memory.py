@@ -21,23 +21,15 @@ from obert_kernels.patterns import UNSTRUCTURED
 PLAN = {"pattern": UNSTRUCTURED, "estimator": estimators.find("gram"), "streamed": False}
 
 MEASURE = """
-import ctypes, gc, resource, sys
+import gc, resource, sys
 import torch
 from torch import nn
 import obert_kernels
-from obert_kernels.estimators import estimators
-from obert_kernels.memory import plan_passes
-from obert_kernels.patterns import UNSTRUCTURED
-
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 model = nn.Sequential(*[nn.Linear(512, 512, bias=False) for _ in range(12)])
 data = [torch.randn(4, 512) for _ in range(32)]
 loss_fn = lambda m, b: m(b).square().mean()
 weights = obert_kernels.find_weights(model, "re:.*")
-plan = plan_passes(weights, 50, torch.float64, None, 32, pattern=UNSTRUCTURED,
-                   estimator=estimators.find("gram"), streamed=False)
 # A first call on a small part pays for threads, libraries and caches.
 obert_kernels.prune(model, data, 0.1, params="0", num_grads=2, loss_fn=loss_fn, damping=1e-6)
 gc.collect()
@@ -148,7 +140,9 @@ def test_gathered_gradients_of_all_matrices_stand_in_one_piece():
         "a": torch.zeros(768, 768), "b": torch.zeros(7, 9, dtype=torch.bfloat16),
         "c": torch.zeros(3, 5, dtype=torch.float64), "d": torch.zeros(300, 300),
     }  # fmt: skip
-    buffers = memory.gradient_buffers(3, weights)
+    elsewhere = {"e": torch.zeros(20, 30, device="meta")}
+    buffers = memory.gradient_buffers(3, elsewhere | weights)
+    assert buffers.pop("e").device.type == "meta"
     assert len({buffer.untyped_storage().data_ptr() for buffer in buffers.values()}) == 1
     for index, (name, weight) in enumerate(weights.items()):
         alone = gradient_buffer(3, weight.numel(), weight.dtype)

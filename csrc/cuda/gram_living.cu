@@ -3,9 +3,9 @@
 // A thread works on a tile of a block's Gram, while the gradients pass through shared memory,
 // gathered a few at a time.  A warp has threads for a block of up to 28 places; larger ones are
 // done by all warps of the thread block together, one after the other.  Bytes per block of n
-// places: n(n+1) sizeof(gram) + 4 n for its table + k n sizeof(gradient).  With more than 60 places
-// there are more tiles than threads: the gradients pass once for every 128 tiles, and sums are
-// added to the Gram out of order.
+// places: n(n+1) sizeof(gram) + 4 n + 24 for its tables + k n sizeof(gradient).  With more than 60
+// places there are more tiles than threads: the gradients pass once for every 128 tiles, and sums
+// are added to the Gram out of order.
 #include "gram_tile.cuh"
 #include "launch.h"
 
