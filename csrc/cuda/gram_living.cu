@@ -118,8 +118,13 @@ __device__ inline void accumulate(const GramAccumulateLiving& args, const Span& 
     }
 }
 
+// Thread blocks on a multiprocessor: as many as leave enough registers.  The compiler, if it is not
+// told, spills some to make room for one more.
 template <class Sum>
-__global__ void __launch_bounds__(Warp::kLaunch)
+constexpr int kResident = sizeof(Sum) == 4 ? 8 : 5;
+
+template <class Sum>
+__global__ void __launch_bounds__(Warp::kLaunch, kResident<Sum>)
     living_kernel(const __grid_constant__ GramAccumulateLiving args) {
     Span* spans = reinterpret_cast<Span*>(obert_shared + Warp::kTeams * kSharedBytes<32>);
     if (threadIdx.x < Warp::kTeams)
