@@ -7,7 +7,8 @@ Models are fine-tuned, then pruned by ``obert_kernels.sweep`` (what ``obert-prun
 folder for each case, seed and pattern in ``--work``; an interrupted run goes on where it stopped.
 The tables keep what an earlier run left in results/evidence.json and this one did not do.
 A seed is one of fine-tuning and of the texts for MiniLM; MPNet is fine-tuned once, and a seed is
-one of the texts.
+one of the texts.  Where three seeds do not tell ours from oBERT's, more of them are run for that
+cell; which and how many is settled before the first is.
 """
 
 from __future__ import annotations
@@ -15,13 +16,20 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
-import statistics
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from dense_models import MAX_LENGTH, MINILM, MPNET, Dense, Stages, fine_tuned
+from evidence_tables import (
+    DAMPING_SPARSITIES,
+    accuracy_table,
+    cell,
+    damping_table,
+    loss_table,
+    more_seeds_lines,
+)  # fmt: skip
 from machine import machine
 
 from obert_kernels import load_plugin
@@ -42,14 +50,8 @@ SPARSITIES = {
     "block4": [0.5, 0.6, 0.7, 0.8],
     "2:4": [0.5],
 }
-# Where the damping chosen by itself is held against fixed ones.
-DAMPING_SPARSITIES = [0.6, 0.7, 0.8, 0.9]
-NAMES = {
-    "magnitude": "magnitude",
-    "wanda": "Wanda's score",
-    "diagonal": "oBERT, best damping",
-    "greedy": "ours",
-}
+# Of seeds beside those: oBERT and ours, unstructured.
+MORE, MORE_SPARSITIES = "more seeds", [0.5]
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,7 @@ class Case:
     Attributes:
         dampings: fixed ones, for oBERT and to compare with.
         more_dampings: of oBERT, by pattern, where the best of those is the last.
+        more_seeds: for MORE_SPARSITIES.
         fisher_dtype: of the Gram.
         fine_tunings: seeds of fine-tuning; a seed of texts takes one of them.
     """
@@ -69,6 +72,7 @@ class Case:
     fisher_dtype: str = "float64"
     fine_tunings: int = 3
     more_dampings: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    more_seeds: tuple[int, ...] = ()
 
     def dampings_of_obert(self, pattern: str) -> tuple[float, ...]:
         return (*self.dampings, *self.more_dampings.get(pattern, ()))
@@ -93,6 +97,7 @@ CASES = {
         "float32",
         fine_tunings=1,
         more_dampings={"block4": (1e-6, 1e-5)},
+        more_seeds=(3, 4, 5),
     ),
 }
 
@@ -100,7 +105,7 @@ CASES = {
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
-    parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS, choices=SEEDS)
+    parser.add_argument("--seeds", nargs="+", type=int)
     parser.add_argument("--patterns", nargs="+", default=list(SPARSITIES), choices=SPARSITIES)
     parser.add_argument("--work", type=Path, default=cache_folder() / "benchmark_accuracy")
     parser.add_argument("--report", action="store_true", help="prune nothing")
@@ -116,6 +121,8 @@ def grid(pattern: str, selection: Iterable[str], damping: Iterable) -> list[Sett
 
 def measure(case: Case, seed: int, pattern: str, work: Path) -> None:
     """Do the trials that are not there yet."""
+    if seed not in SEEDS and (pattern != "unstructured" or seed not in case.more_seeds):
+        return
     data = load_demo_set(case.dataset)
     progress = Stages(f"{case.name}, {pattern}, seed {seed}:")
     model = fine_tuned(
@@ -124,7 +131,7 @@ def measure(case: Case, seed: int, pattern: str, work: Path) -> None:
     others = Settings(
         model=str(model),
         data=f"demo:{case.dataset}",
-        sparsity=SPARSITIES[pattern],
+        sparsity=SPARSITIES[pattern] if seed in SEEDS else MORE_SPARSITIES,
         output=case.folder(work, seed, pattern, "labels"),
         pattern=pattern,
         plugin=[str(WANDA)],
@@ -136,7 +143,7 @@ def measure(case: Case, seed: int, pattern: str, work: Path) -> None:
     # Magnitude sees no texts: what it does to a model serves all seeds of texts.
     without_damping = ["wanda"] if seed >= case.fine_tunings else ["magnitude", "wanda"]
     known = [
-        *grid(pattern, without_damping, ["auto"]),
+        *grid(pattern, without_damping if seed in SEEDS else [], ["auto"]),
         *grid(pattern, ["diagonal"], case.dampings_of_obert(pattern)),
     ]
     sweep_classifier(others, known, progress=progress)
@@ -145,110 +152,11 @@ def measure(case: Case, seed: int, pattern: str, work: Path) -> None:
         gradients_of="predictions",
         output=case.folder(work, seed, pattern, "predictions"),
     )
-    fixed = case.dampings if pattern == "unstructured" else ()
+    fixed = case.dampings if pattern == "unstructured" and seed in SEEDS else ()
     sweep_classifier(ours, grid(pattern, ["greedy"], ["auto", *fixed]), progress=progress)
 
 
-# ---- tables ------------------------------------------------------------------------
-
-Runs = list[list[Outcome]]  # by seed
-
-
-def results(
-    runs: Runs,
-    selection: str,
-    target: float,
-    damping: float | str | None,
-    of: str = "test_accuracy",
-) -> list[float]:
-    """A result of each seed that has it."""
-    return [
-        getattr(outcome, of) or 0.0
-        for run in runs
-        for outcome in run
-        if outcome.setting.selection == selection
-        and outcome.target == target
-        and (damping is None or outcome.setting.damping == damping)
-    ]
-
-
-def best_damping(runs: Runs, selection: str, target: float, by: str) -> float:
-    """The fixed damping, of those that every seed has, with the best mean accuracy."""
-    by_damping: dict[float, list[float]] = {}
-    for run in runs:
-        for outcome in run:
-            setting = outcome.setting
-            same = (setting.selection, outcome.target) == (selection, target)
-            if same and not isinstance(setting.damping, str):
-                by_damping.setdefault(setting.damping, []).append(getattr(outcome, by) or 0.0)
-    everywhere = [damping for damping, values in by_damping.items() if len(values) == len(runs)]
-    return max(everywhere, key=lambda damping: statistics.mean(by_damping[damping]))
-
-
-def cell(values: list[float], scale: int = 100, digits: int = 1) -> str:
-    if not values:
-        return ""
-    spread = f" ± {scale * statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{scale * statistics.mean(values):.{digits}f}{spread}"
-
-
-def row(cells: Iterable[object]) -> str:
-    return "| " + " | ".join(str(x) for x in cells) + " |"
-
-
-def header(cells: Sequence[str]) -> list[str]:
-    return [row(cells), "|" + "---|" * len(cells)]
-
-
-def shown(runs: Runs, selection: str, target: float, of: str = "test_accuracy") -> list[float]:
-    """A result of each seed, at the damping of the table."""
-    damping: float | str | None = None
-    if selection == "diagonal":
-        damping = best_damping(runs, selection, target, "dev_accuracy")
-    elif selection == "greedy":
-        damping = "auto"
-    return results(runs, selection, target, damping, of)
-
-
-def methods(
-    runs: Runs, targets: list[float], of: str, scale: int = 100, digits: int = 1
-) -> list[str]:
-    """A row for each."""
-    return [
-        row([name, *(cell(shown(runs, key, target, of), scale, digits) for target in targets)])
-        for key, name in NAMES.items()
-    ]
-
-
-def accuracy_table(runs: Runs, targets: list[float]) -> list[str]:
-    gains = []
-    for target in targets:
-        pairs = zip(shown(runs, "greedy", target), shown(runs, "diagonal", target), strict=True)
-        gains.append(", ".join(f"{100 * (ours - theirs):+.1f}" for ours, theirs in pairs))
-    return [
-        *header(["", *(f"{target:.0%}" for target in targets)]),
-        *methods(runs, targets, "test_accuracy"),
-        row(["ours minus oBERT, by seed", *gains]),
-    ]
-
-
-def loss_table(runs: Runs, targets: list[float]) -> list[str]:
-    return [
-        *header(["cross entropy of held-back texts", *(f"{target:.0%}" for target in targets)]),
-        *methods(runs, targets, "dev_loss", 1, 3),
-    ]
-
-
-def damping_table(runs: Runs) -> list[str]:
-    """Ours with a damping that takes care of itself, and with fixed ones."""
-    lines = header(["sparsity", "auto", "best fixed by hand", "its damping", "auto minus best"])
-    for target in DAMPING_SPARSITIES:
-        auto = results(runs, "greedy", target, "auto")
-        best = best_damping(runs, "greedy", target, "test_accuracy")
-        fixed = results(runs, "greedy", target, best)
-        gap = 100 * (statistics.mean(auto) - statistics.mean(fixed))
-        lines.append(row([f"{target:.0%}", cell(auto), cell(fixed), f"{best:g}", f"{gap:+.1f}"]))
-    return lines
+# ---- what is there ------------------------------------------------------------------
 
 
 def trials(folder: Path, *selections: str) -> list[Outcome]:
@@ -266,29 +174,44 @@ def _is_shown(case: Case, pattern: str, outcome: Outcome) -> bool:
     return damping in case.dampings_of_obert(pattern) and in_table
 
 
-def finished(case: Case, pattern: str, work: Path) -> dict[int, tuple[list[Outcome], float]]:
-    """Outcomes and dense accuracy of every seed that is whole."""
-    found = {}
+Finished = dict[int, tuple[list[Outcome], float]]
+
+
+def trials_of(case: Case, pattern: str, work: Path, seed: int) -> tuple[list[Outcome], float]:
+    """Outcomes of a seed that the tables show, and dense accuracy."""
+    others, ours = (case.folder(work, seed, pattern, of) for of in ("labels", "predictions"))
+    first = case.folder(work, seed % case.fine_tunings, pattern, "labels")
+    outcomes = [
+        *trials(others, "wanda", "diagonal"),
+        *trials(first, "magnitude"),
+        *trials(ours, "greedy"),
+    ]
+    basis = ours / BASIS_FILE
+    dense = json.loads(basis.read_text())["dense"]["test_accuracy"] if basis.is_file() else 0.0
+    return [outcome for outcome in outcomes if _is_shown(case, pattern, outcome)], dense
+
+
+def finished(case: Case, pattern: str, work: Path) -> Finished:
+    """Every seed that is whole."""
     count = len(SPARSITIES[pattern]) * (3 + len(case.dampings_of_obert(pattern)))
     count += len(DAMPING_SPARSITIES) * len(case.dampings) * (pattern == "unstructured")
-    for seed in SEEDS:
-        others, ours = (case.folder(work, seed, pattern, of) for of in ("labels", "predictions"))
-        first = case.folder(work, seed % case.fine_tunings, pattern, "labels")
-        outcomes = [
-            *trials(others, "wanda", "diagonal"),
-            *trials(first, "magnitude"),
-            *trials(ours, "greedy"),
-        ]
-        outcomes = [outcome for outcome in outcomes if _is_shown(case, pattern, outcome)]
+    found = {seed: trials_of(case, pattern, work, seed) for seed in SEEDS}
+    return {seed: run for seed, run in found.items() if len(run[0]) == count}
+
+
+def finished_more(case: Case, work: Path) -> Finished:
+    """Likewise, of the seeds beside those."""
+    count = len(MORE_SPARSITIES) * (1 + len(case.dampings))
+    found = {}
+    for seed in case.more_seeds:
+        outcomes, dense = trials_of(case, "unstructured", work, seed)
+        outcomes = [o for o in outcomes if o.setting.selection in ("diagonal", "greedy")]
         if len(outcomes) == count:
-            basis = json.loads((ours / BASIS_FILE).read_text())
-            found[seed] = outcomes, basis["dense"]["test_accuracy"]
+            found[seed] = outcomes, dense
     return found
 
 
-def finished_before(
-    earlier: dict, case: str, pattern: str
-) -> dict[int, tuple[list[Outcome], float]]:
+def finished_before(earlier: dict, case: str, pattern: str) -> Finished:
     """The same, of the last report."""
     known = earlier.get("cases", {}).get(case, {}).get(pattern, {})
     return {
@@ -359,6 +282,17 @@ def report(work: Path, command: str | None) -> tuple[str, dict]:
                 "seeds": seeds, "dense": dense, "note": note,
                 "outcomes": [[asdict(o) for o in run] for run in runs],
             }  # fmt: skip
+            if pattern != "unstructured":
+                continue
+            more = finished_before(earlier, key, MORE) | finished_more(case, work)
+            if more:
+                lines += more_seeds_lines(
+                    runs, {seed: run for seed, (run, _) in more.items()}, MORE_SPARSITIES
+                )
+                document["cases"][key][MORE] = {
+                    "seeds": list(more), "dense": [dense for _, dense in more.values()],
+                    "outcomes": [[asdict(o) for o in run] for run, _ in more.values()],
+                }  # fmt: skip
     return "\n".join(lines), document
 
 
@@ -367,7 +301,7 @@ def main() -> None:
     command = shlex.join(["python", "benchmarks/evidence.py", *sys.argv[1:]])
     if not settings.report:
         load_plugin(WANDA)
-        for seed in settings.seeds:
+        for seed in settings.seeds or [*SEEDS, *CASES["mpnet-mr"].more_seeds]:
             for key in settings.cases:
                 for pattern in settings.patterns:
                     measure(CASES[key], seed, pattern, settings.work)

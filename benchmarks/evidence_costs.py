@@ -25,7 +25,8 @@ from typing import Any
 import torch
 from contender import ReferenceInverse
 from dense_models import MAX_LENGTH, Stages, fine_tuned
-from evidence import CASES, RESULTS, TEXTS, TEXTS_PER_GRAD, WANDA, Case, header, row
+from evidence import CASES, RESULTS, TEXTS, TEXTS_PER_GRAD, WANDA, Case
+from evidence_tables import header, row
 from machine import machine
 from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer

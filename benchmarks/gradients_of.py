@@ -17,7 +17,8 @@ from pathlib import Path
 
 import torch
 from dense_models import MAX_LENGTH, MINILM, Stages, fine_tuned
-from evidence import TEXTS, TEXTS_PER_GRAD, cell, header, row
+from evidence import TEXTS, TEXTS_PER_GRAD
+from evidence_tables import cell, header, row
 from machine import machine
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
