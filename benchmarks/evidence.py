@@ -8,7 +8,8 @@ folder for each case, seed and pattern in ``--work``; an interrupted run goes on
 The tables keep what an earlier run left in results/evidence.json and this one did not do.
 A seed is one of fine-tuning and of the texts for MiniLM; MPNet is fine-tuned once, and a seed is
 one of the texts.  Where three seeds do not tell ours from oBERT's, more of them are run for that
-cell; which and how many is settled before the first is.
+cell, and where the best of oBERT's dampings is at an end of the grid, more of those; which and how
+many is settled before the first is.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import json
 import shlex
 import sys
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from dense_models import MAX_LENGTH, MINILM, MPNET, Dense, Stages, fine_tuned
@@ -51,7 +52,7 @@ SPARSITIES = {
     "2:4": [0.5],
 }
 # Of seeds beside those: oBERT and ours, unstructured.
-MORE, MORE_SPARSITIES = "more seeds", [0.5]
+MORE_SPARSITIES = [0.5]
 
 
 @dataclass(frozen=True)
@@ -60,8 +61,8 @@ class Case:
 
     Attributes:
         dampings: fixed ones, for oBERT and to compare with.
-        more_dampings: of oBERT, by pattern, where the best of those is the last.
-        more_seeds: for MORE_SPARSITIES.
+        more_dampings: of oBERT, by pattern, where the best of those is the first or the last.
+        more_seeds: of texts, unstructured at MORE_SPARSITIES.
         fisher_dtype: of the Gram.
         fine_tunings: seeds of fine-tuning; a seed of texts takes one of them.
     """
@@ -74,21 +75,41 @@ class Case:
     more_dampings: dict[str, tuple[float, ...]] = field(default_factory=dict)
     more_seeds: tuple[int, ...] = ()
 
-    def dampings_of_obert(self, pattern: str) -> tuple[float, ...]:
-        return (*self.dampings, *self.more_dampings.get(pattern, ()))
-
     @property
     def name(self) -> str:
         return f"{self.dense.name} on {self.dataset.upper()}"
+
+    def seeds(self, pattern: str) -> tuple[int, ...]:
+        return (*SEEDS, *(self.more_seeds if pattern == "unstructured" else ()))
 
     def folder(self, work: Path, seed: int, pattern: str, gradients_of: str) -> Path:
         pattern = pattern.replace(":", "of")
         key = f"{self.dense.name}-{self.dataset}-seed{seed}-{pattern}-{gradients_of}"
         return work / "evidence" / key
 
+    def trials(self, pattern: str, seed: int) -> dict[Setting, list[float]]:
+        """What the tables show of a seed, and at which sparsities."""
+        targets = SPARSITIES[pattern]
+        if seed not in SEEDS:
+            theirs, ours = self.dampings, grid(pattern, ["greedy"], ["auto"])
+            settings = [*grid(pattern, ["diagonal"], theirs), *ours]
+            return dict.fromkeys(settings, MORE_SPARSITIES)
+        theirs = (*self.dampings, *self.more_dampings.get(pattern, ()))
+        settings = [
+            *grid(pattern, ["magnitude", "wanda", "greedy"], ["auto"]),
+            *grid(pattern, ["diagonal"], theirs),
+        ]
+        fixed = grid(pattern, ["greedy"], self.dampings) if pattern == "unstructured" else []
+        return dict.fromkeys(settings, targets) | dict.fromkeys(fixed, DAMPING_SPARSITIES)
+
 
 CASES = {
-    "minilm-mr": Case(MINILM, "mr", (1e-9, 1e-8, 1e-7, 1e-6)),
+    "minilm-mr": Case(
+        MINILM,
+        "mr",
+        (1e-9, 1e-8, 1e-7, 1e-6),
+        more_dampings={"unstructured": (1e-10, 1e-5)},
+    ),
     "minilm-trec": Case(MINILM, "trec", (1e-9, 1e-8, 1e-7, 1e-6)),
     "mpnet-mr": Case(
         MPNET,
@@ -96,7 +117,7 @@ CASES = {
         (1e-10, 1e-9, 1e-8, 1e-7),
         "float32",
         fine_tunings=1,
-        more_dampings={"block4": (1e-6, 1e-5)},
+        more_dampings={"unstructured": (1e-11, 1e-6), "block4": (1e-6, 1e-5)},
         more_seeds=(3, 4, 5),
     ),
 }
@@ -105,7 +126,7 @@ CASES = {
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
-    parser.add_argument("--seeds", nargs="+", type=int)
+    parser.add_argument("--seeds", nargs="+", type=int, help="default: all")
     parser.add_argument("--patterns", nargs="+", default=list(SPARSITIES), choices=SPARSITIES)
     parser.add_argument("--work", type=Path, default=cache_folder() / "benchmark_accuracy")
     parser.add_argument("--report", action="store_true", help="prune nothing")
@@ -119,112 +140,129 @@ def grid(pattern: str, selection: Iterable[str], damping: Iterable) -> list[Sett
     )  # fmt: skip
 
 
-def measure(case: Case, seed: int, pattern: str, work: Path) -> None:
+def measure(case: Case, seed: int, pattern: str, work: Path, known: Trials) -> None:
     """Do the trials that are not there yet."""
-    if seed not in SEEDS and (pattern != "unstructured" or seed not in case.more_seeds):
+    missing = [
+        setting
+        for setting, targets in case.trials(pattern, seed).items()
+        if any((setting, target) not in known for target in targets)
+        # It sees no texts: what it does to a model serves all seeds of texts.
+        and (setting.selection != "magnitude" or seed < case.fine_tunings)
+    ]
+    if not missing:
         return
     data = load_demo_set(case.dataset)
     progress = Stages(f"{case.name}, {pattern}, seed {seed}:")
     model = fine_tuned(
         case.dense, case.dataset, seed % case.fine_tunings, data, work, progress
     )  # fmt: skip
-    others = Settings(
-        model=str(model),
-        data=f"demo:{case.dataset}",
-        sparsity=SPARSITIES[pattern] if seed in SEEDS else MORE_SPARSITIES,
-        output=case.folder(work, seed, pattern, "labels"),
-        pattern=pattern,
-        plugin=[str(WANDA)],
-        fisher_dtype=case.fisher_dtype,
-        gradients_of="labels",
-        max_length=MAX_LENGTH[case.dataset],
-        seed=seed,
-    )
-    # Magnitude sees no texts: what it does to a model serves all seeds of texts.
-    without_damping = ["wanda"] if seed >= case.fine_tunings else ["magnitude", "wanda"]
-    known = [
-        *grid(pattern, without_damping if seed in SEEDS else [], ["auto"]),
-        *grid(pattern, ["diagonal"], case.dampings_of_obert(pattern)),
-    ]
-    sweep_classifier(others, known, progress=progress)
-    ours = replace(
-        others,
-        gradients_of="predictions",
-        output=case.folder(work, seed, pattern, "predictions"),
-    )
-    fixed = case.dampings if pattern == "unstructured" and seed in SEEDS else ()
-    sweep_classifier(ours, grid(pattern, ["greedy"], ["auto", *fixed]), progress=progress)
+    for gradients_of in ("labels", "predictions"):
+        mine = [s for s in missing if (s.selection == "greedy") == (gradients_of == "predictions")]
+        settings = Settings(
+            model=str(model),
+            data=f"demo:{case.dataset}",
+            sparsity=SPARSITIES[pattern] if seed in SEEDS else MORE_SPARSITIES,
+            output=case.folder(work, seed, pattern, gradients_of),
+            pattern=pattern,
+            plugin=[str(WANDA)],
+            fisher_dtype=case.fisher_dtype,
+            gradients_of=gradients_of,
+            max_length=MAX_LENGTH[case.dataset],
+            seed=seed,
+        )
+        if mine:
+            sweep_classifier(settings, mine, progress=progress)
 
 
 # ---- what is there ------------------------------------------------------------------
 
-
-def trials(folder: Path, *selections: str) -> list[Outcome]:
-    """Those of a folder that are there."""
-    path = folder / CSV_FILE
-    outcomes = TrialTable(path).outcomes if path.is_file() else []
-    return [outcome for outcome in outcomes if outcome.setting.selection in selections]
+# By setting and sparsity.
+Trials = dict[tuple[Setting, float], Outcome]
 
 
-def _is_shown(case: Case, pattern: str, outcome: Outcome) -> bool:
-    damping = outcome.setting.damping
-    if damping is None or damping == "auto":
-        return True
-    in_table = outcome.setting.selection == "diagonal" or outcome.target in DAMPING_SPARSITIES
-    return damping in case.dampings_of_obert(pattern) and in_table
+@dataclass
+class Run:
+    """What is known of a seed."""
+
+    dense: float
+    trials: Trials
+
+    def has(self, settings: dict[Setting, list[float]]) -> bool:
+        return all(
+            (s, target) in self.trials for s, targets in settings.items() for target in targets
+        )
 
 
-Finished = dict[int, tuple[list[Outcome], float]]
+def reported(earlier: dict, case: str, pattern: str) -> dict[int, Run]:
+    """What the last report knew, by seed."""
+    known = earlier.get("cases", {}).get(case, {}).get(pattern, {})
+    runs = {}
+    for seed, rows, dense in zip(
+        known.get("seeds", ()), known.get("outcomes", ()), known.get("dense", ()), strict=True
+    ):
+        outcomes = [Outcome(Setting(**row["setting"]), **_without(row, "setting")) for row in rows]
+        runs[seed] = Run(dense, {(o.setting, o.target): o for o in outcomes})
+    return runs
 
 
-def trials_of(case: Case, pattern: str, work: Path, seed: int) -> tuple[list[Outcome], float]:
-    """Outcomes of a seed that the tables show, and dense accuracy."""
-    others, ours = (case.folder(work, seed, pattern, of) for of in ("labels", "predictions"))
+def _without(row: dict, key: str) -> dict:
+    return {name: value for name, value in row.items() if name != key}
+
+
+def added(case: Case, pattern: str, work: Path, seed: int) -> Run | None:
+    """What is in the folders of a seed."""
+    folders = [case.folder(work, seed, pattern, of) for of in ("labels", "predictions")]
+    dense = [
+        json.loads((folder / BASIS_FILE).read_text())["dense"]["test_accuracy"]
+        for folder in folders
+        if (folder / BASIS_FILE).is_file()
+    ]
+    if not dense:
+        return None
     first = case.folder(work, seed % case.fine_tunings, pattern, "labels")
     outcomes = [
-        *trials(others, "wanda", "diagonal"),
-        *trials(first, "magnitude"),
-        *trials(ours, "greedy"),
+        outcome
+        for folder in {first: None, **dict.fromkeys(folders)}
+        if (folder / CSV_FILE).is_file()
+        for outcome in TrialTable(folder / CSV_FILE).outcomes
+        if folder in folders or outcome.setting.selection == "magnitude"
     ]
-    basis = ours / BASIS_FILE
-    dense = json.loads(basis.read_text())["dense"]["test_accuracy"] if basis.is_file() else 0.0
-    return [outcome for outcome in outcomes if _is_shown(case, pattern, outcome)], dense
+    shown = case.trials(pattern, seed)
+    return Run(
+        dense[0],
+        {(o.setting, o.target): o for o in outcomes if o.target in shown.get(o.setting, ())},
+    )
 
 
-def finished(case: Case, pattern: str, work: Path) -> Finished:
-    """Every seed that is whole."""
-    count = len(SPARSITIES[pattern]) * (3 + len(case.dampings_of_obert(pattern)))
-    count += len(DAMPING_SPARSITIES) * len(case.dampings) * (pattern == "unstructured")
-    found = {seed: trials_of(case, pattern, work, seed) for seed in SEEDS}
-    return {seed: run for seed, run in found.items() if len(run[0]) == count}
+def everything(earlier: dict, key: str, pattern: str, work: Path) -> dict[int, Run]:
+    """What is known by seed: of the last report, and what has come since.
+
+    Raises:
+        SystemExit: the model that was fine-tuned here is another one.
+    """
+    case = CASES[key]
+    runs = reported(earlier, key, pattern)
+    for seed in case.seeds(pattern):
+        new = added(case, pattern, work, seed)
+        if new is None:
+            continue
+        known = runs.setdefault(seed, Run(new.dense, {}))
+        if known.dense != new.dense:
+            raise SystemExit(
+                f"{case.name}, seed {seed}: the dense model has {new.dense:.4f}, that of "
+                f"{REPORT.name} {known.dense:.4f}; take the case out of that file to do all anew"
+            )
+        known.trials |= new.trials
+    return runs
 
 
-def finished_more(case: Case, work: Path) -> Finished:
-    """Likewise, of the seeds beside those."""
-    count = len(MORE_SPARSITIES) * (1 + len(case.dampings))
-    found = {}
-    for seed in case.more_seeds:
-        outcomes, dense = trials_of(case, "unstructured", work, seed)
-        outcomes = [o for o in outcomes if o.setting.selection in ("diagonal", "greedy")]
-        if len(outcomes) == count:
-            found[seed] = outcomes, dense
-    return found
-
-
-def finished_before(earlier: dict, case: str, pattern: str) -> Finished:
-    """The same, of the last report."""
-    known = earlier.get("cases", {}).get(case, {}).get(pattern, {})
-    return {
-        seed: ([Outcome(Setting(**o.pop("setting")), **o) for o in outcomes], dense)
-        for seed, outcomes, dense in zip(
-            known.get("seeds", ()), known.get("outcomes", ()), known.get("dense", ()), strict=True
-        )
-    }
+def last_report() -> dict:
+    return json.loads(REPORT.read_text()) if REPORT.is_file() else {"made_by": []}
 
 
 def report(work: Path, command: str | None) -> tuple[str, dict]:
     """The tables of what is there; ``command`` is what has added to it, if anything did."""
-    earlier = json.loads(REPORT.read_text()) if REPORT.is_file() else {"made_by": []}
+    earlier = last_report()
     made_by = earlier["made_by"] + ([] if command is None else [{"command": command, **machine()}])
     lines = [
         "# One shot at the same texts",
@@ -257,54 +295,54 @@ def report(work: Path, command: str | None) -> tuple[str, dict]:
     document = {"made_by": made_by, "cases": {}}
     for key, case in CASES.items():
         for pattern, targets in SPARSITIES.items():
-            new = finished(case, pattern, work)
-            whole = finished_before(earlier, key, pattern) | new
-            if not whole:
+            known = everything(earlier, key, pattern, work)
+            whole = {
+                seed: run
+                for seed, run in sorted(known.items())
+                if run.has(case.trials(pattern, seed))
+            }
+            runs = [list(run.trials.values()) for seed, run in whole.items() if seed in SEEDS]
+            if not runs:
                 continue
-            # Written into the file by hand, where what is known was made by other code.
-            note = "" if new else earlier["cases"][key][pattern].get("note", "")
-            seeds = sorted(whole)
-            runs, dense = map(list, zip(*(whole[seed] for seed in seeds), strict=True))
             if key not in document["cases"]:
                 document["cases"][key] = {}
-                dampings = ", ".join(f"{damping:g}" for damping in case.dampings)
-                more = "".join(
-                    f"; of oBERT with {p} also {', '.join(f'{damping:g}' for damping in added)}"
-                    for p, added in case.more_dampings.items()
-                )
-                lines += [f"## {case.name}", "", f"Dampings: {dampings}{more}.", ""]
+                lines += [f"## {case.name}", "", dampings_line(case), ""]
+            dense = [run.dense for seed, run in whole.items() if seed in SEEDS]
             count = f"{len(runs)} seed{'s' if len(runs) > 1 else ''}"
-            lines += [f"{pattern}; dense {cell(dense)}; {count}{note}", ""]
+            lines += [f"{pattern}; dense {cell(dense)}; {count}", ""]
             lines += [*accuracy_table(runs, targets), "", *loss_table(runs, targets), ""]
             if pattern == "unstructured":
                 lines += ["Damping, greedy selection:", "", *damping_table(runs), ""]
-            document["cases"][key][pattern] = {
-                "seeds": seeds, "dense": dense, "note": note,
-                "outcomes": [[asdict(o) for o in run] for run in runs],
-            }  # fmt: skip
-            if pattern != "unstructured":
-                continue
-            more = finished_before(earlier, key, MORE) | finished_more(case, work)
+            more = {s: list(r.trials.values()) for s, r in whole.items() if s not in SEEDS}
             if more:
-                lines += more_seeds_lines(
-                    runs, {seed: run for seed, (run, _) in more.items()}, MORE_SPARSITIES
-                )
-                document["cases"][key][MORE] = {
-                    "seeds": list(more), "dense": [dense for _, dense in more.values()],
-                    "outcomes": [[asdict(o) for o in run] for run, _ in more.values()],
-                }  # fmt: skip
+                lines += more_seeds_lines(runs, more, MORE_SPARSITIES)
+            document["cases"][key][pattern] = {
+                "seeds": list(known), "dense": [run.dense for run in known.values()],
+                "outcomes": [[asdict(o) for o in run.trials.values()] for run in known.values()],
+            }  # fmt: skip
     return "\n".join(lines), document
+
+
+def dampings_line(case: Case) -> str:
+    more = "".join(
+        f"; of oBERT, {pattern}, also {', '.join(f'{damping:g}' for damping in dampings)}"
+        for pattern, dampings in case.more_dampings.items()
+    )
+    return f"Dampings: {', '.join(f'{damping:g}' for damping in case.dampings)}{more}."
 
 
 def main() -> None:
     settings = parse_arguments()
     command = shlex.join(["python", "benchmarks/evidence.py", *sys.argv[1:]])
+    load_plugin(WANDA)
     if not settings.report:
-        load_plugin(WANDA)
-        for seed in settings.seeds or [*SEEDS, *CASES["mpnet-mr"].more_seeds]:
-            for key in settings.cases:
-                for pattern in settings.patterns:
-                    measure(CASES[key], seed, pattern, settings.work)
+        for key in settings.cases:
+            for pattern in settings.patterns:
+                known = everything(last_report(), key, pattern, settings.work)
+                for seed in CASES[key].seeds(pattern):
+                    if not settings.seeds or seed in settings.seeds:
+                        done = known[seed].trials if seed in known else {}
+                        measure(CASES[key], seed, pattern, settings.work, done)
     text, document = report(settings.work, None if settings.report else command)
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "evidence.md").write_text(text, encoding="utf-8")
