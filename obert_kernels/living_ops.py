@@ -79,6 +79,6 @@ def gram_accumulate_living(
     require(
         failed < 0,
         f"block {failed}: gram_start, first_place or source point outside of gram, source or the "
-        f"gradients, or it has more than {MAX_BLOCK_SIZE} places; blocks before it may have been "
+        f"gradients, or it has more than {MAX_BLOCK_SIZE} places; other blocks may have been "
         "added to",
     )

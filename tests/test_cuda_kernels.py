@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -143,6 +144,23 @@ def test_a_size_the_device_cannot_hold_is_refused_with_the_largest_that_fits(cud
     message = rf"block size {largest} .* 65536 for a thread block"
     with shared_memory(cuda_on_host, 64 * 1024), pytest.raises(ValueError, match=message):
         ops.gram_inverse(gram, *made)  # as on compute 7.5
+
+
+def test_threads_do_not_disturb_each_other(cuda_on_host):
+    """One kernel, launched at the same time with different amounts of shared memory."""
+    sizes = (130, 160)
+    right = [torch.randn(size, dtype=torch.float64) for size in sizes]
+    grams = [gram_of(gradients(40, size), size) for size in sizes]
+
+    def solve(index: int) -> torch.Tensor:
+        which = index % 2
+        made = (sizes[which], 40.0, DAMPING, ops.new_status())
+        return ops.gram_solve(grams[which], right[which], *made)
+
+    expected = [solve(0), solve(1)]
+    with ThreadPoolExecutor(8) as callers:
+        found = list(callers.map(solve, range(200)))
+    assert all(torch.equal(x, expected[i % 2]) for i, x in enumerate(found))
 
 
 @pytest.mark.parametrize(

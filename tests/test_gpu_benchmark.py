@@ -201,9 +201,11 @@ def test_bytes_are_those_the_kernels_move(cuda_on_host, size):
         assert moved == kernel.cost(blocks).bytes, (kernel.operator, kernel.variant)
 
 
-def slightly_wrong(operator):
+def slightly_wrong(operator, dtypes=(torch.float32, torch.float64)):
     def call(*arguments):
         result = operator(*arguments)
+        if arguments[0].dtype not in dtypes:
+            return result
         changed = arguments[0] if result is None else result
         for tensor in changed if isinstance(changed, tuple) else (changed,):
             if tensor.dtype == torch.bool:
@@ -224,6 +226,16 @@ def test_a_wrong_operator_stops_the_run(cuda_on_host, monkeypatch, tmp_path, nam
     with pytest.raises(gpu_validation.Mismatch, match=f"{name}.*block size 4.*nothing was timed"):
         gpu.run(timer, tiny, tmp_path, "")
     assert timer.asked == [] and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", ["gram_accumulate", "gram_accumulate_living"])
+def test_a_wrong_operator_of_one_type_is_found(cuda_on_host, monkeypatch, tmp_path, name, dtype):
+    owner = ops if hasattr(ops, name) else living_ops
+    monkeypatch.setattr(owner, name, slightly_wrong(getattr(owner, name), (dtype,)))
+    tiny = replace(TINY, block_sizes=(4,))
+    with pytest.raises(gpu_validation.Mismatch, match=f"{name} {dtype}"):
+        gpu.run(FakeTimer(), tiny, tmp_path, "")
 
 
 def test_nan_is_a_mismatch():

@@ -73,6 +73,22 @@ print("done")
     assert run(script) == ["done"]
 
 
+def test_helpers_calculate_as_their_caller_does():
+    """It may flush subnormal numbers to zero."""
+    script = """
+gradients = torch.full((1, 200_000), 1e-20)
+for flush in (False, True, False):
+    torch.set_flush_denormal(flush)
+    for count in (1, 2, 2, 2, 2, 2, 2, 2, 2):
+        torch.set_num_threads(count)
+        fisher = GramFisher(200_000, 50, dtype=torch.float32)
+        fisher.accumulate(gradients)
+        print(int(fisher.gram.count_nonzero()))
+"""
+    entries = 4_000 * 50 * 51 // 2
+    assert [int(line) for line in run(script)] == 9 * [entries] + 9 * [0] + 9 * [entries]
+
+
 def test_many_callers_at_once():
     fishers = [GramFisher(5_000, size) for size in (1, 7, 50, 64)]
     for fisher in fishers:

@@ -229,6 +229,28 @@ def test_updates_write_every_weight(isa, size, given, monkeypatch):
                     assert not torch.equal(new[~still], weight[~still])
 
 
+@pytest.mark.parametrize("joint", [False, True])
+@pytest.mark.parametrize("c", [1, 4])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_kept_weight_that_is_no_number_stays_alone(isa, joint, c, bad):
+    """Also where nothing else of its block goes."""
+    size, n = 12, 36
+    state = ops.gram_inverse(
+        gram_of(gradients(40, n), size), n, size, 40.0, DAMPING, torch.float32, ops.new_status()
+    )
+    weight, keep = torch.randn(n), torch.ones(n, dtype=torch.bool)
+    keep[[*range(4), *range(12, 16)]] = False
+    expected, costs = ops.inverse_update(state, weight, keep, c, joint, True, ops.new_status())
+    weight[[6, 30]] = bad
+    status = ops.new_status()
+    new, increase = ops.inverse_update(state, weight, keep, c, joint, True, status)
+    assert status.item() == -1
+    torch.testing.assert_close(increase, costs, rtol=1e-12, atol=0)
+    numbers = weight.isfinite()
+    torch.testing.assert_close(new[numbers], expected[numbers])
+    assert not new[~numbers].isfinite().any()
+
+
 @pytest.mark.parametrize("size", [1, 4, 50, 64])
 def test_scores_of_the_good_blocks_survive_a_failed_one(isa, size):
     n = 7 * size

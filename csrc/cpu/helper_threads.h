@@ -5,6 +5,7 @@
 #pragma once
 
 #include <atomic>
+#include <cfenv>
 #include <chrono>
 #include <condition_variable>
 #include <cstdint>
@@ -30,8 +31,11 @@ class HelperThreads {
         HelperThreads& helpers = of_this_process();
         std::unique_lock<std::mutex> mine(helpers.in_use_, std::defer_lock);
         const bool helped = count > 1 && mine.try_lock() && helpers.have(count - 1);
-        if (helped)
-            helpers.begin(count - 1, {&job, [](void* j, int i) { (*static_cast<Job*>(j))(i); }});
+        if (helped) {
+            Call call{&job, [](void* j, int i) { (*static_cast<Job*>(j))(i); }, {}};
+            std::fegetenv(&call.arithmetic);
+            helpers.begin(count - 1, call);
+        }
         job(0);
         if (helped) helpers.finish();
     }
@@ -40,6 +44,7 @@ class HelperThreads {
     struct Call {
         void* job = nullptr;
         void (*call)(void* job, int index) = nullptr;
+        std::fenv_t arithmetic{};  // of the caller: whether it flushes subnormal numbers, say
     };
 
     // The threads of a process are not those of one that forked from it, and whatever state their
@@ -107,6 +112,7 @@ class HelperThreads {
             const Call call = call_;
             working_.fetch_add(1);
             lock.unlock();
+            std::fesetenv(&call.arithmetic);
             call.call(call.job, index);
             lock.lock();
             if (working_.fetch_sub(1) == 1) done_.notify_one();

@@ -173,8 +173,9 @@ void find_increases(const InverseUpdate& args, const Chunk& chunk, const Buffers
         const int at = b * size;
         const int n = block_length(args.partition, block);
         double increase = 0;
-        for (int i = at; i < at + n; ++i)
-            increase += 0.5 * buffers.weight[i] * buffers.multiplier[i];
+        for (int i = at; i < at + n; ++i)  // weights that stay may be NaN, and have no multiplier
+            if (buffers.multiplier[i] != 0)
+                increase += 0.5 * buffers.weight[i] * buffers.multiplier[i];
         if (args.update.rule == UpdateRule::sum && moves(buffers.multiplier + at, n) &&
             !increase_of(packed_block(args.inverse, block, size), 0, n, buffers.change + at,
                          buffers, &increase))

@@ -230,7 +230,8 @@ __global__ void __launch_bounds__(Team<threads>::kLaunch, 1)
         bad = factored && !factor_inverse<T, threads>(space, size, n, joint);
         if (!bad) bad = T::any(find_multipliers<T, threads>(update, space, size, start, n));
         if (!bad) {
-            increase = 0.5 * dot(w.weight, w.vector, n);
+            for (int i = 0; i < n; ++i)  // weights that stay may be NaN, and have no multiplier
+                if (w.vector[i] != 0) increase += 0.5 * w.weight[i] * w.vector[i];
 #pragma unroll 1
             for (int i = T::rank(); i < n; i += threads) {
                 const double change = -inverse_row(inverse, size, n, i, w.vector);

@@ -78,9 +78,9 @@ void launch(void (*kernel)(Params...), int64_t thread_blocks, int threads, int64
     if (thread_blocks == 0) return;
     if (thread_blocks > INT32_MAX)
         throw std::invalid_argument("more Fisher blocks than one launch can have: use larger ones");
-    if (shared_bytes > 48 * 1024)
+    if (shared_bytes > 48 * 1024)  // the same for all launches: others may be under way
         check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                   int(shared_bytes)),
+                                   shared_memory_limit()),
               "cudaFuncSetAttribute");
     cudaLaunchConfig_t config{};
     config.gridDim = dim3(unsigned(thread_blocks));
