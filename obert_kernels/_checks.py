@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from numbers import Integral
+
 import torch
 from torch import Tensor
 
@@ -20,7 +22,9 @@ def require(condition: bool, message: str) -> None:
 
 
 def check_block_size(block_size: int) -> None:
-    """B within what the kernels take."""
+    """B within what the kernels take; a TypeError unless it is a whole number."""
+    if not isinstance(block_size, Integral):
+        raise TypeError(f"block_size must be a whole number, got {block_size!r}")
     require(
         1 <= block_size <= MAX_BLOCK_SIZE,
         f"block_size must be between 1 and {MAX_BLOCK_SIZE}, got {block_size}",

@@ -7,6 +7,7 @@ folder beside it, which is renamed at the end.
 from __future__ import annotations
 
 import json
+import math
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -38,7 +39,7 @@ def save_pruned(
         and ``report.json``.
 
     Raises:
-        FileExistsError: ``folder`` holds something else.
+        FileExistsError: ``folder`` holds something else, another checkpoint included.
     """
     model, masks, report = result
     with whole_folder(folder) as fresh:
@@ -67,32 +68,49 @@ def load_masks(folder: str | Path) -> dict[str, torch.Tensor]:
     path = Path(folder) / MASKS_FILE
     if not path.is_file():
         raise FileNotFoundError(
-            f"{folder} holds no {MASKS_FILE}: give a folder that save_pruned or obert-prune wrote"
+            f"{folder} holds no {MASKS_FILE}: give a folder that save_pruned wrote, or a "
+            "sparsity-... folder that obert-prune run wrote into its output"
         )
     return {name: mask.bool() for name, mask in safetensors.load_file(path).items()}
 
 
 def write_json(path: str | Path, content: Mapping[str, Any]) -> None:
-    """Write ``content`` as readable JSON; the file appears whole or not at all."""
+    """Write ``content`` as readable JSON; the file appears whole or not at all.
+
+    Numbers that JSON does not have, infinity and NaN, become null.
+    """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.incomplete")
-    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    temporary.write_text(
+        json.dumps(_finite(content), indent=2, allow_nan=False) + "\n", encoding="utf-8"
+    )
     temporary.replace(path)
+
+
+def _finite(content: Any) -> Any:
+    if isinstance(content, Mapping):
+        return {key: _finite(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
 def check_replaceable(folder: str | Path) -> None:
     """Check that a checkpoint may be saved as ``folder``.
 
     Raises:
-        FileExistsError: it exists and is neither empty nor a checkpoint.
+        FileExistsError: it exists and is neither empty nor a checkpoint that was saved here.
     """
     folder = Path(folder)
     if not folder.exists():
         return
-    if folder.is_dir() and ((folder / "config.json").is_file() or not any(folder.iterdir())):
-        return
+    if folder.is_dir():
+        ours = all((folder / name).is_file() for name in ("config.json", REPORT_FILE))
+        if ours or not any(folder.iterdir()):
+            return
     raise FileExistsError(
-        f"{folder} exists and is not a checkpoint: choose another output folder or move it away"
+        f"{folder} exists and was not written by obert_kernels: choose another output folder or "
+        "move it away"
     )
 
 
@@ -100,8 +118,11 @@ def check_replaceable(folder: str | Path) -> None:
 def whole_folder(folder: str | Path) -> Iterator[Path]:
     """Give a temporary folder to write into, renamed to ``folder`` when the block ends well.
 
+    With a ``report.json`` in it, a later call may replace it.
+
     Raises:
-        FileExistsError: ``folder`` exists and is neither empty nor a checkpoint.
+        FileExistsError: ``folder`` exists and is neither empty nor a checkpoint that was saved
+            here.
     """
     folder = Path(folder)
     check_replaceable(folder)

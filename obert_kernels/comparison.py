@@ -18,8 +18,8 @@ from .losses import LossFn
 from .memory import plan_passes
 from .patterns import find_pattern
 from .pruner import PruneResult, prune
+from .saliencies import uses_fisher
 from .scored_once import score_once
-from .trials import uses_fisher
 
 
 @dataclass(frozen=True)

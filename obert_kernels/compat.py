@@ -48,6 +48,7 @@ class EmpiricalBlockFisherInverse:
         self.num_blocks = self._fisher.gram.shape[0]
         self._buffer: Tensor | None = None
         self._gathered = 0
+        self._inverse: Tensor | None = None
 
     def add_grad(self, g: Tensor) -> None:
         """Add a gradient of ``num_weights`` values, any shape and floating type."""
@@ -56,6 +57,7 @@ class EmpiricalBlockFisherInverse:
         if self._buffer is None or self._buffer.dtype != g.dtype:
             self._flush()
             self._buffer = gradient_buffer(GRADIENTS_PER_UPDATE, self.d, g.dtype, self.dev)
+        self._inverse = None
         self._buffer[self._gathered].copy_(g.detach().reshape(-1))
         self._gathered += 1
         if self._gathered == GRADIENTS_PER_UPDATE:
@@ -70,12 +72,17 @@ class EmpiricalBlockFisherInverse:
 
     @property
     def f_inv(self) -> Tensor:
-        """``[num_blocks, B, B]`` float32, computed anew at every access.
+        """``[num_blocks, B, B]`` float32, kept until a gradient is added; also as ``F_inv``, which
+        some versions of SparseML call it.
 
         Raises:
             NumericalError: a block is not positive definite (also from the methods below).
         """
-        return self._flush().inverse(self.damp)
+        if self._inverse is None:
+            self._inverse = self._flush().inverse(self.damp)
+        return self._inverse
+
+    F_inv = f_inv
 
     def diag(self) -> Tensor:
         """Diagonal of the inverse, float32 ``[num_weights]``."""

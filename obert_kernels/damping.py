@@ -41,6 +41,7 @@ class Trial(NamedTuple):
         divergence: of the predictions from those of before, in nats a sample; None where the
             model does not classify, and the loss decides.
         step: 1 for the first sub-step.
+        chosen: it is the one.
     """
 
     damping: float
@@ -48,6 +49,7 @@ class Trial(NamedTuple):
     loss: float
     divergence: float | None = None
     step: int = 1
+    chosen: bool = False
 
     @property
     def cost(self) -> float:
@@ -118,6 +120,7 @@ def choose_damping(
             f"no damping from {_LEAST:g} to {_MOST:g} times the mean diagonal of the Fisher keeps "
             "the model's output finite: prune less, or pass a number as damping"
         )
+    trials[best] = trials[best]._replace(chosen=True)
     return trials[best].damping, [trials[step] for step in sorted(trials)]
 
 

@@ -6,13 +6,14 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
-from itertools import chain
+from itertools import chain, islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .batches import SplitBatches, how_many, split_batch, take_batches
+from ._checks import WIDE
+from .batches import SplitBatches, how_many, samples_in, split_batch, take_batches
 from .estimators import Estimator, estimators
 from .fisher import Fisher
 from .gradients import batch_gradients
@@ -21,6 +22,9 @@ from .layers import find_weights
 from .losses import LossFn, default_loss
 from .memory import Plan, gradient_buffers, plan_passes
 from .patterns import UNSTRUCTURED, Pattern, find_pattern
+
+# Batches, to find one with several samples.
+_LOOKED_AT = 16
 
 Progress = Callable[[str, int, int], None]
 
@@ -78,8 +82,21 @@ class FisherEstimate:
     block_size: int = 50
 
 
-def check_counts(num_grads: int, samples_per_grad: int | None) -> None:
-    """Raise ValueError for a number of gradients or samples out of range."""
+def check_request(
+    batches: Any, num_grads: int, samples_per_grad: int | None, fisher_dtype: torch.dtype
+) -> None:
+    """Find fault with what is asked of an estimate.
+
+    Raises:
+        ValueError: a number of gradients or samples is out of range.
+        TypeError: one batch in place of several, or no type a Gram can have.
+    """
+    if isinstance(batches, Mapping):
+        raise TypeError("batches must be an iterable of batches, got a mapping: pass [batch]")
+    if fisher_dtype not in WIDE:
+        raise TypeError(
+            f"fisher_dtype must be torch.float64 or torch.float32, got {fisher_dtype!r}"
+        )
     if num_grads < 1:
         raise ValueError(f"num_grads must be at least 1, got {num_grads}")
     if samples_per_grad is not None and samples_per_grad < 1:
@@ -104,7 +121,6 @@ class Source:
         held: the batches are kept for several passes, and counted.
         kept_back: batches before them, which the damping is chosen on.
         unit: what messages call a batch.
-        split: batches that took a pass for every gradient, while others gave many from one.
     """
 
     model: nn.Module
@@ -119,7 +135,6 @@ class Source:
     held: bool = False
     kept_back: int = 0
     unit: str = "batch"
-    split: int = 0
     given: Iterable[Any] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -147,12 +162,7 @@ class Source:
 
     def all_notes(self, estimates: int = 1) -> list[str]:
         """Notes, also on batches that had to serve several times, after so many estimates."""
-        notes = list(self.notes)
-        if self.split:
-            notes.append(
-                f"{self.split} batches took a backward pass for every gradient: samples are left "
-                "out of the loss, or cannot be told apart in the input of a layer"
-            )
+        notes = list(dict.fromkeys(self.notes))
         if getattr(self.given, "reordered", False):
             notes.append(
                 "the batches come in another order every time, so that the Fisher has seen those "
@@ -180,7 +190,7 @@ def open_source(
     goes_on: bool = False,
     kept_back: int = 0,
 ) -> Source:
-    """Find out, on the first batch, how gradients of ``samples_per_grad`` samples can be had.
+    """Find out, on a batch, how gradients of ``samples_per_grad`` samples can be had.
 
     Args:
         model, batches, weights, num_grads, samples_per_grad, loss_fn: as for :func:`prune`.
@@ -199,12 +209,19 @@ def open_source(
     )  # fmt: skip
     if samples_per_grad is None:
         return source
-    first = next(take_batches(batches))
+    # Of a single sample there is nothing to tell apart.
+    seen: list[Any] = []
+    for batch in islice(batches, _LOOKED_AT):
+        seen.append(batch)
+        if (samples_in(batch) or 2) > 1:
+            break
+    else:
+        seen = seen or [next(take_batches(batches))]  # which raises
     if isinstance(batches, Iterator):
-        source.batches = chain([first], batches)
+        source.batches = chain(seen, batches)
     try:
         groups = GroupGradients(model, weights, samples_per_grad, loss_fn, pattern=pattern)
-        groups.check(first, f"batch {kept_back}")
+        groups.check(seen[-1], f"batch {kept_back + len(seen) - 1}")
     except NotServed as error:
         source.notes.append(f"every gradient took a backward pass of its own: {error}")
         pieces = SplitBatches(source.batches, samples_per_grad)
@@ -316,7 +333,16 @@ def _stream(
         for done in run:
             source.used += not source.held
             progress("gradients", done, source.num_grads)
-    source.split += groups.split
+    if groups.split:
+        source.notes.append(
+            "some batches took a backward pass for every gradient: samples are left out of the "
+            "loss, or cannot be told apart in the input of a layer"
+        )
+    if groups.largest < source.group:
+        source.notes.append(
+            f"the batches have at most {groups.largest} samples, which gives gradients of so many "
+            f"in place of {source.group}: pass larger ones"
+        )
 
 
 def estimate_fisher(
@@ -345,7 +371,7 @@ def estimate_fisher(
         ValueError, TypeError, MemoryError: as for :func:`prune`.
     """
     loss_fn = loss_fn or default_loss
-    check_counts(num_grads, samples_per_grad)
+    check_request(batches, num_grads, samples_per_grad, fisher_dtype)
     shape = find_pattern(pattern)
     block_size = shape.block_size(block_size)
     kind = estimators.find(estimator)

@@ -24,8 +24,8 @@ from .memory import plan_passes
 from .patterns import find_pattern
 from .plots import plot_accuracy
 from .pruner import PruneResult, prune
+from .saliencies import own_update, uses_fisher
 from .text_data import DEMO_PREFIX, TextData, load_text_data
-from .trials import own_update, uses_fisher
 
 DEMO_MODEL = DEMO_PREFIX + "minilm"
 
@@ -102,6 +102,8 @@ def prune_classifier(
     chooses_damping = settings.damping == "auto" and uses_fisher(settings.selection, update)
     if chooses_damping:
         data = with_held_back(data, settings.seed)
+    if settings.selection != "magnitude" or update != "none":
+        check_texts(settings.grad_batch_size, data, "--grad-batch-size")
     options: dict[str, Any] = {
         "pattern": settings.pattern,
         "damping": settings.damping,
@@ -126,6 +128,7 @@ def prune_classifier(
             streamed=True,
             pattern=shape,
             estimator=estimators.find(settings.estimator),
+            keeps_weights=settings.steps > 1,
         )
     echo(describe(settings, data, sum(weight.numel() for weight in weights.values())))
     test = classification.make_loader(
@@ -198,15 +201,37 @@ def _check(settings: Settings) -> dict[float, Path]:
         if getattr(settings, name) < 1:
             option = name.replace("_", "-")
             raise ValueError(f"--{option} must be at least 1, got {getattr(settings, name)}")
+    dense = settings.output / "dense"
     folders = {
         check_sparsity(sparsity): settings.output / f"sparsity-{sparsity:g}"
         for sparsity in settings.sparsity
     }
-    for folder in (*folders.values(), settings.output / "dense"):
+    check_output(settings.output)
+    written = [*folders.values(), *([dense] if settings.finetune_epochs > 0 else [])]
+    for folder in written:
         checkpoints.check_replaceable(folder)
+        if folder.resolve() == Path(settings.model).resolve():
+            raise ValueError(
+                f"{folder} is the model to prune and would be replaced: choose another --output"
+            )
     for package in ("transformers", "tqdm", "matplotlib", "safetensors"):
         import_extra(package)
     return folders
+
+
+def check_output(folder: Path) -> None:
+    """Raise NotADirectoryError if the output folder is a file."""
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"--output {folder} is a file: choose a folder")
+
+
+def check_texts(texts_per_grad: int, data: TextData, option: str) -> None:
+    """Raise ValueError if there are not enough texts for one gradient."""
+    if texts_per_grad > len(data.train):
+        raise ValueError(
+            f"a gradient of {texts_per_grad} texts cannot be taken from {len(data.train)} texts: "
+            f"use fewer texts per gradient ({option}) or more data"
+        )
 
 
 def load_classifier(settings: Settings, data: TextData) -> tuple[Any, Any, TextData]:
@@ -298,6 +323,8 @@ def _fine_tune(
     with checkpoints.whole_folder(settings.output / "dense") as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+        described = {**asdict(settings), "output": str(settings.output)}
+        checkpoints.write_json(folder / checkpoints.REPORT_FILE, {"settings": described})
 
 
 def _train(

@@ -80,7 +80,7 @@ class Fisher(ABC):
 
     @abstractmethod
     def accumulate(self, gradients: Tensor) -> None:
-        """Add gradients ``[k, n]``."""
+        """Add gradients ``[k, n]``; their memory is used again for the next ones."""
 
     @abstractmethod
     def mean_squares(self) -> float:

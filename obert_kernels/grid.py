@@ -18,6 +18,7 @@ from .layers import find_weights
 from .losses import LossFn
 from .masks import check_sparsity
 from .memory import Plan, plan_passes
+from .ops import NumericalError
 from .patterns import find_pattern
 from .pruner import prune
 from .scored_once import score_once
@@ -298,7 +299,7 @@ class _Work:
                 self.model, sparsity=target, progress=self.progress, **how, **self.options,
                 **fisher.arguments,
             ).report  # fmt: skip
-        except ArithmeticError as error:  # this damping is too small; others may not be
+        except NumericalError as error:  # this damping is too small; others may not be
             return {**_seconds(fisher.seconds), "error": " ".join(str(error).split())}
         return {
             "sparsity": report.sparsity,

@@ -179,6 +179,7 @@ class GroupGradients:
 
     Attributes:
         split: batches that took a pass for every group.
+        largest: samples of the largest batch so far.
     """
 
     def __init__(
@@ -192,7 +193,7 @@ class GroupGradients:
         is_part: bool = False,
     ) -> None:
         self.is_part = is_part
-        self.split = 0
+        self.split = self.largest = 0
         self.model = model
         self.pattern = pattern
         self.weights = weights
@@ -227,6 +228,7 @@ class GroupGradients:
 
     def _gradients_of(self, recorder: _Recorder, batch: Any, most: int, where: str) -> int:
         """Those of a batch, from one pass if that can tell them apart; how many they are."""
+        self.largest = max(self.largest, samples_in(batch) or 0)
         # Samples left out of the loss have no share in its mean over the batch.
         if samples_in(batch) is not None and not leaves_out(batch):
             try:
@@ -312,11 +314,13 @@ class GroupGradients:
 
     def _from_autograd(self, batch: Any, where: str) -> dict[str, Tensor]:
         """Projected gradients of a batch; only one of them exists at a time."""
-        found = {name: torch.zeros(16, dtype=torch.float64) for name in self.weights}
+        zero = torch.zeros(16, dtype=torch.float64, device="cpu")
+        found = dict.fromkeys(self.weights, zero)
 
         def take(name: str, parameter: Tensor) -> None:
             assert parameter.grad is not None
-            found[name] += _projection(parameter.grad)  # checkpoints may bring it in parts
+            # Checkpoints may bring it in parts.
+            found[name] = found[name] + _projection(parameter.grad)
             parameter.grad = None
 
         with ExitStack() as stack:
@@ -335,7 +339,9 @@ def _projection(gradient: Tensor) -> Tensor:
     """Sixteen numbers that tell one matrix from another."""
     generator = torch.Generator().manual_seed(0)
     left, right = (
-        torch.randn((4, size), generator=generator).to(gradient.device, torch.float32)
+        torch.randn((4, size), generator=generator, device="cpu", dtype=torch.float32).to(
+            gradient.device
+        )
         for size in gradient.shape
     )
     return (left @ gradient.float() @ right.T).flatten().double().cpu()

@@ -15,7 +15,7 @@ from .damping import Trial, choose_damping, mean_diagonal
 from .estimate import Clock, Progress, silent
 from .fisher import Fisher
 from .losses import LossFn
-from .masks import alive_groups, n_of_m_mask, prunes_anything, select_masks
+from .masks import alive_groups, check_scores, n_of_m_mask, prunes_anything, select_masks
 from .ops import NumericalError
 from .patterns import Pattern
 from .predictions import Predictions, divergence, predict
@@ -60,6 +60,8 @@ class Job:
         """Choose the survivors among the matrices scored."""
         with self.clock.stage("masks"):
             if (kept := self.pattern.kept) is not None:
+                for name, found in scores.items():
+                    check_scores(found, name)
                 return {
                     name: n_of_m_mask(found, self.keep[name], kept, self.pattern.span)
                     for name, found in scores.items()
@@ -82,6 +84,14 @@ class Job:
             return any(bool((group.sum(dim=1) > kept).any()) for group in groups)
         return prunes_anything(self.keep, self.sparsity, self.pattern.group_size, self.scope)
 
+    def part(self, names: Iterable[str]) -> Job:
+        """The same for some of the matrices."""
+        return replace(
+            self,
+            weights={name: self.weights[name] for name in names},
+            keep={name: self.keep[name] for name in names},
+        )
+
     def score(self, fishers: Mapping[str, Fisher]) -> dict[str, Tensor]:
         """Saliencies of the matrices with a Fisher, or of all where none has any."""
         names = list(fishers) or list(self.weights)
@@ -97,7 +107,15 @@ class Job:
             progress=self.progress,
         )
         with self.clock.stage("scores"), evaluation(self.model):
-            return saliencies.find(self.selection).scores(problem)
+            scores = saliencies.find(self.selection).scores(problem)
+        for name in names:
+            groups = self.keep[name].numel() // self.pattern.group_size
+            if name not in scores or scores[name].shape != (groups,):
+                raise ValueError(
+                    f"selection {self.selection!r} must give {groups} scores of {name}, one for "
+                    f"each group, got {scores[name].shape if name in scores else 'none'}"
+                )
+        return scores
 
     def sub_sparsities(self, steps: int, schedule: str) -> list[float | dict[str, float]]:
         """Targets of each sub-step, from what is pruned now to the job's own.

@@ -345,7 +345,7 @@ class LiveFisher(Fisher):
 
     def _scores(self, method: str, inputs: tuple[Tensor, ...], damping: float, c: int) -> Tensor:
         found = self._ask(method, self._gathered(inputs, c), damping, c)
-        scores = torch.zeros(self.num_weights // c + 1, device=self.device)
+        scores = torch.zeros(self.num_weights // c + 1, dtype=torch.float32, device=self.device)
         if c == 1:
             return self._spread(found, scores)
         if found:  # a group may have weights in two blocks

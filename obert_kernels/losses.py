@@ -154,14 +154,15 @@ def _pushes(batch: Mapping[str, Any], logits: Tensor) -> Tensor:
     """
     classes = logits.shape[-1]
     half = classes // 2
-    push = torch.tensor([1.0] * half + [-1.0] * half + [0.0] * (classes % 2))
+    signs = [1.0] * half + [-1.0] * half + [0.0] * (classes % 2)
+    push = torch.tensor(signs, dtype=torch.float32, device="cpu")
     push *= ((classes - 1) / (2 * half * classes)) ** 0.5  # to the trace of (I - 1 1^T / C) / C
     seeds = list(range(len(logits))) if samples_in(batch) != len(logits) else [0] * len(logits)
     for tensor in tensors_in(batch):
         if tensor.dim() > 0 and len(tensor) == len(seeds) > 0:
             rows = tensor.detach().cpu().contiguous().view(len(seeds), -1).view(torch.uint8)
             seeds = [zlib.crc32(row, seed) for row, seed in zip(rows.numpy(), seeds, strict=True)]
-    drawn = torch.empty(logits.shape)
+    drawn = torch.empty(logits.shape, dtype=torch.float32, device="cpu")
     for row, seed in zip(drawn, seeds, strict=True):
         row.uniform_(generator=torch.Generator().manual_seed(seed))
     return push[drawn.argsort(dim=-1)]

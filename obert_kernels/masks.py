@@ -10,14 +10,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
+from numbers import Real
 
 import torch
 from torch import Tensor
 
 
 def check_sparsity(sparsity: float) -> float:
-    """Return the sparsity if it lies in [0, 1]; raise ValueError otherwise."""
-    if not isinstance(sparsity, int | float) or not 0 <= sparsity <= 1:
+    """Return the sparsity if it lies in [0, 1]; raise ValueError or TypeError otherwise."""
+    if not isinstance(sparsity, Real):
+        raise TypeError(f"sparsity must be a number from 0 to 1, got {sparsity!r}")
+    if not 0 <= sparsity <= 1:
         raise ValueError(f"sparsity must be between 0 and 1 (0.8 is 80 %), got {sparsity!r}")
     return float(sparsity)
 
@@ -32,10 +35,15 @@ def alive_groups(keep: Tensor, group_size: int) -> Tensor:
     return keep.flatten().view(-1, group_size).any(dim=1)
 
 
-def _sortable(scores: Tensor, name: str) -> Tensor:
-    """Non-negative float32 as int32 of the same order (their bit patterns)."""
+def check_scores(scores: Tensor, name: str) -> None:
+    """Raise ValueError for scores that cannot be ranked."""
     if not bool((scores >= 0).all()):  # also false for NaN
         raise ValueError(f"the scores of {name} hold NaN or negative values")
+
+
+def _sortable(scores: Tensor, name: str) -> Tensor:
+    """Non-negative float32 as int32 of the same order (their bit patterns)."""
+    check_scores(scores, name)
     return (scores.float() + 0.0).contiguous().view(torch.int32)
 
 

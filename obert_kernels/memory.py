@@ -21,6 +21,10 @@ GRADIENTS_PER_UPDATE = 16
 # matrix at hand is held, so there can be more.
 STREAMED_PER_UPDATE = 32
 
+# Of a weight while masks are chosen: its score, the key it is sorted by, and whether it is there,
+# its group is, it goes, and it stays.  (Later, new weights in place of scores and keys.)
+_SELECTION_BYTES = 12
+
 _PAGE = 4096
 # Where Linux says what a container may use.
 _CONTAINER = Path("/sys/fs/cgroup")
@@ -78,7 +82,8 @@ class Plan:
         gram_bytes: Gram of the largest pass.
         buffer_bytes: gathered gradients of the largest pass, or of the largest matrix where
             gradients are streamed.
-        other_bytes: gradient of one batch, scores, masks and new weights (all matrices).
+        other_bytes: scores and masks, later masks and new weights (all matrices), and the weights
+            of before where they are kept.
         gradients_per_update: k.
     """
 
@@ -137,6 +142,7 @@ def plan_passes(
     estimator: Estimator,
     streamed: bool,
     can_split: bool = True,
+    keeps_weights: bool = False,
 ) -> Plan:
     """Split the matrices into passes that fit.
 
@@ -150,6 +156,7 @@ def plan_passes(
         pattern: whose groups the Fisher is to score.
         estimator: of the Fisher.
         streamed: gradients come one matrix at a time and need not be gathered.
+        keeps_weights: those of before are kept, to be put back if a later sub-step fails.
         can_split: the caller knows ``max_memory`` and several passes.
 
     Raises:
@@ -173,7 +180,10 @@ def plan_passes(
             for name, w in weights.items()
         }
         together = max if streamed else sum
-        other = sum(w.numel() * (4 + 1 + w.element_size()) for w in weights.values())
+        other = sum(
+            w.numel() * (_SELECTION_BYTES + keeps_weights * w.element_size())
+            for w in weights.values()
+        )
         if max_memory is None:
             passes = [list(weights)]
         else:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import partial
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
@@ -10,7 +12,7 @@ from torch import Tensor, nn
 
 from ._checks import check_positive
 from .damping import hold_out
-from .estimate import Clock, FisherEstimate, Progress, check_counts, open_source, silent
+from .estimate import Clock, FisherEstimate, Progress, check_request, open_source, silent
 from .estimators import estimators
 from .job import Job, present_masks
 from .layers import find_weights, match_names
@@ -18,8 +20,8 @@ from .losses import LossFn, default_loss
 from .masks import check_sparsity
 from .patterns import find_pattern
 from .report import LayerReport, PruneReport
-from .saliencies import saliencies
-from .steps import Limits, Step, from_estimate, in_steps, without_fisher
+from .saliencies import own_update, uses_fisher
+from .steps import Limits, Step, from_estimate, in_steps, with_estimate, without_fisher
 
 
 class PruneResult(NamedTuple):
@@ -97,8 +99,8 @@ def prune(
             by size (needs no batches unless an update is asked for); or what
             :func:`register_saliency` was given.
         update: how survivors make up for the pruned: "joint" (exact inside each block), "sum"
-            (oBERT's), or "none".  Default: "joint", and "none" for magnitude and others that use
-            no Fisher.
+            (oBERT's), or "none".  Default: "sum" for the diagonal selection, "none" for magnitude
+            and others that use no Fisher, else "joint".
         scope: "global" for one ranking over all matrices, "layer" for one in each.
         steps: sub-steps R; in each the Fisher of the weights that are left is estimated anew,
             from ``num_grads`` further gradients of the model as it is by then.
@@ -122,22 +124,24 @@ def prune(
     Raises:
         ValueError: an argument is out of range or does not fit the model, the batches give no
             finite loss or gradient, or they are too few.
-        TypeError: no loss could be had from a batch, or a matrix, or ``fisher_dtype``, has a type
-            that cannot be worked with.
+        TypeError: no loss could be had from a batch, or an argument, or a matrix, has a type that
+            cannot be worked with.
         MemoryError: the call would not fit; the message gives the figures and the remedies.
         NumericalError: a Fisher block is not positive definite, or new weights (with damping
             "auto": what the model makes of the calibration batches) are not finite.
     """
     loss_fn = loss_fn or default_loss
-    check_counts(num_grads, samples_per_grad)
+    check_request(batches, num_grads, samples_per_grad, fisher_dtype)
     kind = estimators.find(estimator)
     if damping != "auto":
         if isinstance(damping, str):
             raise ValueError(f"damping must be a positive number or 'auto', got {damping!r}")
+        if not isinstance(damping, Real):
+            raise TypeError(f"damping must be a positive number or 'auto', got {damping!r}")
         damping = float(damping)
         check_positive("damping", damping)
-    uses_fisher = saliencies.find(selection).uses_fisher
-    update = update or ("joint" if uses_fisher else "none")
+    update = own_update(selection) if update is None else update
+    needs_fisher = uses_fisher(selection, update)
     if update not in ("sum", "joint", "none"):
         raise ValueError(f"update must be 'sum', 'joint' or 'none', got {update!r}")
     if scope not in ("global", "layer"):
@@ -167,9 +171,10 @@ def prune(
     )
     job.sub_sparsities(steps, schedule)  # finds fault with them
     notes: list[str] = []
-    needs_fisher = (uses_fisher or update != "none") and job.prunes_anything
-    if not needs_fisher:
+    if not job.prunes_anything:
         done = [without_fisher(job)]
+    elif not needs_fisher:
+        done = in_steps(job, steps, schedule, without_fisher)
     elif fisher is not None:
         if steps != 1:
             raise ValueError("steps needs batches for a new Fisher in each; leave fisher out")
@@ -202,8 +207,8 @@ def prune(
             goes_on=steps > 1, kept_back=kept_back,
         )  # fmt: skip
         source.notes += held_notes
-        limits = Limits(kind, block_size, fisher_dtype, max_memory)
-        done = in_steps(job, source, limits, steps, schedule)
+        limits = Limits(kind, block_size, fisher_dtype, max_memory, steps > 1)
+        done = in_steps(job, steps, schedule, partial(with_estimate, source=source, limits=limits))
         notes = source.all_notes(len(done))
     settings = {
         "sparsity": dict(sparsity) if isinstance(sparsity, Mapping) else sparsity,

@@ -43,7 +43,10 @@ class Registry(Generic[T]):
             ValueError: nothing has.
         """
         if name not in self._known:
-            raise ValueError(f"{self.kind} must be one of {', '.join(self._known)}, got {name!r}")
+            raise ValueError(
+                f"{self.kind} must be one of {', '.join(self._known)}, or one that a plugin has "
+                f"registered, got {name!r}"
+            )
         return self._known[name]
 
 

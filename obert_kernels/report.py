@@ -97,7 +97,7 @@ class PruneReport:
         rows.append("seconds: " + ", ".join(f"{k} {v:.1f}" for k, v in self.seconds.items()))
         for step in sorted({trial.step for trial in self.damping_trials}):
             trials = [trial for trial in self.damping_trials if trial.step == step]
-            best = min(trials, key=lambda trial: trial.cost)
+            best = next(trial for trial in trials if trial.chosen)
             by = "loss" if best.divergence is None else "divergence"
             tried = ", ".join(f"{trial.damping:.2g}: {trial.cost:.4g}" for trial in trials)
             rows.append(f"damping {best.damping:.3g}, by {by} after trials: {tried}")

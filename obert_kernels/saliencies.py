@@ -111,6 +111,18 @@ def register_saliency(name: str, *, uses_fisher: bool = True) -> Callable[[Salie
     return register
 
 
+def uses_fisher(selection: str, update: str) -> bool:
+    """Return whether a way to prune needs a Fisher."""
+    return saliencies.find(selection).uses_fisher or update != "none"
+
+
+def own_update(selection: str) -> str:
+    """Return the default update: what oBERT does with its scores, else the exact one."""
+    if not uses_fisher(selection, "none"):
+        return "none"
+    return "sum" if selection == "diagonal" else "joint"
+
+
 @register_saliency("greedy")
 def greedy(problem: Problem) -> dict[str, Tensor]:
     """Cost of exact removals one after the other; for N:M one for survivors and zero."""

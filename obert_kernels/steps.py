@@ -37,12 +37,14 @@ class Step(NamedTuple):
 
 @dataclass(frozen=True)
 class Limits:
-    """Kind, size and type of the Fisher, and the memory it may take (None: what is free)."""
+    """Kind, size and type of the Fisher, the memory it may take (None: what is free), and whether
+    the weights of before are kept."""
 
     estimator: Estimator
     block_size: int
     dtype: torch.dtype
     max_memory: int | None
+    keeps_weights: bool = False
 
 
 def _finish(job: Job, masks: dict[str, Tensor], changes: Changes, plan: Plan | None) -> Step:
@@ -74,8 +76,8 @@ def _select_and_update(
     return masks, job.apply(fishers, masks)
 
 
-def in_steps(job: Job, source: Source, limits: Limits, steps: int, schedule: str) -> list[Step]:
-    """Estimate and prune, ``steps`` times; a failure in any leaves the weights of before all."""
+def in_steps(job: Job, steps: int, schedule: str, one_step: Callable[[Job], Step]) -> list[Step]:
+    """Prune ``steps`` times; a failure in any leaves the weights of before all."""
     before = {name: w.detach().clone() for name, w in job.weights.items()} if steps > 1 else {}
     done: list[Step] = []
     try:
@@ -89,7 +91,7 @@ def in_steps(job: Job, source: Source, limits: Limits, steps: int, schedule: str
                 trials=[],
             )
             if here.prunes_anything:
-                done.append(_one_step(here, source, limits))
+                done.append(one_step(here))
     except BaseException:
         for name, weight in before.items():
             job.weights[name].detach().copy_(weight)
@@ -106,12 +108,13 @@ def _numbered(progress: Progress, index: int, steps: int) -> Progress:
 def _relative_damping(done: list[Step]) -> float | None:
     """The damping chosen last, over the mean diagonal."""
     for trial in done[-1].trials if done else ():
-        if trial.damping == done[-1].damping:
+        if trial.chosen:
             return trial.relative
     return None
 
 
-def _one_step(job: Job, source: Source, limits: Limits) -> Step:
+def with_estimate(job: Job, source: Source, limits: Limits) -> Step:
+    """Estimate Fishers from further batches, and prune with them."""
     plan = plan_passes(
         job.weights,
         limits.block_size,
@@ -121,6 +124,7 @@ def _one_step(job: Job, source: Source, limits: Limits) -> Step:
         pattern=job.pattern,
         estimator=limits.estimator,
         streamed=source.group is not None,
+        keeps_weights=limits.keeps_weights,
     )
     if len(plan.passes) > 1:
         source = source.with_held_batches()
@@ -154,6 +158,11 @@ def _in_passes(
     changes: Changes = {}
     if job.ranks_each_layer_alone:
         for names in plan.passes:
+            part = job.part(names)
+            if not part.prunes_anything:  # nor is there anything to choose a damping by
+                masks |= part.keep
+                changes |= {name: (job.weights[name].detach().clone(), None) for name in names}
+                continue
             found, changed = _select_and_update(job, estimate(names))
             masks |= found
             changes |= changed

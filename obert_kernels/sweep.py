@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,15 @@ from . import classification
 from .calibration import calibration_batches, held_back, tokens_at_once, with_held_back
 from .downloads import import_extra
 from .estimate import Progress
-from .experiment import EVALUATION_BATCH, Settings, describe, load_classifier
+from .estimators import estimators
+from .experiment import (
+    EVALUATION_BATCH,
+    Settings,
+    check_output,
+    check_texts,
+    describe,
+    load_classifier,
+)
 from .grid import check_grid, run_grid
 from .layers import find_weights
 from .plots import plot_sweep
@@ -58,6 +67,7 @@ def sweep_classifier(
             or data; the message names it and the remedy.
     """
     started = clock()
+    check_output(settings.output)
     for package in ("transformers", "tqdm", "matplotlib"):
         import_extra(package)
     data = load_text_data(
@@ -65,9 +75,11 @@ def sweep_classifier(
     )
     tokenizer, model, data = load_classifier(settings, data)
     data = with_held_back(data, settings.seed)
+    estimators.find(settings.estimator)
     shared = {"pattern": settings.pattern, "scope": settings.scope, "params": settings.params}
     check_grid(model, grid, settings.sparsity, **shared)
-    _check_texts(grid, data)
+    most = max((setting.texts_per_grad or 0 for setting in grid), default=0)
+    check_texts(most, data, "--texts-per-grad")
     basis = _basis(settings, tokenizer, model, data)
     known = check_basis(settings.output, basis)
     weights = find_weights(model, settings.params)
@@ -113,15 +125,6 @@ def sweep_classifier(
     return table.outcomes
 
 
-def _check_texts(grid: Iterable[Setting], data: TextData) -> None:
-    most = max((setting.texts_per_grad or 0 for setting in grid), default=0)
-    if most > len(data.train):
-        raise ValueError(
-            f"a gradient of {most} texts cannot be taken from {len(data.train)} texts: use fewer "
-            "texts per gradient (--texts-per-grad) or more data"
-        )
-
-
 def _evaluation(
     settings: Settings, tokenizer: Any, data: TextData, progress: Progress | None
 ) -> Callable[[nn.Module], Scores]:
@@ -147,6 +150,7 @@ def _basis(settings: Settings, tokenizer: Any, model: nn.Module, data: TextData)
     tokens = repr(classification.encode(tokenizer, some))
     return {
         "the model's weights": _weights_digest(model.state_dict()),
+        "the model's configuration": _config_digest(model),
         "the tokenizer": _digest(tokens.encode()),
         "the data": _digest(texts.encode()),
         "pattern": settings.pattern,
@@ -160,6 +164,15 @@ def _basis(settings: Settings, tokenizer: Any, model: nn.Module, data: TextData)
         "seed": settings.seed,
         "version of obert-kernels": version("obert-kernels"),
     }
+
+
+# Where it came from and what wrote it.
+_NOT_CONFIGURATION = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
+
+
+def _config_digest(model: nn.Module) -> str:
+    config = {k: v for k, v in model.config.to_dict().items() if k not in _NOT_CONFIGURATION}
+    return _digest(json.dumps(config, sort_keys=True, default=repr).encode())
 
 
 def _digest(content: bytes) -> str:

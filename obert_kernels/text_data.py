@@ -217,7 +217,9 @@ def _read_hub(source: str) -> dict[str, pandas.DataFrame]:
     for part, rows in parts.items():
         frame = rows.to_pandas()
         for column, feature in rows.features.items():
-            if hasattr(feature, "names") and hasattr(feature, "int2str"):
+            if len(frame) and (frame[column] == -1).all():  # the hub's mark for hidden labels
+                frame[column] = None
+            elif hasattr(feature, "names") and hasattr(feature, "int2str"):
                 frame[column] = [
                     feature.names[index] if index >= 0 else None for index in frame[column]
                 ]
@@ -288,8 +290,7 @@ def _examples(frame: pandas.DataFrame, columns: tuple[str, str | None, str]) -> 
 
 
 def _is_missing(value: Any) -> bool:
-    unlabelled = isinstance(value, int) and value == -1  # the hub's mark for a hidden label
-    return value is None or value != value or unlabelled or str(value).strip() == ""
+    return value is None or value != value or str(value).strip() == ""
 
 
 def _assemble(source: str, parts: Mapping[str, list[_Example]]) -> TextData:
@@ -300,6 +301,8 @@ def _assemble(source: str, parts: Mapping[str, list[_Example]]) -> TextData:
     test, dev, train = (_without_duplicates(rows, seen) for rows in (test, dev, train))
     names = sorted({row.label for row in (*train, *dev, *test)}, key=_label_order)
     total = len(train) + len(dev) + len(test)
+    if not total:
+        raise ValueError(f"{source} holds no rows with a text and a class")
     if len(names) < 2 or len(names) > max(2, total // 2):
         raise ValueError(
             f"the label column of {source} holds {len(names)} classes over {total} different "

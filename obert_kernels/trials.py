@@ -8,7 +8,7 @@ from itertools import product
 from typing import NamedTuple
 
 from .patterns import find_pattern
-from .saliencies import saliencies
+from .saliencies import own_update, uses_fisher
 
 
 @dataclass(frozen=True)
@@ -114,18 +114,6 @@ def number_or_word(text: str) -> float | str:
         return float(text)
     except ValueError:
         return text
-
-
-def uses_fisher(selection: str, update: str) -> bool:
-    """Return whether a way to prune needs a Fisher."""
-    return saliencies.find(selection).uses_fisher or update != "none"
-
-
-def own_update(selection: str) -> str:
-    """Return what an update "auto" is: oBERT's own for diagonal."""
-    if not uses_fisher(selection, "none"):
-        return "none"
-    return "sum" if selection == "diagonal" else "joint"
 
 
 def make_grid(

@@ -269,10 +269,39 @@ def test_interrupted_save_leaves_the_old_checkpoint(tmp_path: Path, data_file: s
 def test_other_folders_are_not_replaced(tmp_path: Path) -> None:
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter1.tex").write_text("x")
-    with pytest.raises(FileExistsError, match="not a checkpoint"):
-        checkpoints.check_replaceable(tmp_path / "thesis")
+    save_model(tmp_path / "model", head=True)
+    for name in ("thesis", "model"):
+        with pytest.raises(FileExistsError, match="was not written by obert_kernels"):
+            checkpoints.check_replaceable(tmp_path / name)
     with pytest.raises(FileNotFoundError, match="holds no masks"):
         checkpoints.load_masks(tmp_path)
+
+
+def test_the_model_to_prune_is_not_replaced(
+    tmp_path: Path, data_file: str, command: Callable[..., tuple[int, str, str]]
+) -> None:
+    model, out = save_model(tmp_path / "model", head=True), tmp_path / "out"
+    options = ("-s", 0.5, "-o", out, *QUICK, "--damping", 1e-3, "--finetune-epochs", 0.2)
+    assert command("run", model, data_file, *options)[0] == 0
+    assert command("run", model, data_file, *options)[0] == 0, "what a run wrote it may replace"
+    for name in ("dense", "sparsity-0.5"):
+        before = (out / name / "model.safetensors").read_bytes()
+        code, _, stderr = command("run", out / name, data_file, *options)
+        assert code == 1 and "is the model to prune and would be replaced" in stderr
+        assert (out / name / "model.safetensors").read_bytes() == before
+    # Without fine-tuning the dense model stays where it is.
+    assert command("run", out / "dense", data_file, *options[:-2])[0] == 0
+
+
+@pytest.mark.parametrize("name", ["run", "sweep"])
+def test_an_output_that_is_a_file_is_refused_at_once(
+    tmp_path: Path, data_file: str, command: Callable[..., tuple[int, str, str]], name: str
+) -> None:
+    out = tmp_path / "out"
+    out.write_text("mine")
+    code, _, stderr = command(name, "no-model", data_file, "-s", 0.5, "-o", out)
+    assert code == 1 and stderr.startswith(f"error: --output {out} is a file")
+    assert out.read_text() == "mine"
 
 
 def test_batches_and_training_are_seeded(tmp_path: Path, data_file: str) -> None:

@@ -147,7 +147,7 @@ def test_samples_left_out_of_the_loss(loss_fn, group, at):
         assert not rows[[not counts for counts in counted]].any()
     options = {"num_grads": 18 // group, "loss_fn": loss_fn}
     estimate = estimate_fisher(model, data, samples_per_grad=group, **options)
-    assert "1 batches took a backward pass for every gradient" in estimate.notes[0]
+    assert "some batches took a backward pass for every gradient" in estimate.notes[0]
     for name, fisher in estimate_fisher(model, pieces, **options).fishers.items():
         torch.testing.assert_close(estimate.fishers[name].gram, fisher.gram)
 
@@ -218,7 +218,7 @@ def test_texts_one_after_the_other_take_a_pass_for_every_group(first, hot):
     found = estimate_fisher(model, data, samples_per_grad=2, **options)
     of_all = "every gradient took" in found.notes[0]
     assert of_all == (hot or first != [6, 6, 6, 6])
-    assert of_all or "1 batches took a backward pass for every gradient" in found.notes[0]
+    assert of_all or "some batches took a backward pass for every gradient" in found.notes[0]
     for name, fisher in expected.fishers.items():
         torch.testing.assert_close(found.fishers[name].gram, fisher.gram)
 
@@ -249,7 +249,7 @@ def test_a_matrix_that_some_batches_do_not_reach_has_gradients_of_zero():
 
 
 @pytest.mark.parametrize("samples_per_grad", [None, 2])
-@pytest.mark.parametrize("max_memory", [None, 75_000])
+@pytest.mark.parametrize("max_memory", [None, 80_000])
 def test_so_it_has_in_every_pass(samples_per_grad, max_memory):
     model, data = SometimesShort(), batches(8, size=4)
     for index, batch in enumerate(data):

@@ -10,7 +10,7 @@ import tiny
 import torch
 from tiny import GREEDY
 
-from obert_kernels import NumericalError, grid
+from obert_kernels import NumericalError, grid, register_saliency
 from obert_kernels.trials import Outcome, Scores, Setting, best_by_target, label, make_grid
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -211,6 +211,15 @@ def test_an_interrupted_trial_leaves_the_model_as_it_was(monkeypatch, error):
     with pytest.raises(error):
         tiny_grid(model, SETTINGS, [0.5], on_outcome=seen.append)
     assert len(seen) == 2 and tiny.unchanged(model, before)
+
+
+def test_a_mistake_in_a_selection_is_no_failed_trial():
+    @register_saliency("mistaken", uses_fisher=False)
+    def mistaken(problem):
+        return {name: 1 / 0 for name in problem.names()}
+
+    with pytest.raises(ZeroDivisionError):
+        tiny_grid(tiny.TinyEncoder(), [Setting("mistaken", "none", 4, 2)], [0.5])
 
 
 @pytest.mark.parametrize(

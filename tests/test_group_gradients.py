@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import warnings
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from obert_kernels import (
 )
 from obert_kernels.batches import samples_in, split_batch
 from obert_kernels.group_gradients import GroupGradients, NotServed
-from obert_kernels.losses import default_loss
+from obert_kernels.losses import default_loss, model_loss
 
 
 @pytest.mark.parametrize("group", [1, 2, 3, 7, 50])
@@ -288,3 +289,46 @@ def test_gradients_stream_into_a_woodbury_inverse():
     for name, fisher in fishers.items():
         known = expected.fishers[name].diagonal(1e-4)
         torch.testing.assert_close(fisher.diagonal(), known, rtol=1e-3, atol=0)
+
+
+def test_batches_smaller_than_a_group_are_noted():
+    options = {"num_grads": 4, "samples_per_grad": 6}
+    assert "have at most 4 samples" in estimate_fisher(TinyEncoder(), batches(), **options).notes[0]
+    larger = [*batches(2), *batches(2, size=6)]
+    assert not estimate_fisher(TinyEncoder(), larger, **options).notes
+
+
+@pytest.mark.parametrize("reads_once", [False, True])
+def test_a_batch_of_several_samples_is_looked_at(reads_once):
+    """With a single one a sum is a mean."""
+
+    def loss_fn(model, batch):
+        logits = model(batch["tokens"])["logits"]
+        return nn.functional.cross_entropy(logits, batch["labels"], reduction="sum")
+
+    data = [*batches(2, size=1), *batches(4)]
+    options = {"num_grads": 6, "loss_fn": loss_fn}
+    found = estimate_fisher(
+        TinyEncoder(), iter(data) if reads_once else data, samples_per_grad=2, **options
+    )
+    assert "every gradient took a backward pass of its own" in found.notes[0]
+    short = estimate_fisher(
+        TinyEncoder(), iter(batches(3, size=1)), samples_per_grad=1, num_grads=3
+    )
+    assert not short.notes
+
+
+@pytest.mark.parametrize("samples_per_grad", [None, 2])
+@pytest.mark.parametrize("loss_fn", [None, model_loss])
+def test_what_a_caller_has_set_does_not_matter(samples_per_grad, loss_fn):
+    """A default device that the model is not on, inference mode."""
+    options = {"num_grads": 8, "samples_per_grad": samples_per_grad, "loss_fn": loss_fn}
+    model, data = TinyEncoder(), batches(12)
+    before = snapshot(model)
+    masks = []
+    for context in (nullcontext(), torch.device("meta"), torch.inference_mode()):
+        model.load_state_dict(before)
+        with context:
+            masks.append(prune(model, data, 0.5, **options).masks)
+    for found in masks[1:]:
+        assert all(torch.equal(found[name], mask) for name, mask in masks[0].items())

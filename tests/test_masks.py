@@ -100,9 +100,11 @@ def test_a_sparsity_for_each_layer():
 
 def test_bad_input_is_named():
     scores, keep = layers((4, 4))
-    for sparsity in (-0.1, 1.1, float("nan"), "half"):
+    for sparsity in (-0.1, 1.1, float("nan")):
         with pytest.raises(ValueError, match="sparsity must be between 0 and 1"):
             select_masks(scores, keep, sparsity)
+    with pytest.raises(TypeError, match="sparsity must be a number from 0 to 1, got 'half'"):
+        select_masks(scores, keep, "half")
     with pytest.raises(ValueError, match="scope must be"):
         select_masks(scores, keep, 0.5, scope="block")
     scores["layer0"][3] = float("nan")

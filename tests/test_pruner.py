@@ -7,7 +7,15 @@ import torch
 from tiny import TinyEncoder, batches, snapshot, train, unchanged
 from torch import nn
 
-from obert_kernels import NumericalError, estimate_fisher, find_weights, job, model_loss
+from obert_kernels import (
+    NumericalError,
+    checkpoints,
+    estimate_fisher,
+    find_weights,
+    job,
+    model_loss,
+    register_saliency,
+)
 from obert_kernels import prune as real_prune
 
 
@@ -172,6 +180,16 @@ def test_bad_arguments_are_named_before_anything_happens():
     for message, options in cases:
         with pytest.raises(ValueError, match=message):
             prune(model, **options)
+    wrong = [
+        ("damping must be a positive number or 'auto'", {"damping": None}),
+        ("sparsity must be a number", {"sparsity": torch.tensor(0.5)}),
+        ("block_size must be a whole number", {"block_size": 50.0}),
+        (r"fisher_dtype must be torch.float64 or torch.float32", {"fisher_dtype": "float32"}),
+        (r"an iterable of batches, got a mapping: pass \[batch\]", {"data": batches()[0]}),
+    ]
+    for message, options in wrong:
+        with pytest.raises(TypeError, match=message):
+            prune(model, **options)
     with pytest.raises(ValueError, match="batches is needed"):
         real_prune(model)
     with pytest.raises(ValueError, match=r"fisher has no estimate for layer\.0\.wide"):
@@ -265,3 +283,39 @@ def test_model_without_encoder_layers():
         loss_fn=lambda m, b: nn.functional.mse_loss(m(b[0]), b[1]),
     )  # fmt: skip
     assert result.report.sparsity == 0.5
+
+
+@pytest.mark.parametrize("pattern", ["unstructured", "block4", "2:4"])
+@pytest.mark.parametrize(
+    ("scores", "message"),
+    [
+        (lambda weight: weight.abs()[:-1], r"must give \d+ scores of layer\.0\.wide"),
+        (lambda weight: weight.view(1, -1).abs(), r"must give \d+ scores of layer\.0\.wide"),
+        (lambda weight: -weight.abs() - 1, r"layer\.0\.wide\.weight hold NaN or negative"),
+        (lambda weight: weight * float("nan"), r"layer\.0\.wide\.weight hold NaN or negative"),
+    ],
+)
+def test_scores_that_cannot_be_ranked_are_refused(pattern, scores, message):
+    @register_saliency("odd", uses_fisher=False)
+    def odd(problem):
+        c = problem.pattern.group_size
+        return {name: scores(problem.flat(name)[::c]) for name in problem.names()}
+
+    model = TinyEncoder()
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=message):
+        real_prune(
+            model, sparsity=None if pattern == "2:4" else 0.5, pattern=pattern, selection="odd"
+        )
+    assert unchanged(model, before)
+
+
+def test_reports_are_json_whatever_they_hold(tmp_path):
+    nan, infinity = float("nan"), float("inf")
+    checkpoints.write_json(tmp_path / "a.json", {"x": [1.5, nan, {"y": (-infinity, "inf", None)}]})
+
+    def refuse(name):
+        raise AssertionError(name)
+
+    found = json.loads((tmp_path / "a.json").read_text(), parse_constant=refuse)
+    assert found == {"x": [1.5, None, {"y": [None, "inf", None]}]}

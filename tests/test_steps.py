@@ -6,7 +6,14 @@ import pytest
 import torch
 from tiny import TinyEncoder, batches, snapshot, train, unchanged
 
-from obert_kernels import LayerReport, estimate_fisher, find_weights, prune, steps
+from obert_kernels import (
+    LayerReport,
+    estimate_fisher,
+    find_weights,
+    prune,
+    register_saliency,
+    steps,
+)
 from obert_kernels.live import LiveFisher
 from obert_kernels.schedule import sub_targets
 
@@ -139,3 +146,37 @@ def test_a_fisher_serves_one_step():
     fisher = estimate_fisher(model, batches(), num_grads=8)
     with pytest.raises(ValueError, match="steps needs batches"):
         prune(model, fisher=fisher, steps=2, damping=1e-4)
+
+
+def test_a_selection_without_a_fisher_is_asked_in_every_step():
+    seen = []
+
+    @register_saliency("lively", uses_fisher=False)
+    def lively(problem):
+        left = sum(int(keep.sum()) for keep in problem.keep.values())
+        seen.append(left)
+        return {name: problem.flat(name).abs() for name in problem.names()}
+
+    model, other = TinyEncoder(), TinyEncoder()
+    other.load_state_dict(model.state_dict())
+    result = prune(model, sparsity=0.75, selection="lively", steps=2)
+    total = sum(mask.numel() for mask in result.masks.values())
+    assert seen == [total, total // 2] and result.report.sparsity == 0.75
+    once = prune(other, sparsity=0.75, selection="magnitude")
+    assert unchanged(model, snapshot(other))
+    assert all(torch.equal(once.masks[name], mask) for name, mask in result.masks.items())
+
+
+def test_passes_that_prune_nothing_choose_no_damping():
+    model = TinyEncoder()
+    names = list(find_weights(model))
+    targets = {name: 0.0 if name == names[0] else 0.5 for name in names}
+    settings = {"num_grads": 16, "samples_per_grad": 2, "block_size": 12}
+    whole = estimate_fisher(model, batches(), **settings).plan.total_bytes
+    result = prune(model, batches(), targets, max_memory=int(0.75 * whole), **settings)
+    assert result.report.memory["passes"] > 1
+    first, *others = result.report.layers
+    assert first.pruned == 0 and all(2 * layer.pruned == layer.weights for layer in others)
+    divergences = [trial.divergence for trial in result.report.damping_trials]
+    assert all(value > 1e-6 for value in divergences)
+    assert [trial.chosen for trial in result.report.damping_trials].count(True) == 1

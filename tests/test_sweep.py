@@ -228,6 +228,7 @@ def test_sweep_figures_are_those_of_single_runs(
         (["--params", "re:.*output.*"], "params was None, now"),
         (["--gradients-of", "labels"], "gradients-of was predictions, now labels"),
         ("model", "the model's weights is not the same"),
+        ("configuration", "the model's configuration is not the same"),
         ("tokenizer", "the tokenizer is not the same"),
         ("data", "the data is not the same"),
     ],
@@ -248,6 +249,9 @@ def test_other_settings_are_refused(
         with torch.no_grad():
             model.classifier.weight[0, 0] += 1e-6
         model.save_pretrained(folder)
+    elif changed == "configuration":
+        path = folder / "config.json"
+        path.write_text(path.read_text().replace('"gelu"', '"relu"'))
     elif changed == "tokenizer":
         path = folder / "tokenizer.json"
         path.write_text(path.read_text().replace('"good"', '"grand"'))
@@ -259,6 +263,19 @@ def test_other_settings_are_refused(
     assert code == 1
     assert re.fullmatch(rf"error: .*\({message}.*\): choose another --output.*\n", stderr)
     assert (out / "sweep.csv").read_bytes() == before
+
+
+def test_a_folder_without_trials_takes_other_settings(
+    tmp_path: Path, data_file: str, command: Command
+) -> None:  # fmt: skip
+    """After an error on the way to the first one."""
+    model, out = save_model(tmp_path / "model", head=True), tmp_path / "out"
+    arguments = ("sweep", model, data_file, "-s", 0.5, "--damping", 1e-3, *QUICK, "-o", out)
+    code, _, stderr = command(*arguments, "--max-memory", "1KB")
+    assert code == 1 and "fisher_dtype float32" in stderr and (out / "sweep.json").exists()
+    assert command(*arguments, "--fisher-dtype", "float32")[0] == 0
+    code, _, stderr = command(*arguments)
+    assert code == 1 and "fisher-dtype was float32, now float64" in stderr
 
 
 def test_a_table_of_unknown_origin_is_refused(
@@ -344,6 +361,7 @@ def test_interrupted_sweep_keeps_its_trials(
     [
         (["missing-folder", "DATA"], "missing-folder could not be loaded as a model"),
         (["MODEL", "DATA", "--selection", "random"], "selection must be"),
+        (["MODEL", "DATA", "--estimator", "kfac"], "estimator must be"),
         (["MODEL", "DATA", "--update", "mean"], "update must be"),
         (["MODEL", "DATA", "--damping", "much"], "damping must be"),
         (["MODEL", "DATA", "--texts", "8", "--texts-per-grad", "9"], "8 texts give no gradient"),

@@ -115,6 +115,14 @@ def test_wrong_columns_are_named(
         load_text_data(path, **options)
 
 
+def test_a_class_may_be_minus_one(tmp_path: Path) -> None:
+    """Which marks what is hidden in data sets of the hub alone."""
+    frame = pandas.DataFrame(rows()).assign(label=[index % 3 - 1 for index in range(60)])
+    data = load_text_data(write(tmp_path, "a.csv", frame))
+    assert data.label_names == ["-1", "0", "1"]
+    assert len(data.train) + len(data.dev) + len(data.test) == 60
+
+
 def test_a_score_is_no_class(tmp_path: Path) -> None:
     frame = pandas.DataFrame(rows()).assign(label=[index / 7 for index in range(60)])
     with pytest.raises(ValueError, match="only classes are supported"):
@@ -130,6 +138,8 @@ def test_unusable_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "a.parquet").write_text("x")
     with pytest.raises(ValueError, match=r"a\.parquet cannot be read as PARQUET"):
         load_text_data(str(tmp_path / "a.parquet"))
+    with pytest.raises(ValueError, match="no rows with a text and a class"):
+        load_text_data(write(tmp_path, "a.csv", pandas.DataFrame(rows(1)[:1]).assign(text="")))
     with pytest.raises(ValueError, match="no classification task"):
         load_text_data(write(tmp_path, "a.csv", pandas.DataFrame(rows(1))))
     with pytest.raises(ValueError, match="choose trec or mr"):
