@@ -62,7 +62,7 @@ class Case:
     Attributes:
         dampings: fixed ones, for oBERT and to compare with.
         more_dampings: of oBERT, by pattern, where the best of those is the first or the last.
-        more_seeds: of texts, unstructured at MORE_SPARSITIES.
+        more_seeds: of texts, unstructured at MORE_SPARSITIES; whatever model fine-tuning gives.
         fisher_dtype: of the Gram.
         fine_tunings: seeds of fine-tuning; a seed of texts takes one of them.
     """
@@ -313,9 +313,14 @@ def report(work: Path, command: str | None) -> tuple[str, dict]:
             lines += [*accuracy_table(runs, targets), "", *loss_table(runs, targets), ""]
             if pattern == "unstructured":
                 lines += ["Damping, greedy selection:", "", *damping_table(runs), ""]
-            more = {s: list(r.trials.values()) for s, r in whole.items() if s not in SEEDS}
+            more = {seed: run for seed, run in whole.items() if seed not in SEEDS}
             if more:
-                lines += more_seeds_lines(runs, more, MORE_SPARSITIES)
+                lines += more_seeds_lines(
+                    runs,
+                    {seed: list(run.trials.values()) for seed, run in more.items()},
+                    [run.dense for run in more.values()],
+                    MORE_SPARSITIES,
+                )
             document["cases"][key][pattern] = {
                 "seeds": list(known), "dense": [run.dense for run in known.values()],
                 "outcomes": [[asdict(o) for o in run.trials.values()] for run in known.values()],

@@ -114,25 +114,26 @@ def loss_table(runs: Runs, targets: list[float]) -> list[str]:
     ]
 
 
-def more_seeds_lines(runs: Runs, more: dict[int, list[Outcome]], targets: list[float]) -> list[str]:
-    """Ours and oBERT where more seeds were run, all seeds together."""
-    together = [*runs, *more.values()]
-    head = ["", *(f"{target:.0%}" for target in targets)]
-    rows = []
-    for of, scale, digits, what in (
-        ("test_accuracy", 100, 1, ""),
-        ("dev_loss", 1, 3, ", cross entropy of held-back texts"),
-    ):
-        table = methods(together, targets, of, scale, digits, ("diagonal", "greedy"))
-        rows += [line.replace(" |", f"{what} |", 1) for line in table]
-    return [
-        f"With seeds {', '.join(map(str, more))} as well, {len(together)} in all:",
+def more_seeds_lines(
+    runs: Runs, more: dict[int, list[Outcome]], dense: Sequence[float], targets: list[float]
+) -> list[str]:
+    """Ours and oBERT where more seeds were run: of those, and of all together."""
+    lines = [
+        f"Seeds {', '.join(map(str, more))} of the texts, settled before they were run, on the "
+        f"model that the same recipe gave on the machine at hand then (dense {cell(dense)}); and "
+        f"all {len(runs) + len(more)} together:",
         "",
-        *header(head),
-        *rows,
-        row(["ours minus oBERT, by seed", *differences(together, targets)]),
-        "",
+        *header(["", *(f"{target:.0%}" for target in targets)]),
     ]
+    for which, these in (("these", [*more.values()]), ("all", [*runs, *more.values()])):
+        for of, scale, digits, what in (
+            ("test_accuracy", 100, 1, which),
+            ("dev_loss", 1, 3, f"{which}, cross entropy of held-back texts"),
+        ):
+            table = methods(these, targets, of, scale, digits, ("diagonal", "greedy"))
+            lines += [line.replace(" |", f" ({what}) |", 1) for line in table]
+        lines.append(row([f"ours minus oBERT, by seed ({which})", *differences(these, targets)]))
+    return [*lines, ""]
 
 
 def damping_table(runs: Runs) -> list[str]:

@@ -103,7 +103,8 @@ def prune(
             and others that use no Fisher, else "joint".
         scope: "global" for one ranking over all matrices, "layer" for one in each.
         steps: sub-steps R; in each the Fisher of the weights that are left is estimated anew,
-            from ``num_grads`` further gradients of the model as it is by then.
+            from ``num_grads`` further gradients of the model as it is by then; a selection without
+            a Fisher is asked anew.
         schedule: "geometric" takes the same share of what is left in each sub-step, "linear"
             the same number of weights.
         estimator: "gram"; "refilled": the same, but where weights are gone already the others are

@@ -161,7 +161,10 @@ def _in_passes(
             part = job.part(names)
             if not part.prunes_anything:  # nor is there anything to choose a damping by
                 masks |= part.keep
-                changes |= {name: (job.weights[name].detach().clone(), None) for name in names}
+                changes |= {
+                    name: (weight.detach().clone(), None if job.update == "none" else 0.0)
+                    for name, weight in part.weights.items()
+                }
                 continue
             found, changed = _select_and_update(job, estimate(names))
             masks |= found

@@ -176,6 +176,7 @@ def test_passes_that_prune_nothing_choose_no_damping():
     result = prune(model, batches(), targets, max_memory=int(0.75 * whole), **settings)
     assert result.report.memory["passes"] > 1
     first, *others = result.report.layers
+    assert first.predicted_increase == 0 < result.report.predicted_increase
     assert first.pruned == 0 and all(2 * layer.pruned == layer.weights for layer in others)
     divergences = [trial.divergence for trial in result.report.damping_trials]
     assert all(value > 1e-6 for value in divergences)
