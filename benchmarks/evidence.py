@@ -32,12 +32,13 @@ from evidence_tables import (
     more_seeds_lines,
 )  # fmt: skip
 from machine import machine
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from obert_kernels import load_plugin
+from obert_kernels import classification, load_plugin
 from obert_kernels.downloads import cache_folder
-from obert_kernels.experiment import Settings
+from obert_kernels.experiment import EVALUATION_BATCH, Settings
 from obert_kernels.sweep import sweep_classifier
-from obert_kernels.text_data import load_demo_set
+from obert_kernels.text_data import TextData, load_demo_set
 from obert_kernels.trial_table import BASIS_FILE, CSV_FILE, TrialTable
 from obert_kernels.trials import Outcome, Setting, make_grid
 
@@ -61,7 +62,8 @@ class Case:
 
     Attributes:
         dampings: fixed ones, for oBERT and to compare with.
-        more_dampings: of oBERT, by pattern, where the best of those is the first or the last.
+        more_dampings: of oBERT, by pattern, where the best of those is the first or the last;
+            shown once every seed has them.
         more_seeds: of texts, unstructured at MORE_SPARSITIES; whatever model fine-tuning gives.
         fisher_dtype: of the Gram.
         fine_tunings: seeds of fine-tuning; a seed of texts takes one of them.
@@ -88,19 +90,24 @@ class Case:
         return work / "evidence" / key
 
     def trials(self, pattern: str, seed: int) -> dict[Setting, list[float]]:
-        """What the tables show of a seed, and at which sparsities."""
+        """What a table needs of a seed, and at which sparsities."""
         targets = SPARSITIES[pattern]
         if seed not in SEEDS:
             theirs, ours = self.dampings, grid(pattern, ["greedy"], ["auto"])
             settings = [*grid(pattern, ["diagonal"], theirs), *ours]
             return dict.fromkeys(settings, MORE_SPARSITIES)
-        theirs = (*self.dampings, *self.more_dampings.get(pattern, ()))
         settings = [
             *grid(pattern, ["magnitude", "wanda", "greedy"], ["auto"]),
-            *grid(pattern, ["diagonal"], theirs),
+            *grid(pattern, ["diagonal"], self.dampings),
         ]
         fixed = grid(pattern, ["greedy"], self.dampings) if pattern == "unstructured" else []
         return dict.fromkeys(settings, targets) | dict.fromkeys(fixed, DAMPING_SPARSITIES)
+
+    def all_trials(self, pattern: str, seed: int) -> dict[Setting, list[float]]:
+        """With further dampings of oBERT."""
+        more = grid(pattern, ["diagonal"], self.more_dampings.get(pattern, ()))
+        wider = dict.fromkeys(more if seed in SEEDS else [], SPARSITIES[pattern])
+        return self.trials(pattern, seed) | wider
 
 
 CASES = {
@@ -126,7 +133,7 @@ CASES = {
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
-    parser.add_argument("--seeds", nargs="+", type=int, help="default: all")
+    parser.add_argument("--seeds", nargs="+", type=int, choices=range(6), help="default: all")
     parser.add_argument("--patterns", nargs="+", default=list(SPARSITIES), choices=SPARSITIES)
     parser.add_argument("--work", type=Path, default=cache_folder() / "benchmark_accuracy")
     parser.add_argument("--report", action="store_true", help="prune nothing")
@@ -140,12 +147,17 @@ def grid(pattern: str, selection: Iterable[str], damping: Iterable) -> list[Sett
     )  # fmt: skip
 
 
-def measure(case: Case, seed: int, pattern: str, work: Path, known: Trials) -> None:
-    """Do the trials that are not there yet."""
+def measure(case: Case, seed: int, pattern: str, work: Path, known: Run | None) -> None:
+    """Do the trials that are not there yet.
+
+    Raises:
+        SystemExit: they are to stand beside others of another model.
+    """
+    there = known.trials if known is not None else {}
     missing = [
         setting
-        for setting, targets in case.trials(pattern, seed).items()
-        if any((setting, target) not in known for target in targets)
+        for setting, targets in case.all_trials(pattern, seed).items()
+        if any((setting, target) not in there for target in targets)
         # It sees no texts: what it does to a model serves all seeds of texts.
         and (setting.selection != "magnitude" or seed < case.fine_tunings)
     ]
@@ -156,6 +168,8 @@ def measure(case: Case, seed: int, pattern: str, work: Path, known: Trials) -> N
     model = fine_tuned(
         case.dense, case.dataset, seed % case.fine_tunings, data, work, progress
     )  # fmt: skip
+    if known is not None:
+        check_same(case, seed, known.dense, test_accuracy(model, case, data), model)
     for gradients_of in ("labels", "predictions"):
         mine = [s for s in missing if (s.selection == "greedy") == (gradients_of == "predictions")]
         settings = Settings(
@@ -227,11 +241,31 @@ def added(case: Case, pattern: str, work: Path, seed: int) -> Run | None:
         for outcome in TrialTable(folder / CSV_FILE).outcomes
         if folder in folders or outcome.setting.selection == "magnitude"
     ]
-    shown = case.trials(pattern, seed)
+    shown = case.all_trials(pattern, seed)
     return Run(
         dense[0],
         {(o.setting, o.target): o for o in outcomes if o.target in shown.get(o.setting, ())},
     )
+
+
+def test_accuracy(model: Path, case: Case, data: TextData) -> float:
+    """Of a dense model."""
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    loader = classification.make_loader(
+        tokenizer, data.test, EVALUATION_BATCH, max_length=MAX_LENGTH[case.dataset], by_length=True
+    )
+    dense = AutoModelForSequenceClassification.from_pretrained(model)
+    return classification.accuracy(dense, loader)
+
+
+def check_same(case: Case, seed: int, known: float, found: float, folder: Path) -> None:
+    """Raise SystemExit unless a dense model is as accurate as the one that is reported."""
+    if known != found:
+        raise SystemExit(
+            f"{case.name}, seed {seed}: the dense model here ({folder}) has {found:.4f}, that of "
+            f"{REPORT.name} {known:.4f}; remove that folder, or take the case out of that file to "
+            "do all anew"
+        )
 
 
 def everything(earlier: dict, key: str, pattern: str, work: Path) -> dict[int, Run]:
@@ -247,11 +281,7 @@ def everything(earlier: dict, key: str, pattern: str, work: Path) -> dict[int, R
         if new is None:
             continue
         known = runs.setdefault(seed, Run(new.dense, {}))
-        if known.dense != new.dense:
-            raise SystemExit(
-                f"{case.name}, seed {seed}: the dense model has {new.dense:.4f}, that of "
-                f"{REPORT.name} {known.dense:.4f}; take the case out of that file to do all anew"
-            )
+        check_same(case, seed, known.dense, new.dense, case.folder(work, seed, pattern, "*"))
         known.trials |= new.trials
     return runs
 
@@ -301,15 +331,27 @@ def report(work: Path, command: str | None) -> tuple[str, dict]:
                 for seed, run in sorted(known.items())
                 if run.has(case.trials(pattern, seed))
             }
-            runs = [list(run.trials.values()) for seed, run in whole.items() if seed in SEEDS]
-            if not runs:
+            if known:
+                document["cases"].setdefault(key, {})[pattern] = {
+                    "seeds": list(known), "dense": [run.dense for run in known.values()],
+                    "outcomes": [[asdict(o) for o in r.trials.values()] for r in known.values()],
+                }  # fmt: skip
+            main = [run for seed, run in whole.items() if seed in SEEDS]
+            if not main:
                 continue
-            if key not in document["cases"]:
-                document["cases"][key] = {}
-                lines += [f"## {case.name}", "", dampings_line(case), ""]
-            dense = [run.dense for seed, run in whole.items() if seed in SEEDS]
+            if f"## {case.name}" not in lines:
+                dampings = ", ".join(f"{damping:g}" for damping in case.dampings)
+                lines += [f"## {case.name}", "", f"Dampings: {dampings}.", ""]
+            wider = [
+                f"{setting.damping:g}"
+                for setting in case.all_trials(pattern, SEEDS[0])
+                if setting not in case.trials(pattern, SEEDS[0])
+                and all(run.has({setting: targets}) for run in main)
+            ]
+            runs, dense = [list(run.trials.values()) for run in main], [run.dense for run in main]
             count = f"{len(runs)} seed{'s' if len(runs) > 1 else ''}"
-            lines += [f"{pattern}; dense {cell(dense)}; {count}", ""]
+            also = f"; oBERT also with {', '.join(wider)}" if wider else ""
+            lines += [f"{pattern}; dense {cell(dense)}; {count}{also}", ""]
             lines += [*accuracy_table(runs, targets), "", *loss_table(runs, targets), ""]
             if pattern == "unstructured":
                 lines += ["Damping, greedy selection:", "", *damping_table(runs), ""]
@@ -321,19 +363,7 @@ def report(work: Path, command: str | None) -> tuple[str, dict]:
                     [run.dense for run in more.values()],
                     MORE_SPARSITIES,
                 )
-            document["cases"][key][pattern] = {
-                "seeds": list(known), "dense": [run.dense for run in known.values()],
-                "outcomes": [[asdict(o) for o in run.trials.values()] for run in known.values()],
-            }  # fmt: skip
     return "\n".join(lines), document
-
-
-def dampings_line(case: Case) -> str:
-    more = "".join(
-        f"; of oBERT, {pattern}, also {', '.join(f'{damping:g}' for damping in dampings)}"
-        for pattern, dampings in case.more_dampings.items()
-    )
-    return f"Dampings: {', '.join(f'{damping:g}' for damping in case.dampings)}{more}."
 
 
 def main() -> None:
@@ -346,8 +376,7 @@ def main() -> None:
                 known = everything(last_report(), key, pattern, settings.work)
                 for seed in CASES[key].seeds(pattern):
                     if not settings.seeds or seed in settings.seeds:
-                        done = known[seed].trials if seed in known else {}
-                        measure(CASES[key], seed, pattern, settings.work, done)
+                        measure(CASES[key], seed, pattern, settings.work, known.get(seed))
     text, document = report(settings.work, None if settings.report else command)
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "evidence.md").write_text(text, encoding="utf-8")

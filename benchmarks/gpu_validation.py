@@ -39,7 +39,10 @@ class Check:
     allowed: float
 
     def error(self) -> float:
-        """Largest error over the largest expected value; infinite where anything is NaN."""
+        """Largest error over the largest expected value; infinite where anything is NaN, or the
+        shapes differ."""
+        if self.actual.shape != self.expected.shape:
+            return float("inf")
         if not bool(self.actual.isfinite().all()):
             return float("inf")
         scale = self.expected.double().abs().max().clamp_min(1e-300)
@@ -76,15 +79,17 @@ def accumulation_checks(g: Tensor, size: int) -> Iterator[Check]:
     n, device = g.shape[1], g.device
     exact = empty_gram(n, size, torch.float64, device)
     reference.gram_accumulate(exact, g.double(), size)
+    before = torch.randn_like(exact, dtype=torch.float32).double() * exact.abs().mean()
     for dtype in (torch.float32, torch.float64):
-        gram, plain = empty_gram(n, size, dtype, device), empty_gram(n, size, dtype, device)
+        gram, plain = before.to(dtype, copy=True), before.to(dtype, copy=True)
+        expected = gram.double() + exact
         # Sums in float32 depend on their order: as good as torch's own, with some room.
         reference.gram_accumulate(plain, g.to(dtype), size)
-        own_error = Check("", plain, exact, 0).error()
+        own_error = Check("", plain, expected, 0).error()
         floor = FLOAT64 if dtype == torch.float64 else FLOAT32
         with unless_refused():
             ops.gram_accumulate(gram, g, size)
-            yield Check(f"gram_accumulate {dtype}", gram, exact, 4 * own_error + floor)
+            yield Check(f"gram_accumulate {dtype}", gram, expected, 4 * own_error + floor)
         yield living_check(g, size, dtype, 4 * own_error + floor)
     status = ops.new_status(device)
     state = empty_gram(n, size, torch.float32, device)
@@ -106,7 +111,7 @@ def living_check(g: Tensor, size: int, dtype: torch.dtype, allowed: float) -> Ch
     source[torch.rand(source.shape, device=device) < 0.1] = -1
     triangles = sizes * (sizes + 1) // 2
     tables = (triangles.cumsum(0) - triangles, first_place, source)
-    gram = torch.zeros(int(triangles.sum()), dtype=dtype, device=device)
+    gram = torch.randn(int(triangles.sum()), dtype=dtype, device=device) * SCALE**2
     expected = gram.double().clone()  # of float64 it is the Gram itself
     living_ops.gram_accumulate_living(gram, g, *tables)
     living_ops.in_torch(expected, g, *tables)
@@ -121,18 +126,19 @@ def gram_checks(gram: Tensor, n: int, size: int, group: int) -> Iterator[Check]:
     """What is computed from a Gram."""
     status = ops.new_status(gram.device)
     fisher = (size, float(GRADIENTS), DAMPING)
-    weight, keep = weight_and_mask(n, group, gram.device)
     for name in ("gram_inverse", "gram_diagonal"):
         for dtype, allowed in ((torch.float32, FLOAT32), (torch.float64, FLOAT64)):
             yield from compare(name, (gram, n, *fisher, dtype, status), allowed)
-    yield from compare("gram_solve", (gram, weight, *fisher, status), FLOAT64)
-    yield from compare("gram_scores", (gram, weight, group, *fisher, status), FLOAT32)
-    yield from compare("gram_greedy_scores", (gram, weight, keep, group, *fisher, status), FLOAT32)
-    if (pattern := pattern_for(size)) and n % pattern[1] == 0:
-        yield from compare("gram_n_of_m", (gram, weight, keep, *pattern, *fisher, status), 0)
-    for joint in (False, True):
-        arguments = (gram, weight, keep, group, joint, *fisher, status)
-        yield from compare("gram_update", arguments, FLOAT64)
+    for weight, keep, allowed in weights_and_masks(n, group, gram.device):
+        yield from compare("gram_solve", (gram, weight, *fisher, status), allowed)
+        yield from compare("gram_scores", (gram, weight, group, *fisher, status), FLOAT32)
+        arguments = (gram, weight, keep, group, *fisher, status)
+        yield from compare("gram_greedy_scores", arguments, FLOAT32)
+        if (pattern := pattern_for(size)) and n % pattern[1] == 0:
+            yield from compare("gram_n_of_m", (gram, weight, keep, *pattern, *fisher, status), 0)
+        for joint in (False, True):
+            arguments = (gram, weight, keep, group, joint, *fisher, status)
+            yield from compare("gram_update", arguments, allowed)
     yield status_check("operators on the Gram", status)
 
 
@@ -142,17 +148,21 @@ def inverse_checks(gram: Tensor, n: int, size: int, group: int) -> Iterator[Chec
     inverse = reference.gram_inverse(
         gram, n, size, float(GRADIENTS), DAMPING, torch.float32, status
     )
-    weight, keep = weight_and_mask(n, group, gram.device)
-    yield from compare("inverse_scores", (inverse, weight, group, status), FLOAT32)
-    for joint, with_increase in itertools.product((False, True), repeat=2):
-        arguments = (inverse, weight, keep, group, joint, with_increase, status)
-        yield from compare("inverse_update", arguments, FLOAT64)
+    for weight, keep, allowed in weights_and_masks(n, group, gram.device):
+        yield from compare("inverse_scores", (inverse, weight, group, status), FLOAT32)
+        for joint, with_increase in itertools.product((False, True), repeat=2):
+            arguments = (inverse, weight, keep, group, joint, with_increase, status)
+            yield from compare("inverse_update", arguments, allowed)
     yield status_check("operators on the inverse", status)
 
 
-def weight_and_mask(n: int, group: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    keep = (torch.rand(n // group, device=device) < 0.4).repeat_interleave(group)
-    return torch.randn(n, dtype=torch.float64, device=device), keep
+def weights_and_masks(
+    n: int, group: int, device: torch.device
+) -> Iterator[tuple[Tensor, Tensor, float]]:
+    """Of both types; and how far what has the type of the weights may be off."""
+    for dtype, allowed in ((torch.float64, FLOAT64), (torch.float32, FLOAT32)):
+        keep = (torch.rand(n // group, device=device) < 0.4).repeat_interleave(group)
+        yield torch.randn(n, dtype=dtype, device=device), keep, allowed
 
 
 def compare(name: str, arguments: tuple, allowed: float) -> Iterator[Check]:

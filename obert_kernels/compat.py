@@ -48,7 +48,7 @@ class EmpiricalBlockFisherInverse:
         self.num_blocks = self._fisher.gram.shape[0]
         self._buffer: Tensor | None = None
         self._gathered = 0
-        self._inverse: Tensor | None = None
+        self._inverse: tuple[float, Tensor] | None = None  # and its damping
 
     def add_grad(self, g: Tensor) -> None:
         """Add a gradient of ``num_weights`` values, any shape and floating type."""
@@ -78,9 +78,9 @@ class EmpiricalBlockFisherInverse:
         Raises:
             NumericalError: a block is not positive definite (also from the methods below).
         """
-        if self._inverse is None:
-            self._inverse = self._flush().inverse(self.damp)
-        return self._inverse
+        if self._inverse is None or self._inverse[0] != self.damp:
+            self._inverse = self.damp, self._flush().inverse(self.damp)
+        return self._inverse[1]
 
     F_inv = f_inv
 

@@ -202,23 +202,18 @@ def open_source(
     Raises:
         ValueError: batches are needed and cannot be cut into samples, or give no loss.
     """
-    origin, batches = batches, take_batches(batches) if goes_on else batches
+    origin, seen = batches, []
+    if samples_per_grad is not None:
+        seen = _up_to_several_samples(batches)
+        if isinstance(batches, Iterator):
+            batches = chain(seen, batches)
+    batches = take_batches(batches) if goes_on else batches
     source = Source(
         model, batches, num_grads, loss_fn, pattern, samples_per_grad, [], origin,
         kept_back=kept_back,
     )  # fmt: skip
     if samples_per_grad is None:
         return source
-    # Of a single sample there is nothing to tell apart.
-    seen: list[Any] = []
-    for batch in islice(batches, _LOOKED_AT):
-        seen.append(batch)
-        if (samples_in(batch) or 2) > 1:
-            break
-    else:
-        seen = seen or [next(take_batches(batches))]  # which raises
-    if isinstance(batches, Iterator):
-        source.batches = chain(seen, batches)
     try:
         groups = GroupGradients(model, weights, samples_per_grad, loss_fn, pattern=pattern)
         groups.check(seen[-1], f"batch {kept_back + len(seen) - 1}")
@@ -230,6 +225,16 @@ def open_source(
         source.group = None
         source.unit, source.kept_back = f"{samples_per_grad} samples for the Fisher, number", 0
     return source
+
+
+def _up_to_several_samples(batches: Iterable[Any]) -> list[Any]:
+    """The first batches, up to one of several samples: of one alone nothing is to be told apart."""
+    seen: list[Any] = []
+    for batch in islice(batches, min(_LOOKED_AT, how_many(batches) or _LOOKED_AT)):
+        seen.append(batch)
+        if (samples_in(batch) or 2) > 1:
+            break
+    return seen or [next(take_batches(batches))]  # which raises
 
 
 def accumulate(
@@ -340,8 +345,8 @@ def _stream(
         )
     if groups.largest < source.group:
         source.notes.append(
-            f"the batches have at most {groups.largest} samples, which gives gradients of so many "
-            f"in place of {source.group}: pass larger ones"
+            f"the batches have fewer than {source.group} samples, and gradients are of so many: "
+            "pass larger ones"
         )
 
 

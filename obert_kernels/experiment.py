@@ -102,8 +102,7 @@ def prune_classifier(
     chooses_damping = settings.damping == "auto" and uses_fisher(settings.selection, update)
     if chooses_damping:
         data = with_held_back(data, settings.seed)
-    if settings.selection != "magnitude" or update != "none":
-        check_texts(settings.grad_batch_size, data, "--grad-batch-size")
+    check_texts(settings.grad_batch_size, data, "--grad-batch-size")
     options: dict[str, Any] = {
         "pattern": settings.pattern,
         "damping": settings.damping,
@@ -210,10 +209,12 @@ def _check(settings: Settings) -> dict[float, Path]:
     written = [*folders.values(), *([dense] if settings.finetune_epochs > 0 else [])]
     for folder in written:
         checkpoints.check_replaceable(folder)
-        if folder.resolve() == Path(settings.model).resolve():
-            raise ValueError(
-                f"{folder} is the model to prune and would be replaced: choose another --output"
-            )
+        for what, source in (("model", settings.model), ("data", settings.data)):
+            place = Path(source).resolve()
+            if folder.resolve() in (place, *place.parents):
+                raise ValueError(
+                    f"{folder}, where the {what} is, would be replaced: choose another --output"
+                )
     for package in ("transformers", "tqdm", "matplotlib", "safetensors"):
         import_extra(package)
     return folders
@@ -221,8 +222,9 @@ def _check(settings: Settings) -> dict[float, Path]:
 
 def check_output(folder: Path) -> None:
     """Raise NotADirectoryError if the output folder is a file."""
-    if folder.exists() and not folder.is_dir():
-        raise NotADirectoryError(f"--output {folder} is a file: choose a folder")
+    for path in (folder, *folder.parents):
+        if path.exists() and not path.is_dir():
+            raise NotADirectoryError(f"--output {folder}: {path} is a file, choose another folder")
 
 
 def check_texts(texts_per_grad: int, data: TextData, option: str) -> None:

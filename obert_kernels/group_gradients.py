@@ -298,7 +298,7 @@ class GroupGradients:
             self._pass(recorder, batch, 1, where)
             unknown = [name for name, count in recorder.uses.items() if not count]
         if unknown and not leaves_all_out(batch):
-            raise NotServed(f"{unknown[0]} is not used in the first batch, or not by its module")
+            raise NotServed(f"{unknown[0]} is not used in {where}, or not by its module")
         for name, known in expected.items():
             error = (found.get(name, torch.zeros_like(known)) - known).norm()
             if not error <= tolerance * known.norm():

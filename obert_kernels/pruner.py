@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from numbers import Real
 from typing import Any, NamedTuple
@@ -175,6 +175,8 @@ def prune(
     if not job.prunes_anything:
         done = [without_fisher(job)]
     elif not needs_fisher:
+        if steps > 1 and isinstance(batches, Iterator):
+            job.batches = list(batches)  # which every step may look at
         done = in_steps(job, steps, schedule, without_fisher)
     elif fisher is not None:
         if steps != 1:

@@ -64,7 +64,7 @@ class Problem:
             yield to_device(batch, device)
         if is_empty:
             raise ValueError(
-                "batches is empty or was used up by the Fisher: this selection needs them, too; "
+                "batches is empty or was used up before: this selection needs them, too; "
                 "pass a list or a DataLoader"
             )
 

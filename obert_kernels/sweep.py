@@ -87,11 +87,14 @@ def sweep_classifier(
     evaluate = _evaluation(settings, tokenizer, data, progress)
     dense = evaluate(model) if known is None else Scores(**known["dense"])
     echo(f"dense accuracy {dense.dev_accuracy:.1%} on held-back texts, {_test(dense)}\n")
-    if known is None:
-        source = {"model": settings.model, "data": settings.data}
-        write_basis(settings.output, basis, dense=dense._asdict(), source=source)
+
+    def with_the_first_trial() -> None:  # until then nothing stands in the way of other settings
+        if check_basis(settings.output, basis) is None:
+            source = {"model": settings.model, "data": settings.data}
+            write_basis(settings.output, basis, dense=dense._asdict(), source=source)
+
     table = TrialTable(settings.output / CSV_FILE)
-    report = _Reporter(table, grid, settings.sparsity, echo)
+    report = _Reporter(table, grid, settings.sparsity, echo, with_the_first_trial)
     left_out = run_grid(
         model,
         lambda num_grads, texts: calibration_batches(
@@ -202,16 +205,19 @@ class _Reporter:
         grid: Sequence[Setting],
         sparsities: Sequence[float],
         echo: Callable[[str], object],
+        at_first: Callable[[], None],
     ) -> None:
         wanted = {(setting, target) for setting in grid for target in sparsities}
         self.done = len(wanted & {outcome.key for outcome in table.outcomes})
         self.count = len(wanted)
         self.new = 0
-        self._table, self._grid, self._echo = table, grid, echo
+        self._table, self._grid, self._echo, self._at_first = table, grid, echo, at_first
         if self.done:
             echo(f"{self.done} of {self.count} trials are in {table.path} and not done again")
 
     def __call__(self, outcome: Outcome) -> None:
+        if self.new == 0:
+            self._at_first()
         self._table.append(outcome)
         self.done += 1
         self.new += 1

@@ -217,7 +217,8 @@ def _read_hub(source: str) -> dict[str, pandas.DataFrame]:
     for part, rows in parts.items():
         frame = rows.to_pandas()
         for column, feature in rows.features.items():
-            if len(frame) and (frame[column] == -1).all():  # the hub's mark for hidden labels
+            numbers = frame[column].dtype.kind in "iu"
+            if numbers and (frame[column] == -1).all():  # the hub's mark for hidden labels
                 frame[column] = None
             elif hasattr(feature, "names") and hasattr(feature, "int2str"):
                 frame[column] = [

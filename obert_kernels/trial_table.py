@@ -112,7 +112,7 @@ def check_basis(folder: Path, basis: Mapping[str, Any]) -> dict[str, Any] | None
         basis: name -> value, JSON-ready.
 
     Returns:
-        What ``sweep.json`` holds; None if there is none yet, or it is another's without trials.
+        What ``sweep.json`` holds, None if there is none yet.
 
     Raises:
         ValueError: they differ, or there are trials without a basis.
@@ -130,8 +130,6 @@ def check_basis(folder: Path, basis: Mapping[str, Any]) -> dict[str, Any] | None
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not of a sweep: choose another --output") from error
     names = [name for name in {**known, **basis} if known.get(name) != basis.get(name)]
-    if names and not (folder / CSV_FILE).exists():
-        return None
     if names:
         differences = "; ".join(
             _difference(name, known.get(name), basis.get(name)) for name in names

@@ -49,6 +49,12 @@ def test_the_search_has_ends():
     assert best == pytest.approx(1e2)
 
 
+@pytest.mark.parametrize("scale", [0.0, float("inf"), float("nan")])
+def test_a_fisher_of_zeros_or_worse_has_no_scale(scale):
+    best, _ = choose_damping(scale, lambda damping: (abs(damping - 1e-2), None), lambda count: None)
+    assert best == pytest.approx(1e-2)
+
+
 def test_what_breaks_down_is_avoided():
     def loss_after(damping):
         if damping < 5e-2:
@@ -188,10 +194,13 @@ def test_by_default_and_in_passes(max_memory, scope, monkeypatch):
     monkeypatch.setattr(
         steps, "accumulate", lambda *a, **k: counted.append(1) or estimate.accumulate(*a, **k)
     )
+    searches = []
+    monkeypatch.setattr(job, "choose_damping", lambda *a: searches.append(1) or choose_damping(*a))
     report = prune(model, data, 0.5, num_grads=36, max_memory=max_memory, scope=scope).report
     assert max_memory or len(counted) == 1, "one Fisher serves all trials"
     assert (report.memory["passes"] > 1) == (max_memory is not None)
     assert len(report.damping_trials) >= 3
+    assert len(searches) == 1, "in the first pass"
     assert report.sparsity == pytest.approx(0.5, abs=0.01)
     assert not report.notes
 
@@ -210,6 +219,7 @@ def test_batches_are_held_out():
     held, rest, _ = hold_out(loader)
     assert len(held) == 4 and len(rest) == 12
     twice = list(islice(rest, 24))
+    assert len(twice) == 24
     assert torch.equal(torch.cat(twice[:12]), torch.arange(16.0, 64).unsqueeze(1))
     assert all(map(torch.equal, twice[:12], twice[12:])), "without those held out"
     held, rest, notes = hold_out(data[:1])
@@ -225,7 +235,8 @@ def test_batches_are_held_out():
 def test_a_loader_that_shuffles_keeps_back_what_it_keeps_back():
     loader = DataLoader(torch.arange(40.0).unsqueeze(1), shuffle=True)
     held, rest, _ = hold_out(loader)
-    assert not set(torch.cat(held).flatten().tolist()) & {float(x) for x in islice(rest, 30)}
+    others = [float(x) for x in islice(rest, 30)]
+    assert len(set(others)) == 30 and not set(torch.cat(held).flatten().tolist()) & set(others)
 
 
 @pytest.mark.parametrize("shuffle", [True, False])

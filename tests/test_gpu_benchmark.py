@@ -238,6 +238,17 @@ def test_a_wrong_operator_of_one_type_is_found(cuda_on_host, monkeypatch, tmp_pa
         gpu.run(FakeTimer(), tiny, tmp_path, "")
 
 
+@pytest.mark.parametrize("name", ["gram_accumulate", "gram_accumulate_living"])
+def test_an_operator_that_forgets_what_was_there_is_found(
+    cuda_on_host, monkeypatch, tmp_path, name
+):
+    owner = ops if hasattr(ops, name) else living_ops
+    real = getattr(owner, name)
+    monkeypatch.setattr(owner, name, lambda gram, *others: real(gram.zero_(), *others))
+    with pytest.raises(gpu_validation.Mismatch, match=name):
+        gpu.run(FakeTimer(), replace(TINY, block_sizes=(4,)), tmp_path, "")
+
+
 def test_nan_is_a_mismatch():
     nan, one = torch.tensor([float("nan")]), torch.ones(1)
     assert gpu_validation.Check("", nan, one, 1).error() == float("inf")

@@ -245,7 +245,7 @@ def test_a_matrix_that_some_batches_do_not_reach_has_gradients_of_zero():
         assert all(fisher.num_gradients == 8 for fisher in estimate.fishers.values())
         # What the first batch does not reach cannot be compared.
         assert bool(estimate.notes) == bool(first)
-    assert "layer.1.wide.weight is not used in the first batch" in estimate.notes[0]
+    assert "layer.1.wide.weight is not used in batch 0" in estimate.notes[0]
 
 
 @pytest.mark.parametrize("samples_per_grad", [None, 2])

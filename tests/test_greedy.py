@@ -169,7 +169,7 @@ def test_types_alignment_and_many_blocks(isa, dtype):
     keep = (torch.rand(n + 1) < 0.9)[1:]
     weight = storage[1:]
     found, expected = both(gram.float(), weight, keep, 4, fisher)
-    assert relative_error(found, expected) < 1e-4  # as far as a float32 Gram goes
+    assert relative_error(found, expected) < 1e-6  # the oracle has the same Gram
     found, expected = both(gram, weight, keep, 4, fisher)
     assert relative_error(found, expected) < 1e-6
 

@@ -320,3 +320,10 @@ def test_an_estimate_that_ate_the_budget_is_not_used(monkeypatch, estimates):
     monkeypatch.setattr(grid._Work, "estimate", takes_5_minutes)
     result = tiny_grid(tiny.TinyEncoder(), [GREEDY], [0.5, 0.75], budget=4, clock=clock)
     assert not result.outcomes and len(result.left_out) == 2 and len(estimates) == 1
+
+
+def test_seconds_by_stage():
+    known = {"gradients": 1, "fisher": 2, "damping": 4, "scores": 8, "masks": 16, "update": 32}
+    assert grid._seconds(known) == {
+        "gradients_seconds": 1, "fisher_seconds": 2, "damping_seconds": 4, "selection_seconds": 56,
+    }  # fmt: skip

@@ -293,7 +293,9 @@ def test_gradients_stream_into_a_woodbury_inverse():
 
 def test_batches_smaller_than_a_group_are_noted():
     options = {"num_grads": 4, "samples_per_grad": 6}
-    assert "have at most 4 samples" in estimate_fisher(TinyEncoder(), batches(), **options).notes[0]
+    assert (
+        "have fewer than 6 samples" in estimate_fisher(TinyEncoder(), batches(), **options).notes[0]
+    )
     larger = [*batches(2), *batches(2, size=6)]
     assert not estimate_fisher(TinyEncoder(), larger, **options).notes
 
@@ -332,3 +334,32 @@ def test_what_a_caller_has_set_does_not_matter(samples_per_grad, loss_fn):
             masks.append(prune(model, data, 0.5, **options).masks)
     for found in masks[1:]:
         assert all(torch.equal(found[name], mask) for name, mask in masks[0].items())
+
+
+@pytest.mark.parametrize("samples_per_grad", [None, 2])
+def test_the_few_that_are_pruned_have_no_gradient(samples_per_grad):
+    """Too few for a Fisher of the living weights."""
+    model = TinyEncoder()
+    weight = find_weights(model)["layer.0.wide.weight"]
+    with torch.no_grad():
+        weight[:, 0] = 0
+    options = {"num_grads": 24, "samples_per_grad": samples_per_grad, "block_size": 12}
+    fisher = estimate_fisher(model, batches(), **options).fishers["layer.0.wide.weight"]
+    assert type(fisher) is GramFisher
+    diagonal = fisher.diagonal(0.5).view_as(weight)
+    assert (diagonal[:, 0] == 2).all() and (diagonal[:, 1:] < 2).any()
+
+
+def test_an_input_that_is_infinite_is_named():
+    model = nn.Sequential(nn.Linear(4, 4, bias=False))
+    good, bad = torch.randn(4, 4), torch.randn(4, 4)
+    bad[1, 2] = float("inf")
+
+    def loss_fn(model, batch):
+        return torch.nan_to_num(model(batch), 0, 0, 0).square().mean()
+
+    with pytest.raises(ValueError, match=r"batch 1: the gradient of 0\.weight holds NaN or infini"):
+        estimate_fisher(
+            model, [good, bad], params="re:.*", num_grads=4, samples_per_grad=2, block_size=4,
+            loss_fn=loss_fn,
+        )  # fmt: skip

@@ -286,3 +286,10 @@ def test_weights_that_came_back_are_not_lost():
                 update=update,
             )  # fmt: skip
         assert unchanged(model, dense)
+
+
+def test_its_memory_is_that_of_its_tensors():
+    fisher = LiveFisher(torch.rand(5000) < 0.1, 50)
+    tensors = [value for value in vars(fisher).values() if isinstance(value, torch.Tensor)]
+    held = sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+    assert fisher.num_bytes == pytest.approx(held, rel=0.01)

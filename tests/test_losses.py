@@ -161,10 +161,11 @@ def test_pruning_with_it_whole_in_passes_and_in_groups():
     for max_memory in (None, 120_000):
         torch.manual_seed(5)
         model = TinyEncoder()
-        prune(
+        report = prune(
             model, data, 0.5, num_grads=32, damping=1e-4, loss_fn=prediction_loss,
             max_memory=max_memory,
-        )  # fmt: skip
+        ).report  # fmt: skip
+        assert (report.memory["passes"] > 1) == (max_memory is not None)
         results.append(model.state_dict())
     for name, value in results[0].items():
         assert torch.equal(value, results[1][name]), "the pushes of a pass are those of all"

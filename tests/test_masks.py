@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from obert_kernels import magnitude_scores, select_masks
+from obert_kernels.masks import prunes_anything
 
 
 def layers(*shapes):
@@ -96,6 +97,16 @@ def test_a_sparsity_for_each_layer():
     scores, keep = layers((10, 10), (10, 10))
     masks = select_masks(scores, keep, {"layer0": 0.9, "layer1": 0.2})
     assert int((~masks["layer0"]).sum()) == 90 and int((~masks["layer1"]).sum()) == 20
+
+
+def test_whether_anything_goes():
+    """A layer below its target counts, also where all together are above."""
+    _, keep = layers((4, 4), (4, 4))
+    keep["layer0"][:] = False
+    assert not prunes_anything(keep, 0.4)
+    assert prunes_anything(keep, 0.4, scope="layer")
+    assert prunes_anything(keep, {"layer0": 0.5, "layer1": 0.1})
+    assert not prunes_anything(keep, {"layer0": 0.5, "layer1": 0.0})
 
 
 def test_bad_input_is_named():

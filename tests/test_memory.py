@@ -159,3 +159,17 @@ def test_the_plan_counts_the_room_between_gathered_gradients():
     buffer = gradient_buffer(GRADIENTS_PER_UPDATE, 768 * 768)
     room = buffer.stride(0) * GRADIENTS_PER_UPDATE * 4
     assert plan.buffer_bytes == room + 768 * 768 * 4
+
+
+def test_what_is_held_beside_the_gram():
+    weights = {name: nn.Parameter(torch.ones(30, 40)) for name in "ab"}
+    streamed = PLAN | {"streamed": True}
+    plan = plan_passes(weights, 50, torch.float64, None, 1024, **streamed)
+    assert plan.gradients_per_update == 32
+    assert plan.buffer_bytes == 32 * 1200 * 4, "of the largest matrix"
+    kept = plan_passes(weights, 50, torch.float64, None, 1024, keeps_weights=True, **streamed)
+    assert kept.other_bytes - plan.other_bytes == 2 * 1200 * 4
+    alone = {"a": weights["a"]}
+    tight = plan_passes(alone, 50, torch.float64, None, 1024, **streamed).total_bytes - 1
+    half = plan_passes(alone, 50, torch.float64, tight, 1024, **streamed)
+    assert half.gradients_per_update == 16 and half.total_bytes <= tight

@@ -223,3 +223,11 @@ def test_what_does_not_fit_is_refused():
         with pytest.raises(ValueError, match=message):
             prune(model, batches(), **arguments)
     assert unchanged(model, before)
+
+
+def test_a_model_that_has_the_pattern_needs_no_gradients():
+    model = TinyEncoder(16)
+    prune(model, pattern="2:4", selection="magnitude")
+    before = snapshot(model)
+    prune(model, [], pattern="2:4", damping=1e-4)
+    assert unchanged(model, before)

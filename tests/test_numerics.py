@@ -32,10 +32,10 @@ def exact_diagonal(g: torch.Tensor, damping: float) -> np.ndarray:
 @pytest.mark.parametrize("scale", SCALES)
 def test_float64_gram_is_exact_to_1e_6(isa, scale):
     g = gradients(128, 50, scale)
-    fisher = GramFisher(50, 50)
+    fisher = GramFisher(50, 50, device=g.device)
     fisher.accumulate(g)
     expected = exact_diagonal(g, DAMPING)
-    error = np.abs(fisher.diagonal(DAMPING, torch.float64).numpy() / expected - 1).max()
+    error = np.abs(fisher.diagonal(DAMPING, torch.float64).cpu().numpy() / expected - 1).max()
     assert error < 1e-6
 
 
@@ -44,16 +44,15 @@ def test_singular_blocks_are_accurate_or_refused(isa, scale):
     """m < B, where only the damping keeps F regular: the hardest case for every path."""
     g = gradients(20, 50, scale)
     expected = exact_diagonal(g, DAMPING)
-    bounds = {"float64": 1e-6, "float32": 0.5, "woodbury": 0.5}
     outcomes = {}
-    for kind in bounds:
+    for kind in ("float64", "float32", "woodbury"):
         try:
             if kind == "woodbury":
-                fisher = WoodburyFisher(50, 20, 50, damping=DAMPING)
+                fisher = WoodburyFisher(50, 20, 50, damping=DAMPING, device=g.device)
                 fisher.accumulate(g)
                 diagonal = fisher.diagonal()
             else:
-                fisher = GramFisher(50, 50, dtype=getattr(torch, kind))
+                fisher = GramFisher(50, 50, dtype=getattr(torch, kind), device=g.device)
                 fisher.accumulate(g)
                 diagonal = fisher.diagonal(DAMPING, torch.float64)
         except NumericalError as error:
@@ -61,7 +60,8 @@ def test_singular_blocks_are_accurate_or_refused(isa, scale):
             assert "weights: block 0" in str(error) and "raise damping" in str(error)
             continue
         assert torch.isfinite(diagonal).all() and (diagonal > 0).all()
-        outcomes[kind] = float(np.abs(diagonal.numpy() / expected - 1).max())
+        outcomes[kind] = float(np.abs(diagonal.cpu().numpy() / expected - 1).max())
+    assert outcomes["woodbury"] == "refused" or outcomes["woodbury"] < 1e-4
     if scale <= 1:
         assert outcomes["float64"] < 1e-6
     if scale <= 1e-3:

@@ -7,6 +7,7 @@ from torch import nn
 
 from obert_kernels import GramFisher, estimate_fisher, find_weights, prune
 from obert_kernels.patterns import find_pattern
+from obert_kernels.saliencies import Problem
 
 
 def test_names():
@@ -105,3 +106,11 @@ def test_groups_must_divide_the_matrix():
         ValueError, match=r"pattern block9x1: the 24 rows of layer\.0\.wide\.weight"
     ):
         prune(TinyEncoder(), batches(), pattern="block9x1")
+
+
+def test_scores_of_single_weights_are_added_up_by_group():
+    given = {"model": None, "weights": {}, "keep": {}, "fishers": {}, "damping": 1.0}
+    problem = Problem(
+        **given, pattern=find_pattern("block2"), batches=None, loss_fn=None, progress=None
+    )
+    assert problem.grouped(torch.tensor([[1.0, 2, 3, 4]])).tolist() == [3, 7]

@@ -1,6 +1,7 @@
 """prune(): every option, exact sparsities, and nothing lost when it fails."""
 
 import json
+import time
 
 import pytest
 import torch
@@ -319,3 +320,27 @@ def test_reports_are_json_whatever_they_hold(tmp_path):
 
     found = json.loads((tmp_path / "a.json").read_text(), parse_constant=refuse)
     assert found == {"x": [1.5, None, {"y": [None, "inf", None]}]}
+
+
+def test_a_selection_sees_the_model_in_eval_mode():
+    modes = []
+
+    @register_saliency("modes", uses_fisher=False)
+    def saliency(problem):
+        modes.append(problem.model.training)
+        return {name: problem.flat(name).abs() for name in problem.names()}
+
+    model = TinyEncoder().train()
+    real_prune(model, sparsity=0.5, selection="modes")
+    assert modes == [False] and model.training
+
+
+def test_trials_tell_no_progress_and_no_time_is_counted_twice():
+    seen = []
+    start = time.perf_counter()
+    report = prune(
+        TinyEncoder(64), batches(64, 16), damping="auto", num_grads=256, samples_per_grad=4,
+        progress=lambda *event: seen.append(event),
+    ).report  # fmt: skip
+    assert sum(report.seconds.values()) <= time.perf_counter() - start
+    assert len(report.damping_trials) > 1 and seen.count(("update", 4, 4)) == 1

@@ -29,7 +29,7 @@ def test_results_are_those_of_the_living_weights_in_a_row(isa, size, c, share):
     fisher = refilled(alive, size, c)
     fisher.accumulate(g)
     whole = max(1, size // c) * c
-    expected = GramFisher(int(alive.sum()), whole)
+    expected = GramFisher(int(alive.sum()), whole, device=alive.device)
     expected.accumulate(g[:, alive])
     left, keep = weight[alive], torch.ones(int(alive.sum()), dtype=torch.bool)
     assert fisher.num_gradients == 60
@@ -52,7 +52,7 @@ def test_groups_of_which_a_part_is_left_stay_groups():
     fisher = refilled(alive, 24, 4)
     fisher.accumulate(g)
     some = alive.view(-1, 4).any(1).repeat_interleave(4)
-    expected = GramFisher(int(some.sum()), 24)
+    expected = GramFisher(int(some.sum()), 24, device=some.device)
     expected.accumulate((g * alive)[:, some])
     arguments = (DAMPING, 2, 4)
     known = expected.n_of_m(weight[some], alive[some], *arguments)

@@ -10,11 +10,14 @@ from obert_kernels import (
     LayerReport,
     estimate_fisher,
     find_weights,
+    job,
     prune,
     register_saliency,
     steps,
 )
+from obert_kernels.damping import choose_damping
 from obert_kernels.live import LiveFisher
+from obert_kernels.predictions import divergence, predict
 from obert_kernels.schedule import sub_targets
 
 
@@ -110,15 +113,21 @@ def test_exact_counts_with_every_pattern(scope, pattern):
         assert {layer.sparsity for layer in result.report.layers} == {0.75}
 
 
-def test_damping_is_chosen_in_every_step():
+def test_damping_is_chosen_in_every_step(monkeypatch):
+    starts = []
+
+    def noted(scale, change_after, tried, start):
+        starts.append(start)
+        return choose_damping(scale, change_after, tried, start)
+
+    monkeypatch.setattr(job, "choose_damping", noted)
     model, data = TinyEncoder(), batches(40)
     train(model, data, 5)
     report = prune(model, data, 0.8, num_grads=12, steps=2).report
     by_step = {step: [t for t in report.damping_trials if t.step == step] for step in (1, 2)}
     best = [min(trials, key=lambda t: t.cost) for trials in by_step.values()]
     assert report.settings["damping"] == best[1].damping
-    # the second search begins where the first ended
-    assert any(t.relative == pytest.approx(best[0].relative) for t in by_step[2])
+    assert starts == [None, best[0].relative], "the second search begins where the first ended"
     assert str(report).count("by divergence after trials") == 2
 
 
@@ -181,3 +190,33 @@ def test_passes_that_prune_nothing_choose_no_damping():
     divergences = [trial.divergence for trial in result.report.damping_trials]
     assert all(value > 1e-6 for value in divergences)
     assert [trial.chosen for trial in result.report.damping_trials].count(True) == 1
+
+
+def test_every_step_is_judged_by_the_model_before_all():
+    model, data = TinyEncoder(), batches(40)
+    train(model, data, 5)
+    before = predict(model, data[:10])
+    result = prune(model, data[10:], 0.8, num_grads=12, steps=2, calibration=data[:10])
+    last = [trial for trial in result.report.damping_trials if trial.chosen][-1]
+    assert last.step == 2
+    after = divergence(before, predict(model, data[:10]))
+    assert after == pytest.approx(last.divergence, rel=1e-4)
+
+
+@pytest.mark.parametrize("scope", ["global", "layer"])
+def test_steps_begin_at_the_present_sparsity(scope):
+    left = []
+
+    @register_saliency("noting", uses_fisher=False)
+    def noting(problem):
+        left.append(sum(int(keep.sum()) for keep in problem.keep.values()))
+        return {name: problem.flat(name).abs() for name in problem.names()}
+
+    model, stages = TinyEncoder(), []
+    prune(model, sparsity=0.5, selection="magnitude", scope=scope)
+    half = sum(int((weight != 0).sum()) for weight in find_weights(model).values())
+    prune(
+        model, sparsity=0.75, selection="noting", scope=scope, steps=2, schedule="linear",
+        progress=lambda stage, *_: stages.append(stage.split()[0]),
+    )  # fmt: skip
+    assert left == [half, half * 3 // 4] and set(stages) == {"1/2", "2/2"}

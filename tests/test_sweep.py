@@ -272,7 +272,7 @@ def test_a_folder_without_trials_takes_other_settings(
     model, out = save_model(tmp_path / "model", head=True), tmp_path / "out"
     arguments = ("sweep", model, data_file, "-s", 0.5, "--damping", 1e-3, *QUICK, "-o", out)
     code, _, stderr = command(*arguments, "--max-memory", "1KB")
-    assert code == 1 and "fisher_dtype float32" in stderr and (out / "sweep.json").exists()
+    assert code == 1 and "fisher_dtype float32" in stderr
     assert command(*arguments, "--fisher-dtype", "float32")[0] == 0
     code, _, stderr = command(*arguments)
     assert code == 1 and "fisher-dtype was float32, now float64" in stderr
