@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sysconfig
@@ -29,6 +30,18 @@ def _digest(files: list[Path], flags: list[str]) -> str:
     return digest.hexdigest()[:16]
 
 
+def _included(source: Path, headers: list[Path]) -> list[Path]:
+    """The headers among those given that a source includes, directly or not, by their names."""
+    found: list[Path] = []
+    left = [source]
+    while left:
+        names = re.findall(r'#include [<"](?:.*/)?([^/>"]+)[>"]', left.pop().read_text())
+        new = [path for path in headers if path.name in names and path not in found]
+        found += new
+        left += new
+    return sorted(found)
+
+
 def build(folder: Path, kernels: Path | None = None, extra: list[str] | None = None) -> Path:
     """Compile and link the module into ``folder``; return the shared library.
 
@@ -49,7 +62,8 @@ def build(folder: Path, kernels: Path | None = None, extra: list[str] | None = N
     compiler = os.environ.get("CXX") or shutil.which("g++") or "c++"
 
     def compile_one(source: Path) -> Path:
-        target = folder / f"{source.stem}_{_digest([source, *headers], sources[source])}.o"
+        read = [source, *_included(source, headers)]
+        target = folder / f"{source.stem}_{_digest(read, sources[source])}.o"
         if not target.exists():
             partial = target.with_suffix(f".{os.getpid()}")
             command = [compiler, *sources[source], "-c", str(source), "-o", str(partial)]
