@@ -15,7 +15,7 @@ import torch
 from problems import DAMPING, fresh_inverse, gradients
 from torch import Tensor
 
-from obert_kernels import _lib, ops, reference
+from obert_kernels import _lib, living_ops, ops, reference
 
 PAGE = mmap.PAGESIZE
 GRADIENTS = 20
@@ -103,6 +103,26 @@ def check(block_size: int, n: int, at_end: bool) -> None:
     assert status.item() == -1
 
 
+def check_living(block_size: int, at_end: bool) -> None:
+    """Blocks of this size and of all smaller ones, some places of which have no weight."""
+    sizes = torch.arange(block_size, -1, -1)
+    first_place = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
+    places = int(first_place[-1])
+    source = torch.randperm(places).int()
+    source[torch.rand(places) < 0.1] = -1
+    triangles = sizes * (sizes + 1) // 2
+    tables = triangles.cumsum(0) - triangles, first_place, source
+    near = [guarded(table, at_end) for table in tables]
+    for dtype in (torch.float32, torch.float64):
+        for k in (1, 9, 33):
+            for rows in (gradients(k, places), gradients(k, places).bfloat16()):
+                gram = torch.ones(int(triangles.sum()), dtype=dtype)
+                state = guarded(gram, at_end)
+                living_ops.gram_accumulate_living(state, guarded(rows, at_end), *near)
+                living_ops.gram_accumulate_living(gram, rows, *tables)
+                same(state, gram)
+
+
 def main(name: str) -> None:
     assert _lib.core().select_instruction_set(name)
     torch.manual_seed(0)
@@ -113,6 +133,8 @@ def main(name: str) -> None:
         for n in {20, 160, -(-3 * block_size // 20) * 20, 2080 if block_size < 64 else 160}:
             for at_end in (False, True):
                 check(block_size, n, at_end)
+        for at_end in (False, True):
+            check_living(block_size, at_end)
     print("untouched")
 
 
