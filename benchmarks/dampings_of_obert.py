@@ -12,14 +12,13 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
-import statistics
 import sys
 from dataclasses import asdict
 from pathlib import Path
 
 from dense_models import MAX_LENGTH, MINILM, Stages, fine_tuned
 from evidence import RESULTS, SEEDS, SPARSITIES, grid
-from evidence_tables import Runs, cell, header, results, row
+from evidence_tables import Runs, best_damping, cell, header, results, row
 from machine import machine
 
 from obert_kernels.downloads import cache_folder
@@ -64,12 +63,7 @@ def measure(seed: int, work: Path) -> None:
 
 def table(runs: Runs) -> list[str]:
     lines = header(["", *(f"{target:.0%}" for target in TARGETS)])
-    of_dev = {
-        (damping, target): results(runs, "diagonal", target, damping, "dev_accuracy")
-        for damping in DAMPINGS
-        for target in TARGETS
-    }
-    best = {t: max(DAMPINGS, key=lambda d: statistics.mean(of_dev[d, t])) for t in TARGETS}
+    best = {t: best_damping(runs, "diagonal", t, "dev_accuracy") for t in TARGETS}
     for damping in DAMPINGS:
         cells = [cell(results(runs, "diagonal", target, damping)) for target in TARGETS]
         shown = [

@@ -208,13 +208,9 @@ def reported(earlier: dict, case: str, pattern: str) -> dict[int, Run]:
     for seed, rows, dense in zip(
         known.get("seeds", ()), known.get("outcomes", ()), known.get("dense", ()), strict=True
     ):
-        outcomes = [Outcome(Setting(**row["setting"]), **_without(row, "setting")) for row in rows]
+        outcomes = [Outcome(**row | {"setting": Setting(**row["setting"])}) for row in rows]
         runs[seed] = Run(dense, {(o.setting, o.target): o for o in outcomes})
     return runs
-
-
-def _without(row: dict, key: str) -> dict:
-    return {name: value for name, value in row.items() if name != key}
 
 
 def added(case: Case, pattern: str, work: Path, seed: int) -> Run | None:

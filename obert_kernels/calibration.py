@@ -27,6 +27,15 @@ def tokens_at_once(hidden_size: int) -> int:
     return max(1, _TOKENS_AT_ONCE * 768 // hidden_size)
 
 
+def check_texts(texts_per_gradient: int, texts: Texts, option: str = "--grad-batch-size") -> None:
+    """Raise ValueError if there are fewer texts than one gradient needs."""
+    if texts_per_gradient > len(texts):
+        raise ValueError(
+            f"a gradient of {texts_per_gradient} texts cannot be taken from {len(texts)} texts: "
+            f"use fewer texts per gradient ({option}) or more data"
+        )
+
+
 def calibration_batches(
     tokenizer: Any,
     texts: Texts,
@@ -64,11 +73,7 @@ def calibration_batches(
     Raises:
         ValueError: there are fewer texts than one gradient needs.
     """
-    if texts_per_gradient > len(texts):
-        raise ValueError(
-            f"a gradient of {texts_per_gradient} texts cannot be taken from {len(texts)} texts: "
-            "use fewer texts per gradient (--grad-batch-size) or more data"
-        )
+    check_texts(texts_per_gradient, texts)
     rows = encode(tokenizer, texts, max_length)
     collate = collator(import_extra("transformers"), tokenizer)
     draw = _Draw(rows, texts_per_gradient, by_length, seed)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from . import checkpoints, classification
-from .calibration import calibration_batches, held_back, tokens_at_once, with_held_back
+from .calibration import calibration_batches, check_texts, held_back, tokens_at_once, with_held_back
 from .comparison import Measurement, compare
 from .downloads import demo_model_folder, import_extra
 from .estimate import Progress
@@ -102,7 +102,7 @@ def prune_classifier(
     chooses_damping = settings.damping == "auto" and uses_fisher(settings.selection, update)
     if chooses_damping:
         data = with_held_back(data, settings.seed)
-    check_texts(settings.grad_batch_size, data, "--grad-batch-size")
+    check_texts(settings.grad_batch_size, data.train)
     options: dict[str, Any] = {
         "pattern": settings.pattern,
         "damping": settings.damping,
@@ -227,15 +227,6 @@ def check_output(folder: Path) -> None:
             raise NotADirectoryError(f"--output {folder}: {path} is a file, choose another folder")
 
 
-def check_texts(texts_per_grad: int, data: TextData, option: str) -> None:
-    """Raise ValueError if there are not enough texts for one gradient."""
-    if texts_per_grad > len(data.train):
-        raise ValueError(
-            f"a gradient of {texts_per_grad} texts cannot be taken from {len(data.train)} texts: "
-            f"use fewer texts per gradient ({option}) or more data"
-        )
-
-
 def load_classifier(settings: Settings, data: TextData) -> tuple[Any, Any, TextData]:
     """Return tokenizer, classifier, and the data with its classes in the model's order."""
     transformers = import_extra("transformers")
@@ -325,8 +316,12 @@ def _fine_tune(
     with checkpoints.whole_folder(settings.output / "dense") as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        described = {**asdict(settings), "output": str(settings.output)}
-        checkpoints.write_json(folder / checkpoints.REPORT_FILE, {"settings": described})
+        checkpoints.write_json(folder / checkpoints.REPORT_FILE, {"settings": _plain(settings)})
+
+
+def _plain(settings: Settings) -> dict[str, Any]:
+    """JSON-ready."""
+    return {**asdict(settings), "output": str(settings.output)}
 
 
 def _train(
@@ -377,7 +372,7 @@ def _write_summary(
         title += f" + {settings.recovery_epochs:g} epochs of recovery"
     plot_accuracy(curves, dense, settings.output / "accuracy.png", title)
     report = {
-        "settings": {**asdict(settings), "output": str(settings.output)},
+        "settings": _plain(settings),
         "classes": data.label_names,
         "texts": {part: len(getattr(data, part)) for part in ("train", "dev", "test")},
         "dense_accuracy": dense,

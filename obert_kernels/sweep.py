@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from . import classification
-from .calibration import calibration_batches, held_back, tokens_at_once, with_held_back
+from .calibration import calibration_batches, check_texts, held_back, tokens_at_once, with_held_back
 from .downloads import import_extra
 from .estimate import Progress
 from .estimators import estimators
@@ -22,7 +22,6 @@ from .experiment import (
     EVALUATION_BATCH,
     Settings,
     check_output,
-    check_texts,
     describe,
     load_classifier,
 )
@@ -68,6 +67,7 @@ def sweep_classifier(
     """
     started = clock()
     check_output(settings.output)
+    estimators.find(settings.estimator)
     for package in ("transformers", "tqdm", "matplotlib"):
         import_extra(package)
     data = load_text_data(
@@ -75,11 +75,10 @@ def sweep_classifier(
     )
     tokenizer, model, data = load_classifier(settings, data)
     data = with_held_back(data, settings.seed)
-    estimators.find(settings.estimator)
     shared = {"pattern": settings.pattern, "scope": settings.scope, "params": settings.params}
     check_grid(model, grid, settings.sparsity, **shared)
     most = max((setting.texts_per_grad or 0 for setting in grid), default=0)
-    check_texts(most, data, "--texts-per-grad")
+    check_texts(most, data.train, "--texts-per-grad")
     basis = _basis(settings, tokenizer, model, data)
     known = check_basis(settings.output, basis)
     weights = find_weights(model, settings.params)
