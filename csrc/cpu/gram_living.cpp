@@ -16,7 +16,8 @@ constexpr int kMaxGathered = 32;
 
 // Bytes ahead of the weight that is read, whose cache lines are asked for.  In order and without
 // gaps: so the processor keeps more of them on their way than it does of those with living weights.
-constexpr int kBytesAhead = 1024;
+// (With 1024 it was slower by 7 to 14 %, with 128 by a little: at 90 % sparsity, on an EPYC.)
+constexpr int kBytesAhead = 384;
 
 // Some weights of some gradients.
 struct Piece {
