@@ -22,7 +22,7 @@ from .ops import NumericalError
 from .patterns import find_pattern
 from .pruner import prune
 from .scored_once import score_once
-from .trials import Outcome, Scores, Setting
+from .trials import Outcome, Scores, Setting, values_to_try
 
 Trial = tuple[Setting, float]
 
@@ -121,8 +121,9 @@ def run_grid(
 
     Raises:
         ValueError, TypeError, MemoryError: as :func:`obert_kernels.prune`.
+        TypeError: ``sparsities`` is a number.
     """
-    targets = list(dict.fromkeys(sparsities))
+    targets = list(dict.fromkeys(values_to_try("sparsities", sparsities)))
     wanted = list(dict.fromkeys(settings))
     check_grid(model, wanted, targets, pattern=pattern, scope=scope, params=params)
     if not calibration and any(setting.damping == "auto" for setting in wanted):

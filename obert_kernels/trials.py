@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from .patterns import find_pattern
 from .saliencies import own_update, uses_fisher
@@ -142,22 +142,34 @@ def make_grid(
         pattern: which block sizes there can be.
 
     Raises:
+        TypeError: one value is given where a list of those to try is expected.
         ValueError: something is out of range.
     """
     shape = find_pattern(pattern)
+    axes = {
+        "texts": texts, "texts_per_grad": texts_per_grad, "block_size": block_size,
+        "selection": selection, "update": update, "damping": damping,
+    }  # fmt: skip
+    values = [values_to_try(name, given) for name, given in axes.items()]
     settings: dict[Setting, None] = {}
-    for n, g, wanted in product(list(texts), list(texts_per_grad), list(block_size)):
+    for n, g, wanted, ranking, rule, value in product(*values):
         num_grads = _gradients(n, g)
         size = shape.block_size(wanted)
-        for ranking, rule, value in product(list(selection), list(update), list(damping)):
-            own = own_update(ranking) if rule == "auto" else rule
-            if uses_fisher(ranking, own):
-                settings[Setting(ranking, own, num_grads, g, size, value)] = None
-            elif ranking == "magnitude":
-                settings[Setting(ranking, own)] = None
-            else:
-                settings[Setting(ranking, own, num_grads, g)] = None
+        own = own_update(ranking) if rule == "auto" else rule
+        if uses_fisher(ranking, own):
+            settings[Setting(ranking, own, num_grads, g, size, value)] = None
+        elif ranking == "magnitude":
+            settings[Setting(ranking, own)] = None
+        else:
+            settings[Setting(ranking, own, num_grads, g)] = None
     return sorted(settings, key=_cost)
+
+
+def values_to_try(name: str, given: Iterable[Any]) -> list[Any]:
+    """The values to try; a string is one, not its letters."""
+    if isinstance(given, str) or not isinstance(given, Iterable):
+        raise TypeError(f"{name} is a list of values to try, got {given!r}: write [{given!r}]")
+    return list(given)
 
 
 def _gradients(texts: int, texts_per_grad: int) -> int:

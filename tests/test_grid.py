@@ -62,6 +62,15 @@ def test_impossible_grids(options, message):
         make_grid(**options)
 
 
+@pytest.mark.parametrize(
+    "options", [{"texts": 1024}, {"block_size": None}, {"selection": "greedy"}, {"damping": 1e-7}]
+)
+def test_one_value_is_no_list(options):
+    (name, value), *_ = options.items()
+    with pytest.raises(TypeError, match=rf"{name} is a list .* write \[{value!r}\]"):
+        make_grid(**options)
+
+
 def test_names_tell_apart_what_stands_side_by_side():
     settings = make_grid(texts=[32, 64], damping=["auto", 1e-3], selection=["greedy", "magnitude"])
     names = [label(setting, settings) for setting in settings]
@@ -103,6 +112,11 @@ SETTINGS = make_grid(
     damping=["auto", 1e-3],
     selection=["greedy", "diagonal", "magnitude"],
 )
+
+
+def test_one_sparsity_is_no_list():
+    with pytest.raises(TypeError, match=r"sparsities is a list .* write \[0.8\]"):
+        tiny_grid(tiny.TinyEncoder(), SETTINGS, 0.8)
 
 
 def test_one_estimate_serves_all_its_trials_and_the_weights_come_back(estimates):
