@@ -2,6 +2,7 @@
 
     python benchmarks/dampings_of_obert.py            # three quarters of an hour on two cores
     python benchmarks/dampings_of_obert.py --case mpnet-mr --seeds 0 --sparsity 0.6 0.8
+    python benchmarks/dampings_of_obert.py --case mpnet-mr --seeds 1 2 --sparsity 0.6
     python benchmarks/dampings_of_obert.py --report   # only the table, of what is there
 
 Seven dampings a decade apart in place of four, on models that are fine-tuned where it runs; ours,
@@ -95,16 +96,17 @@ def main() -> None:
         return
     runs = [[o for path in paths for o in TrialTable(path).outcomes] for paths in files]
     host = machine()
+    del host["threads"]  # of this process, which may have done no more than write the table
     text = "\n".join([
         "# Dampings of oBERT", "",
-        f"`{command}` on {host['cpu']}, {host['threads']} threads, torch {host['torch']}, "
-        f"{host['date']}.  {case.name}, unstructured, 4096 texts in 256 gradients of 16, Fisher in "
+        f"`{command}` on {host['cpu']}, torch {host['torch']}, {host['date']}.  "
+        f"{case.name}, unstructured, 4096 texts in 256 gradients of 16, Fisher in "
         f"{case.fisher_dtype}, test accuracy, mean ± standard deviation over seeds "
         f"{settings.seeds}; in bold the damping that held-back texts choose.", "",
         *table(runs, settings.sparsity), "",
     ])  # fmt: skip
     document = {"command": command, **host, "outcomes": [[asdict(o) for o in r] for r in runs]}
-    name = "dampings_of_obert" if case is CASES["minilm-mr"] else "dampings_of_obert_mpnet"
+    name = f"dampings_of_obert_{settings.case}"
     (RESULTS / f"{name}.md").write_text(text, encoding="utf-8")
     (RESULTS / f"{name}.json").write_text(json.dumps(document, indent=1) + "\n")
     print(text)
