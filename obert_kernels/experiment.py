@@ -367,7 +367,8 @@ def _write_summary(
     model, source = (
         Path(name.removeprefix(DEMO_PREFIX)).name for name in (settings.model, settings.data)
     )
-    title = f"{model} on {source}, pruned in one shot"
+    how = "in one shot" if settings.steps == 1 else f"in {settings.steps} steps"
+    title = f"{model} on {source}, pruned {how}"
     if settings.recovery_epochs:
         title += f" + {settings.recovery_epochs:g} epochs of recovery"
     plot_accuracy(curves, dense, settings.output / "accuracy.png", title)

@@ -23,6 +23,7 @@ from obert_kernels import (  # noqa: E402
     cli,
     cli_options,
     demo,
+    experiment,
     prune,
 )
 from obert_kernels.calibration import calibration_batches, held_back  # noqa: E402
@@ -122,7 +123,10 @@ def test_other_ways_to_prune(
     data_file: str,
     command: Callable[..., tuple[int, str, str]],
     options: list[object],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    titles = []
+    monkeypatch.setattr(experiment, "plot_accuracy", lambda *plot: titles.append(plot[-1]))
     model, out = save_model(tmp_path / "model", head=True), tmp_path / "out"
     (tmp_path / "mine.py").write_text("\n".join(EXAMPLES))
     given = [tmp_path / "mine.py" if option == "PLUGIN" else option for option in options]
@@ -132,6 +136,8 @@ def test_other_ways_to_prune(
     assert report["sparsity"] == 0.5
     assert (report["predicted_increase"] is None) == ("--selection" in options)
     assert report["settings"]["steps"] == (2 if "--steps" in options else 1)
+    how = "in 2 steps" if "--steps" in options else "in one shot"
+    assert titles == [f"model on moods.csv, pruned {how}"]
     for mask in checkpoints.load_masks(out / "sparsity-0.5").values():
         if "2:4" in options:
             assert (mask.view(-1, 4).sum(1) == 2).all()
