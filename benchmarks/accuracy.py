@@ -135,7 +135,7 @@ def environment() -> dict[str, Any]:
     packages = ("obert-kernels", "transformers", "tokenizers")
     return {
         **machine(),
-        "bfloat16": classification.runs_bfloat16_natively(),
+        "bfloat16": classification.bfloat16_is_faster(),
         **{name: version(name) for name in packages},
     }
 

@@ -1,6 +1,6 @@
 """Time and memory of whole one-shot runs, each in a process of its own; the reference among them.
 
-    python benchmarks/evidence_costs.py minilm-mr --methods greedy reference greedy diagonal wanda
+    python benchmarks/evidence_costs.py minilm-mr --methods greedy reference greedy --seeds 0 1 2
     python benchmarks/evidence_costs.py mpnet-mr --methods greedy --sparsity 0.7
 
 Seconds are those of the pruning: texts and model are loaded and the model is evaluated outside.
@@ -19,6 +19,7 @@ import shlex
 import subprocess
 import sys
 import time
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--damping", type=float, default=1e-7, help="of diagonal and reference")
     parser.add_argument("--texts", type=int, default=TEXTS, help="of all but the reference")
     parser.add_argument("--add", action="store_true", help="keep earlier rows of the case")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--seeds", nargs="+", type=int, default=[0],
+        help="the methods with the first, then with the next; of fine-tuning and of the texts",
+    )  # fmt: skip
     parser.add_argument("--work", type=Path, default=cache_folder() / "benchmark_accuracy")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -115,13 +119,14 @@ def prune_with_ours(
 
 
 def measure(case: Case, method: str, settings: argparse.Namespace) -> dict[str, Any]:
-    """One run, in this process."""
+    """One run, in this process, with the first seed."""
+    seed = settings.seeds[0]
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     load_plugin(WANDA)
     data = load_demo_set(case.dataset)
     folder = fine_tuned(
-        case.dense, case.dataset, settings.seed % case.fine_tunings, data, settings.work,
+        case.dense, case.dataset, seed % case.fine_tunings, data, settings.work,
         Stages("fine-tuning"),
     )  # fmt: skip
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -131,7 +136,7 @@ def measure(case: Case, method: str, settings: argparse.Namespace) -> dict[str, 
     # One gradient a batch for the reference; as many as fit for ours.
     batches = calibration_batches(
         tokenizer, data.train, REFERENCE_GRADS if reference else settings.texts // TEXTS_PER_GRAD,
-        TEXTS_PER_GRAD, max_length=length, seed=settings.seed,
+        TEXTS_PER_GRAD, max_length=length, seed=seed,
         max_tokens=1 if reference else tokens_at_once(model.config.hidden_size),
         by_length=method == "greedy",  # whose gradients are those of predictions
     )  # fmt: skip
@@ -149,6 +154,7 @@ def measure(case: Case, method: str, settings: argparse.Namespace) -> dict[str, 
     )
     return {
         "method": method,
+        "seed": seed,
         "sparsity": settings.sparsity,
         "pattern": "unstructured" if reference else settings.pattern,
         "texts": texts,
@@ -171,11 +177,11 @@ def markdown(document: dict[str, Any]) -> str:
         "many in a backward pass; greedy with gradients of the model's predictions, texts of "
         "about the same length in each, joint update and damping chosen by itself (ours), "
         "diagonal with sum update and a given damping (oBERT on our kernels).  Accuracy on the "
-        "test texts, one seed.",
+        "test texts; a seed is one of fine-tuning (MPNet is fine-tuned once) and of the texts.",
         "",
     ]
     columns = (
-        "method", "pattern", "sparsity", "texts", "accuracy", "gradients s", "Fisher s",
+        "method", "seed", "pattern", "sparsity", "texts", "accuracy", "gradients s", "Fisher s",
         "damping s", "selection s", "whole s", "peak GiB", "reference : it",
     )  # fmt: skip
     for name, part in document.items():
@@ -188,14 +194,13 @@ def markdown(document: dict[str, Any]) -> str:
             "",
             *header(columns),
         ]
-        whole = [run["seconds"] for run in rows if run["method"] == "reference"]
+        references = {run["seed"]: run["seconds"] for run in rows if run["method"] == "reference"}
         for run in rows:
-            pattern = run.get("pattern", "unstructured")
-            compares = whole and pattern == "unstructured"
-            ratio = f"{sum(whole) / len(whole) / run['seconds']:.1f}" if compares else ""
+            compares = run["seed"] in references and run["pattern"] == "unstructured"
+            ratio = f"{references[run['seed']] / run['seconds']:.1f}" if compares else ""
             stages = [run.get(s, 0.0) for s in ("gradients", "fisher", "damping", "selection")]
             cells = [
-                run["method"], pattern, f"{run['sparsity']:.0%}", run["texts"],
+                run["method"], run["seed"], run["pattern"], f"{run['sparsity']:.0%}", run["texts"],
                 f"{run['accuracy']:.1%}",
                 *(f"{seconds:.1f}" for seconds in (*stages, run["seconds"])),
                 f"{run['peak_gib']:.1f}", ratio,
@@ -212,11 +217,11 @@ def main() -> None:
         print(json.dumps(measure(case, settings.methods[0], settings)))
         return
     runs = []
-    for method in settings.methods:
+    for seed, method in product(settings.seeds, settings.methods):
         command = [
             sys.executable, __file__, settings.case, "--child", "--methods", method,
             "--sparsity", str(settings.sparsity), "--damping", str(settings.damping),
-            "--seed", str(settings.seed), "--texts", str(settings.texts),
+            "--seeds", str(seed), "--texts", str(settings.texts),
             "--pattern", settings.pattern,
             "--work", str(settings.work),
         ]  # fmt: skip
