@@ -170,7 +170,8 @@ def run(
         typer.Option(
             help="Added to the Fisher's diagonal: a number, or auto, which tries some and takes "
             "the one that changes the predictions on held-back texts least (for several "
-            "sparsities at the highest; sweep chooses for each).",
+            "sparsities at the highest, in several steps or passes at each; sweep chooses for "
+            "each).",
             rich_help_panel="Fisher",
         ),
     ] = "auto",

@@ -75,7 +75,8 @@ def compare(
         options: further arguments of :func:`obert_kernels.prune`: pattern, damping, update,
             scope, params, steps, schedule, selection, estimator.
         num_grads: m, gradients in the Fisher.
-        calibration: batches that damping "auto" is chosen on, at the highest sparsity.
+        calibration: batches that damping "auto" is chosen on, at the highest sparsity (in
+            several steps or passes at each).
         samples_per_grad: see :func:`obert_kernels.prune`.
         block_size: weights per Fisher block.
         loss_fn: what the gradients are taken of.

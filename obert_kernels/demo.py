@@ -9,7 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from .experiment import DEMO_MODEL, Settings
+from .experiment import Settings
+from .loading import DEMO_MODEL
 from .text_data import DEMO_PREFIX, DEMO_SETS
 
 # For 2 CPU cores and five minutes.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -15,10 +15,11 @@ import torch
 from . import checkpoints, classification
 from .calibration import calibration_batches, check_texts, held_back, tokens_at_once, with_held_back
 from .comparison import Measurement, compare
-from .downloads import demo_model_folder, import_extra
+from .downloads import import_extra
 from .estimate import Progress
 from .estimators import estimators
 from .layers import find_weights
+from .loading import describe, load_classifier
 from .masks import check_sparsity
 from .memory import plan_passes
 from .patterns import find_pattern
@@ -27,7 +28,7 @@ from .pruner import PruneResult, prune
 from .saliencies import own_update, uses_fisher
 from .text_data import DEMO_PREFIX, TextData, load_text_data
 
-DEMO_MODEL = DEMO_PREFIX + "minilm"
+PLOT_FILE = "accuracy.png"
 
 EVALUATION_BATCH = 64  # texts
 
@@ -129,7 +130,7 @@ def prune_classifier(
             estimator=estimators.find(settings.estimator),
             keeps_weights=settings.steps > 1,
         )
-    echo(describe(settings, data, sum(weight.numel() for weight in weights.values())))
+    echo(describe(settings, model, data))
     test = classification.make_loader(
         tokenizer, data.test, EVALUATION_BATCH, max_length=settings.max_length, by_length=True
     )
@@ -147,21 +148,28 @@ def prune_classifier(
         by_length=settings.gradients_of == "predictions",
         seed=settings.seed,
     )
-    latest: dict[str, Measurement] = {}
+    rows: list[Measurement] = []
 
     def on_result(row: Measurement, result: PruneResult) -> None:
-        latest[row.method] = row
+        rows.append(row)
         if row.method == "obert_kernels":
-            magnitude = latest["magnitude"].accuracy
+            magnitude = rows[-2].accuracy
             damping = "" if row.damping is None else f"{row.damping:.2g}"
             echo(f"{row.sparsity:8.1%}  {magnitude:9.1%}  {row.accuracy:13.1%}  {damping:>7}")
-            extra = {"accuracy": row.accuracy, "dense_accuracy": dense}
+            extra = {
+                "model": settings.model,
+                "data": settings.data,
+                "accuracy": row.accuracy,
+                "dense_accuracy": dense,
+            }
             checkpoints.save_pruned(result, tokenizer, folders[row.target], extra)
+            # Each time: what a run that stops here leaves behind is described.
+            _write_summary(settings, data, dense, rows, time.perf_counter() - started)
 
     def recover(result: PruneResult) -> None:
         _train(settings, settings.recovery_epochs, model, tokenizer, data, progress, result.masks)
 
-    table = compare(
+    compare(
         model,
         batches,
         lambda pruned: classification.accuracy(pruned, test, progress=progress),
@@ -186,7 +194,7 @@ def prune_classifier(
         progress=progress,
     )
     seconds = time.perf_counter() - started
-    report = _write_summary(settings, data, dense, table, seconds)
+    report = _write_summary(settings, data, dense, rows, seconds)
     echo(
         f"\n{seconds:.0f} s. Written to {settings.output}: accuracy.png, report.json, and one "
         "checkpoint for each sparsity (load with from_pretrained)"
@@ -206,6 +214,7 @@ def _check(settings: Settings) -> dict[float, Path]:
         for sparsity in settings.sparsity
     }
     check_output(settings.output)
+    _check_summary_replaceable(settings.output)
     written = [*folders.values(), *([dense] if settings.finetune_epochs > 0 else [])]
     for folder in written:
         checkpoints.check_replaceable(folder)
@@ -227,83 +236,22 @@ def check_output(folder: Path) -> None:
             raise NotADirectoryError(f"--output {folder}: {path} is a file, choose another folder")
 
 
-def load_classifier(settings: Settings, data: TextData) -> tuple[Any, Any, TextData]:
-    """Return tokenizer, classifier, and the data with its classes in the model's order."""
-    transformers = import_extra("transformers")
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    name = demo_model_folder() if settings.model == DEMO_MODEL else settings.model
+def _check_summary_replaceable(folder: Path) -> None:
+    """Raise FileExistsError if a report on top of the output folder would take a foreign place."""
+    if (folder / "config.json").is_file():
+        raise FileExistsError(f"--output {folder} holds a model: choose another folder")
+    report, plot = folder / checkpoints.REPORT_FILE, folder / PLOT_FILE
     try:
-        config = transformers.AutoConfig.from_pretrained(name)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise FileNotFoundError(
-            f"{settings.model} could not be loaded as a model ({reason}): give a folder with "
-            "config.json, weights and tokenizer, or a name on the hub (needs the network)"
-        ) from error
-    limit = min(tokenizer.model_max_length, getattr(config, "max_position_embeddings", math.inf))
-    if settings.max_length > limit:
-        raise ValueError(
-            f"--max-length {settings.max_length} is more than {settings.model} takes: at most "
-            f"{limit} tokens"
+        content = json.loads(report.read_text(encoding="utf-8"))
+        ours = isinstance(content, dict) and content.keys() >= {"settings", "results"}
+    except FileNotFoundError:
+        ours, report = not plot.exists(), plot
+    except ValueError:
+        ours = False
+    if not ours:
+        raise FileExistsError(
+            f"{report} was not written by obert-prune run: choose another --output or move it away"
         )
-    data, labels_fit = _match_labels(settings, config, data)
-    names = (
-        {}
-        if labels_fit
-        else {
-            "id2label": dict(enumerate(data.label_names)),
-            "label2id": {label: index for index, label in enumerate(data.label_names)},
-        }
-    )
-    with classification.seeded(settings.seed):  # a new head is random
-        model = transformers.AutoModelForSequenceClassification.from_pretrained(
-            name, ignore_mismatched_sizes=not labels_fit, **names
-        ).float()  # the argument for the type has two names, by the version of transformers
-    return tokenizer, model, data
-
-
-def _match_labels(settings: Settings, config: Any, data: TextData) -> tuple[TextData, bool]:
-    """Return the data in the order of the model's classes, and whether the model has them."""
-    architectures = config.architectures or []
-    if not any(name.endswith("ForSequenceClassification") for name in architectures):
-        problem = f"{settings.model} has no trained classification head"
-    else:
-        known = [str(config.id2label[index]) for index in range(config.num_labels)]
-        lowered = {label.casefold(): label for label in data.label_names}
-        if sorted(lowered) == sorted(label.casefold() for label in known):
-            return data.with_label_order([lowered[label.casefold()] for label in known]), True
-        numbered = [str(index) for index in range(config.num_labels)]
-        generic = [f"LABEL_{index}" for index in range(config.num_labels)]
-        if len(known) == len(data.label_names) and (
-            data.label_names == numbered or known == generic
-        ):
-            return data, True
-        problem = (
-            f"{settings.model} knows the classes {_shorten(known)}, but {settings.data} has "
-            f"{_shorten(data.label_names)}"
-        )
-    if settings.finetune_epochs <= 0:
-        raise ValueError(
-            f"{problem}: fine-tune it first, for example with "
-            "obert-prune run and --finetune-epochs 3"
-        )
-    return data, False
-
-
-def _shorten(names: Sequence[str]) -> str:
-    shown = ", ".join(names[:6])
-    return f"{shown}, … ({len(names)})" if len(names) > 6 else shown
-
-
-def describe(settings: Settings, data: TextData, weights: int) -> str:
-    """Return two lines on the model and the data."""
-    return (
-        f"{settings.model}: {weights:,} weights to prune\n"
-        f"{settings.data}: {len(data.label_names)} classes; {len(data.train):,} texts to train, "
-        f"{len(data.dev):,} held back, {len(data.test):,} to test"
-    )
 
 
 def _fine_tune(
@@ -360,7 +308,7 @@ def _write_summary(
     table: Sequence[Measurement],
     seconds: float,
 ) -> dict[str, Any]:
-    """Write ``accuracy.png`` and ``report.json`` on top of the output folder."""
+    """Write ``report.json`` and ``accuracy.png`` on top of the output folder."""
     curves: dict[str, list[tuple[float, float]]] = {"obert_kernels": [], "magnitude": []}
     for row in table:
         curves[row.method].append((row.sparsity, row.accuracy))
@@ -371,7 +319,6 @@ def _write_summary(
     title = f"{model} on {source}, pruned {how}"
     if settings.recovery_epochs:
         title += f" + {settings.recovery_epochs:g} epochs of recovery"
-    plot_accuracy(curves, dense, settings.output / "accuracy.png", title)
     report = {
         "settings": _plain(settings),
         "classes": data.label_names,
@@ -382,4 +329,5 @@ def _write_summary(
         "versions": {name: version(name) for name in ("obert-kernels", "torch", "transformers")},
     }
     checkpoints.write_json(settings.output / checkpoints.REPORT_FILE, report)
+    plot_accuracy(curves, dense, settings.output / PLOT_FILE, title)
     return report

@@ -178,6 +178,10 @@ def check_grid(
     weights = find_weights(model, params)
     for name, weight in weights.items():
         shape.check(name, weight)
+    settings = list(settings)
+    for setting in settings:
+        if setting.block_size is not None:
+            shape.block_size(setting.block_size)
     smallest = min(weights, key=lambda name: weights[name].numel())
     for selection, update, damping in dict.fromkeys(
         (s.selection, s.update, s.damping) for s in settings

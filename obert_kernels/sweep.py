@@ -22,11 +22,9 @@ from .experiment import (
     EVALUATION_BATCH,
     Settings,
     check_output,
-    describe,
-    load_classifier,
 )
 from .grid import check_grid, run_grid
-from .layers import find_weights
+from .loading import describe, load_classifier
 from .plots import plot_sweep
 from .text_data import DEMO_PREFIX, TextData, load_text_data
 from .trial_table import CSV_FILE, TABLE_FILE, TrialTable, check_basis, format_table, write_basis
@@ -81,8 +79,7 @@ def sweep_classifier(
     check_texts(most, data.train, "--texts-per-grad")
     basis = _basis(settings, tokenizer, model, data)
     known = check_basis(settings.output, basis)
-    weights = find_weights(model, settings.params)
-    echo(describe(settings, data, sum(weight.numel() for weight in weights.values())))
+    echo(describe(settings, model, data))
     evaluate = _evaluation(settings, tokenizer, data, progress)
     dense = evaluate(model) if known is None else Scores(**known["dense"])
     echo(f"dense accuracy {dense.dev_accuracy:.1%} on held-back texts, {_test(dense)}\n")

@@ -6,6 +6,7 @@ so that the same text falls into the same part on every machine and in every run
 
 from __future__ import annotations
 
+import csv
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -133,7 +134,8 @@ def load_text_data(
 
     Returns:
         The task.  A file, and a data set that has only one part, is split 75/10/15 % by a hash
-        of the text; a data set with parts of its own keeps them.
+        of the text; a data set with parts of its own keeps them.  Classes are in the order of
+        the data set, where it has one, or of their numbers or the alphabet.
 
     Raises:
         FileNotFoundError: ``source`` is neither an existing file nor a data set.
@@ -143,15 +145,16 @@ def load_text_data(
     """
     if source.startswith(DEMO_PREFIX):
         return load_demo_set(source.removeprefix(DEMO_PREFIX))
-    path = Path(source).expanduser()
+    path, class_names = Path(source).expanduser(), {}
     if path.is_file():
         frames = {"train": _read_file(path)}
     elif path.suffix.lower() in _READERS:
         raise FileNotFoundError(f"there is no file {source}: check the path")
     else:
-        frames = _read_hub(source)
+        frames, class_names = _read_hub(source)
     columns = _choose_columns(frames, source, text_column, pair_column, label_column)
-    return _assemble(source, {part: _examples(frame, columns) for part, frame in frames.items()})
+    parts = {part: _examples(frame, columns) for part, frame in frames.items()}
+    return _assemble(source, parts, class_names.get(columns[2]))
 
 
 def load_demo_set(name: str) -> TextData:
@@ -196,13 +199,32 @@ def _read_file(path: Path) -> pandas.DataFrame:
             f"{path} has an unknown ending: supported are {', '.join(_READERS)}"
         ) from None
     try:
+        if path.suffix.lower() == ".tsv" and _has_lone_quotes(path):
+            options = {**options, "quoting": csv.QUOTE_NONE}
         return getattr(pandas, reader)(path, **options)
     except ValueError as error:  # the parsers' own errors are ValueErrors
         raise ValueError(f"{path} cannot be read as {path.suffix[1:].upper()}: {error}") from error
 
 
-def _read_hub(source: str) -> dict[str, pandas.DataFrame]:
-    """Read a data set by name; class indices become class names where it knows them."""
+def _has_lone_quotes(path: Path) -> bool:
+    """Return whether quotation marks are nothing but text: read as such they would join lines."""
+    with path.open(encoding="utf-8", newline="") as stream:
+        lines = [line for line in stream if line.strip()]
+    if len({line.count("\t") for line in lines}) > 1:
+        return False
+    try:
+        read = csv.reader(lines, delimiter="\t", strict=True)
+        return len(lines) > sum(1 for row in read if row)
+    except csv.Error:  # no writer of quoted fields has made them
+        return True
+
+
+def _read_hub(source: str) -> tuple[dict[str, pandas.DataFrame], dict[str, list[str]]]:
+    """Read a data set by name; class indices become class names where it knows them.
+
+    Returns:
+        Its parts, and for each column of classes their names, in its own order.
+    """
     datasets = import_extra("datasets")
     name, _, configuration = source.partition(":")
     try:
@@ -213,7 +235,7 @@ def _read_hub(source: str) -> dict[str, pandas.DataFrame]:
             f"{source} is neither a file nor a data set that could be loaded ({reason}): check "
             "the path or name, and the network"
         ) from error
-    frames = {}
+    frames, class_names = {}, {}
     for part, rows in parts.items():
         frame = rows.to_pandas()
         for column, feature in rows.features.items():
@@ -221,11 +243,12 @@ def _read_hub(source: str) -> dict[str, pandas.DataFrame]:
             if numbers and (frame[column] == -1).all():  # the hub's mark for hidden labels
                 frame[column] = None
             elif hasattr(feature, "names") and hasattr(feature, "int2str"):
-                frame[column] = [
-                    feature.names[index] if index >= 0 else None for index in frame[column]
+                class_names[column] = list(feature.names)
+                frame[column] = [  # NaN, where an index is missing, is not above 0 either
+                    feature.names[int(index)] if index >= 0 else None for index in frame[column]
                 ]
         frames[str(part)] = frame
-    return frames
+    return frames, class_names
 
 
 def _choose_columns(
@@ -270,10 +293,10 @@ def _first_known(
 def _examples(frame: pandas.DataFrame, columns: tuple[str, str | None, str]) -> list[_Example]:
     """Turn rows into examples; rows without a text or a label are left out."""
     text, pair, label = columns
-    seconds: Sequence[Any] = [None] * len(frame) if pair is None else frame[pair].tolist()
+    seconds = [None] * len(frame) if pair is None else _values(frame[pair])
     examples = []
     for first, second, name in zip(
-        frame[text].tolist(), seconds, frame[label].tolist(), strict=True
+        _values(frame[text]), seconds, _values(frame[label]), strict=True
     ):
         if _is_missing(first) or _is_missing(name) or (pair is not None and _is_missing(second)):
             continue
@@ -290,23 +313,34 @@ def _examples(frame: pandas.DataFrame, columns: tuple[str, str | None, str]) -> 
     return examples
 
 
+def _values(column: pandas.Series) -> list[Any]:
+    """Return them with None for what is missing, whatever marks it."""
+    return [
+        None if missing else value
+        for value, missing in zip(column.tolist(), column.isna(), strict=True)
+    ]
+
+
 def _is_missing(value: Any) -> bool:
-    return value is None or value != value or str(value).strip() == ""
+    return value is None or str(value).strip() == ""
 
 
-def _assemble(source: str, parts: Mapping[str, list[_Example]]) -> TextData:
+def _assemble(
+    source: str, parts: Mapping[str, list[_Example]], class_names: list[str] | None = None
+) -> TextData:
     """Remove duplicates, index the classes and bring the parts into train, dev and test."""
     train, dev, test = _three_parts({part: rows for part, rows in parts.items() if rows})
     seen: set[str] = set()
     # Tests first: a text that is in two parts stays where it is only measured.
     test, dev, train = (_without_duplicates(rows, seen) for rows in (test, dev, train))
-    names = sorted({row.label for row in (*train, *dev, *test)}, key=_label_order)
+    present = {row.label for row in (*train, *dev, *test)}
+    names = class_names or sorted(present, key=_label_order)
     total = len(train) + len(dev) + len(test)
     if not total:
         raise ValueError(f"{source} holds no rows with a text and a class")
-    if len(names) < 2 or len(names) > max(2, total // 2):
+    if len(present) < 2 or len(present) > max(2, total // 2):
         raise ValueError(
-            f"the label column of {source} holds {len(names)} classes over {total} different "
+            f"the label column of {source} holds {len(present)} classes over {total} different "
             "texts: that is no classification task, name another column with --label-column"
         )
     if not train or not test:

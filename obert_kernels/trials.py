@@ -214,7 +214,7 @@ def label(setting: Setting, among: Sequence[Setting]) -> str:
     if len({other.update for other in peers}) > 1:
         parts[0] += f"/{setting.update}"
     for field, short in _LABELS:
-        values = {getattr(other, field) for other in among if other.needs_fisher}
+        values = {getattr(other, field) for other in among} - {None}
         value = getattr(setting, field)
         if value is not None and len(values) > 1:
             parts.append(f"{short} {value:g}" if isinstance(value, float) else f"{short} {value}")

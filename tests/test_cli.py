@@ -297,6 +297,62 @@ def test_the_model_to_prune_is_not_replaced(
     assert command("run", out / "dense", data_file, *options[:-2])[0] == 0
 
 
+def test_what_a_stopped_run_leaves_is_described(
+    tmp_path: Path,
+    data_file: str,
+    command: Callable[..., tuple[int, str, str]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, out = save_model(tmp_path / "model", head=True), tmp_path / "out"
+    options = ("-s", 0.5, "-s", 0.75, "-o", out, *QUICK, "--damping", 1e-3)
+    assert command("run", model, data_file, *options)[0] == 0
+    save = checkpoints.save_pruned
+
+    def save_the_first(result, tokenizer, folder, extra):
+        if folder.name == "sparsity-0.75":
+            raise OSError("disk full")
+        return save(result, tokenizer, folder, extra)
+
+    monkeypatch.setattr(checkpoints, "save_pruned", save_the_first)
+    (out / "accuracy.png").write_bytes(b"of the first run")
+    code, _, stderr = command("run", model, data_file, *options, "--scope", "layer")
+    assert code == 1 and "disk full" in stderr
+    report = json.loads((out / "report.json").read_text())
+    assert report["settings"]["scope"] == "layer"
+    assert [row["sparsity"] for row in report["results"]] == [0.5, 0.5]
+    assert (out / "accuracy.png").read_bytes().startswith(b"\x89PNG")
+    for folder, scope in (("sparsity-0.5", "layer"), ("sparsity-0.75", "global")):
+        own = json.loads((out / folder / "report.json").read_text())
+        assert own["settings"]["scope"] == scope
+        assert (own["model"], own["data"]) == (str(model), data_file)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("report.json", '{"settings": 1}', "out/report.json was not written by obert-prune run"),
+        ("report.json", "[1]", "out/report.json was not written by obert-prune run"),
+        ("report.json", "a report", "out/report.json was not written by obert-prune run"),
+        ("accuracy.png", "a picture", "out/accuracy.png was not written by obert-prune run"),
+        ("config.json", "{}", "out holds a model: choose another folder"),
+    ],
+)
+def test_nothing_on_top_of_the_output_folder_is_replaced(
+    tmp_path: Path,
+    data_file: str,
+    command: Callable[..., tuple[int, str, str]],
+    name: str,
+    content: str,
+    message: str,
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / name).write_text(content)
+    code, _, stderr = command("run", "no-model", data_file, "-s", 0.5, "-o", out)
+    assert code == 1 and message in stderr
+    assert [path.read_text() for path in out.iterdir()] == [content]
+
+
 @pytest.mark.parametrize("name", ["run", "sweep"])
 def test_an_output_that_is_a_file_is_refused_at_once(
     tmp_path: Path, data_file: str, command: Callable[..., tuple[int, str, str]], name: str

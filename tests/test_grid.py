@@ -247,6 +247,8 @@ def test_a_mistake_in_a_selection_is_no_failed_trial():
         (GREEDY, 0.7, {"pattern": "2:4"}, "prunes to a sparsity of 0.5"),
         (GREEDY, 0.5, {"pattern": "block5"}, "not divisible by 5"),
         (GREEDY, 0.5, {"scope": "model"}, "scope must be"),
+        (replace(GREEDY, block_size=257), 0.5, {}, "block_size"),
+        (replace(GREEDY, block_size=6), 0.5, {"pattern": "2:4"}, "multiple of 4"),
     ],
 )
 def test_faults_are_found_before_any_work(estimates, setting, sparsity, options, message):

@@ -19,7 +19,7 @@ pytest.importorskip("typer")
 from tiny import GREEDY, FakeClock, outcome
 from tiny_text import save_model
 
-from obert_kernels import calibration, classification, experiment, grid, sweep
+from obert_kernels import calibration, classification, experiment, grid, loading, sweep
 from obert_kernels.text_data import TextData, Texts, load_text_data
 from obert_kernels.trial_table import COLUMNS, TrialTable, format_table
 from obert_kernels.trials import Outcome, Setting, best_by_target
@@ -243,7 +243,7 @@ def test_other_settings_are_refused(
     before = (out / "sweep.csv").read_bytes()
     if changed == "model":
         save_model(folder, head=True)
-        model = sweep.load_classifier(
+        model = loading.load_classifier(
             sweep.Settings(str(folder), data_file, [0.5], out), load_text_data(data_file)
         )[1]
         with torch.no_grad():
@@ -402,7 +402,7 @@ def test_quality_is_a_mean_over_texts(tmp_path: Path, data_file: str) -> None:
     settings = experiment.Settings(
         str(save_model(tmp_path / "model", head=True)), data_file, [0.5], tmp_path
     )
-    tokenizer, model, data = experiment.load_classifier(settings, load_text_data(data_file))
+    tokenizer, model, data = loading.load_classifier(settings, load_text_data(data_file))
     found = [
         classification.quality(
             model, classification.make_loader(tokenizer, data.train, size), bfloat16=False

@@ -15,6 +15,7 @@ from obert_kernels import downloads, text_data
 from obert_kernels.text_data import load_text_data
 
 COLOURS = ("red", "green", "blue")
+QUOTES = ("", '"', "'", '""')
 
 
 def rows(count: int = 60) -> list[dict[str, str]]:
@@ -78,6 +79,39 @@ def test_rows_without_text_or_label_are_left_out(tmp_path: Path) -> None:
     holes = [*rows(), {"text": "", "label": "red"}, {"text": "no label", "label": None}]
     data = load_text_data(write(tmp_path, "a.jsonl", pandas.DataFrame(holes)))
     assert len(all_texts(data)) == 60
+
+
+def test_what_marks_a_missing_value_does_not_matter(tmp_path: Path) -> None:
+    """pandas' own NA, which is neither equal to itself nor not, in text, pair or label."""
+    holes = [{"text": None, "label": "red"}, {"text": "no label", "label": None}]
+    frame = pandas.DataFrame(rows() + holes).assign(number=[*range(3)] * 20 + [None, None])
+    frame["number"] = frame["number"].astype("Int64")
+    path = write(tmp_path, "a.parquet", frame.convert_dtypes())
+    for column in ("label", "number"):
+        data = load_text_data(path, label_column=column)
+        assert len(all_texts(data)) == 60 and len(data.label_names) == 3
+
+
+def test_quotation_marks_of_a_tsv_file_may_be_text(tmp_path: Path) -> None:
+    texts = [f'{mark}a {index} "great" film{mark[::-1]}' for index in range(10) for mark in QUOTES]
+    path = tmp_path / "plain.tsv"
+    lines = [f"{text}\t{index % 2}\n" for index, text in enumerate(texts)]
+    path.write_text("".join(["text\tlabel\n", *lines, "\n"]))
+    assert sorted(all_texts(load_text_data(str(path)))) == sorted(texts)
+    # Where they are quoted as in a CSV file they are read as such.
+    frame = pandas.DataFrame({"text": [*texts, "two\nlines"], "label": [*range(2)] * 20 + [1]})
+    quoted = load_text_data(write(tmp_path, "quoted.tsv", frame))
+    assert sorted(all_texts(quoted)) == sorted([*texts, "two\nlines"])
+    quoted = load_text_data(write(tmp_path, "no_breaks.tsv", frame[:-1]))
+    assert sorted(all_texts(quoted)) == sorted(texts)
+    # Not one of them is wrong as a mark, but they join lines.
+    path.write_text("".join(["text\tlabel\n", *(f'"a {index}\t1\nfine {index}"\t0\n'
+                                                 for index in range(30))]))  # fmt: skip
+    assert len(all_texts(load_text_data(str(path)))) == 60
+    # What a lone mark joins may be longer than a field can be.
+    path.write_text("".join(["text\tlabel\n", *(f'"{index} {"x" * 5000}\t{index % 2}\n'
+                                                 for index in range(60))]))  # fmt: skip
+    assert len(all_texts(load_text_data(str(path)))) == 60
 
 
 def test_classes_named_by_numbers_keep_their_order(tmp_path: Path) -> None:
@@ -155,21 +189,27 @@ def test_parts_of_a_hub_data_set_are_kept(monkeypatch: pytest.MonkeyPatch) -> No
     def part(name: str, label: str | int) -> object:
         texts = [f"{name} {index}" for index in range(30)]
         labels = [COLOURS[index % 3] if label == "known" else label for index in range(30)]
+        labels += [None] * (name == "gaps")
+        texts += ["of no class"] * (name == "gaps")
         return datasets.Dataset.from_dict({"text": texts, "label": labels}, features=features)
 
     hub = {
         "set": {name: part(name, "known") for name in ("train", "validation", "test")},
         "hidden": {"train": part("a", "known"), "validation": part("b", "known"),
                    "test": part("c", -1)},
+        "gaps": {"train": part("gaps", "known"), "test": part("b", "known")},
     }  # fmt: skip
     monkeypatch.setattr(datasets, "load_dataset", lambda name, _: datasets.DatasetDict(hub[name]))
     data = load_text_data("set")
     assert (len(data.train), len(data.dev), len(data.test)) == (30, 30, 30)
     assert data.test.texts == [f"test {index}" for index in range(30)]
-    assert data.label_names == sorted(COLOURS)
+    assert data.label_names == list(COLOURS), "in the order that models were fitted in"
+    assert data.test.labels == [index % 3 for index in range(30)]
     hidden = load_text_data("hidden")
     assert hidden.test.texts == [f"b {index}" for index in range(30)]
     assert len(hidden.train) + len(hidden.dev) == 30
+    gaps = load_text_data("gaps")
+    assert (len(gaps.train) + len(gaps.dev), len(gaps.test)) == (30, 30)
 
 
 def test_label_order_can_be_changed(tmp_path: Path) -> None:
