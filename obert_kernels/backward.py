@@ -13,12 +13,18 @@ from torch import Tensor, nn
 
 @contextmanager
 def evaluation(model: nn.Module) -> Iterator[None]:
-    """Eval mode; every module as it was afterwards."""
+    """Eval mode; every module as it was afterwards.
+
+    An autocast around it all keeps its copies of weights until it ends, also of weights that have
+    changed: they are dropped before and after.
+    """
     training = [module for module in model.modules() if module.training]
+    torch.clear_autocast_cache()
     try:
         model.eval()
         yield
     finally:
+        torch.clear_autocast_cache()
         for module in training:
             module.training = True
 

@@ -62,7 +62,7 @@ def take_batches(batches: Iterable[Any], count: int | None = None) -> Iterator[A
             return
         if done == before == 0:
             raise ValueError("batches is empty: no gradient can be computed")
-        if iter(batches) is batches:
+        if done == before or iter(batches) is batches:
             wanted = "" if count is None else f" of num_grads={count}"
             raise ValueError(
                 f"batches ended after {done}{wanted}: pass a list or a DataLoader, which can be "

@@ -70,6 +70,8 @@ class FisherEstimate:
         samples_per_grad: as given; None: one batch each.
         pattern: the order of the weights in a block, and the groups that can be scored.
         block_size: B.
+        dead: weights that were zero then, flat in the order of the pattern, of the matrices that
+            had some.
     """
 
     fishers: dict[str, Fisher]
@@ -80,6 +82,7 @@ class FisherEstimate:
     samples_per_grad: int | None = None
     pattern: Pattern = UNSTRUCTURED
     block_size: int = 50
+    dead: dict[str, Tensor] = field(default_factory=dict)
 
 
 def check_request(
@@ -404,7 +407,8 @@ def estimate_fisher(
         progress=progress or silent,
         estimator=kind,
     )
-    notes = source.all_notes()
+    dead = {name: shape.flat(weight.detach() == 0) for name, weight in weights.items()}
     return FisherEstimate(
-        fishers, num_grads, clock.seconds, plan, notes, samples_per_grad, shape, block_size
-    )
+        fishers, num_grads, clock.seconds, plan, source.all_notes(), samples_per_grad, shape,
+        block_size, {name: where for name, where in dead.items() if bool(where.any())},
+    )  # fmt: skip

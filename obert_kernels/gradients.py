@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .backward import backward, evaluation, grads_of
 from .batches import take_batches, to_device
-from .losses import LossFn, leaves_all_out, model_loss
+from .losses import LossFn, check_any_counts, is_left_out, model_loss
 
 
 def batch_gradients(
@@ -45,24 +45,28 @@ def batch_gradients(
         depend on it, and of a batch with labels of -100 alone.
 
     Raises:
-        ValueError: too few batches, a loss that is not a finite scalar or depends on none of the
-            weights, or a gradient with NaN or infinity (the message names batch and matrix).
+        ValueError: too few batches, or labels of -100 alone in all; a loss that is not a finite
+            scalar or depends on none of the weights, or a gradient with NaN or infinity (the
+            message names batch and matrix).
         TypeError: no loss could be had from the batch, see :func:`model_loss`.
     """
     loss_fn = loss_fn or model_loss
     device = next(iter(weights.values())).device
+    left_out = 0
     with evaluation(model):  # also while the caller makes a batch, maybe with this model
-        for index, batch in enumerate(take_batches(batches, num_grads), first):
-            where = f"{unit} {index}"
-            if leaves_all_out(batch):
-                yield {name: torch.zeros_like(weight) for name, weight in weights.items()}
-                continue
+        for index, batch in enumerate(take_batches(batches, num_grads)):
+            where = f"{unit} {first + index}"
             with grads_of(model, weights):
                 loss = loss_fn(model, to_device(batch, device))
-                check_loss(loss, where)
-                backward(loss, weights.values())
+                counts = not is_left_out(batch, loss)
+                if counts:
+                    check_loss(loss, where)
+                    backward(loss, weights.values())
                 found = {name: weight.grad for name, weight in weights.items()}
-            if not is_part:
+            left_out += not counts
+            if index == num_grads - 1:
+                check_any_counts(left_out, num_grads)
+            if counts and not is_part:
                 check_reached(any(gradient is not None for gradient in found.values()), where)
             gradients = {
                 name: torch.zeros_like(weights[name]) if gradient is None else gradient

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .backward import Tap, anchor_of, backward, frozen, grads_of, removed
 from .batches import samples_in, split_batch, take_batches, tensors_in, to_device
 from .gradients import check_loss, check_reached
-from .losses import LossFn, counted, leaves_all_out, leaves_out, model_loss
+from .losses import LossFn, check_any_counts, counted, is_left_out, leaves_out, model_loss
 from .memory import STREAMED_PER_UPDATE
 from .patterns import UNSTRUCTURED, Pattern
 
@@ -41,10 +41,21 @@ class _Recorder:
         self.is_part = wanted.is_part
         self.receive = receive
         self.space: Tensor | None = None
-        self.start([], 0, "")
+        self.is_listening = False
+        self._start([], 0, "")
 
-    def start(self, batch: Any, most: int, where: str) -> None:
-        """Before the forward pass of a batch of which at most ``most`` groups are wanted."""
+    @contextmanager
+    def listening(self, batch: Any, most: int, where: str) -> Iterator[None]:
+        """A pass of a batch of which at most ``most`` groups are wanted; what the caller does with
+        the model between two of them, say to make a batch, is not recorded."""
+        self._start(batch, most, where)
+        self.is_listening = True
+        try:
+            yield
+        finally:
+            self.is_listening = False
+
+    def _start(self, batch: Any, most: int, where: str) -> None:
         samples = samples_in(batch) or 0
         # A single group is taken whole, whatever its layers make of its samples.
         is_whole = samples <= self.group
@@ -84,6 +95,8 @@ class _Recorder:
         def tap(
             module: nn.Module, args: tuple, kwargs: dict[str, Tensor], output: Tensor
         ) -> Tensor | None:
+            if not self.is_listening:
+                return None
             inputs = args[0] if args else kwargs["input"]
             if self.in_forward:
                 self.uses[name] += 1
@@ -180,6 +193,7 @@ class GroupGradients:
     Attributes:
         split: batches that took a pass for every group.
         largest: samples of the largest batch so far.
+        passes, left_out: how many there were, and those of batches of which no sample counts.
     """
 
     def __init__(
@@ -193,7 +207,7 @@ class GroupGradients:
         is_part: bool = False,
     ) -> None:
         self.is_part = is_part
-        self.split = self.largest = 0
+        self.split = self.largest = self.passes = self.left_out = 0
         self.model = model
         self.pattern = pattern
         self.weights = weights
@@ -218,10 +232,12 @@ class GroupGradients:
             ValueError: as for :func:`batch_gradients`, or a batch cannot be cut into samples.
             NotServed: the layers are not called as modules.
         """
-        done = 0
+        done = self.passes = self.left_out = 0
         with self._recording(receive) as recorder:
             for index, batch in enumerate(take_batches(batches), first):
                 done += self._gradients_of(recorder, batch, num_grads - done, f"batch {index}")
+                if done == num_grads:
+                    check_any_counts(self.left_out, self.passes)
                 yield done
                 if done == num_grads:
                     return
@@ -261,12 +277,15 @@ class GroupGradients:
 
     def _pass(self, recorder: _Recorder, batch: Any, most: int, where: str) -> int:
         """Run forward and backward once; return how many gradients came of it."""
-        recorder.start(batch, most, where)
-        if leaves_all_out(batch):  # the mean over none is no number
-            recorder.hand_on_zeros()
-        else:
-            with torch.inference_mode(False), torch.enable_grad():
-                recorder.backward(self.loss_fn(self.model, to_device(batch, self.device)))
+        listening = recorder.listening(batch, most, where)
+        with listening, torch.inference_mode(False), torch.enable_grad():
+            loss = self.loss_fn(self.model, to_device(batch, self.device))
+            if is_left_out(batch, loss):
+                self.left_out += 1
+                recorder.hand_on_zeros()
+            else:
+                recorder.backward(loss)
+        self.passes += 1
         return min(-(-(samples_in(batch) or 0) // self.group), most)
 
     def check(self, batch: Any, where: str = "batch 0") -> None:
@@ -297,7 +316,7 @@ class GroupGradients:
         with self._recording(compare) as recorder:
             self._pass(recorder, batch, 1, where)
             unknown = [name for name, count in recorder.uses.items() if not count]
-        if unknown and not leaves_all_out(batch):
+        if unknown:
             raise NotServed(f"{unknown[0]} is not used in {where}, or not by its module")
         for name, known in expected.items():
             error = (found.get(name, torch.zeros_like(known)) - known).norm()
@@ -328,8 +347,8 @@ class GroupGradients:
             for name, weight in self.weights.items():
                 handle = weight.register_post_accumulate_grad_hook(partial(take, name))
                 stack.enter_context(removed(handle))
-            if not leaves_all_out(batch):
-                loss = self.loss_fn(self.model, batch)
+            loss = self.loss_fn(self.model, batch)
+            if not is_left_out(batch, loss):
                 check_loss(loss, where)
                 backward(loss, self.weights.values())
         return found

@@ -166,7 +166,7 @@ class Job:
     def settle_damping(self, fishers: Mapping[str, Fisher]) -> None:
         """Choose the damping by trial prunings of the matrices given; weights are restored.
 
-        Once for a call, on the first matrices, and only if there are calibration batches.
+        Once for a sub-step, on the first matrices, and only if there are calibration batches.
         """
         if not self.calibration or self.trials:
             return

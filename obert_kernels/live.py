@@ -247,6 +247,14 @@ class LiveFisher(Fisher):
             self._parts.append(_Part(s, here, fisher))
             begin = here.stop
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """After unpickling, which gives every part a Gram of its own."""
+        self.__dict__.update(state)
+        grams = [part.fisher.gram for part in self._parts]
+        pieces = self._gram.split([gram.numel() for gram in grams])
+        for part, piece in zip(self._parts, pieces, strict=True):
+            part.fisher.gram = piece.view_as(part.fisher.gram)
+
     @property
     def num_gradients(self) -> float:
         """m, gradients seen so far; may be set to give the sum another weight."""

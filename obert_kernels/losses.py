@@ -17,10 +17,21 @@ LossFn = Callable[[nn.Module, Any], Tensor]
 LEFT_OUT = -100
 
 
-def leaves_all_out(batch: Any) -> bool:
-    """Does no sample of a batch count, so that the mean of a loss is no number?"""
+def is_left_out(batch: Any, loss: Any) -> bool:
+    """Did no sample of a batch count, so that the mean of its loss is no number?"""
     labels = batch.get("labels") if isinstance(batch, Mapping) else None
-    return isinstance(labels, Tensor) and bool((labels == LEFT_OUT).all())
+    if not isinstance(labels, Tensor) or not bool((labels == LEFT_OUT).all()):
+        return False  # what is wrong with its loss is an error
+    return not isinstance(loss, Tensor) or not (loss.requires_grad and loss.isfinite().all())
+
+
+def check_any_counts(left_out: int, batches: int) -> None:
+    """Raise ValueError if all batches were left out."""
+    if left_out == batches:
+        raise ValueError(
+            f"all labels of all batches are {LEFT_OUT}, so that every sample is left out of the "
+            "loss: give batches without labels (predictions need none), or pass loss_fn"
+        )
 
 
 def leaves_out(batch: Any) -> bool:

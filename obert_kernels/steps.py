@@ -62,7 +62,17 @@ def without_fisher(job: Job) -> Step:
 
 
 def from_estimate(job: Job, estimate: FisherEstimate) -> Step:
-    """Prune with Fishers that are all there."""
+    """Prune with Fishers that are all there.
+
+    Raises:
+        ValueError: weights are back that had no part in the estimate.
+    """
+    for name, dead in estimate.dead.items():
+        if name in job.weights and bool((job.flat_weight(name)[dead] != 0).any()):
+            raise ValueError(
+                f"{name} has weights that were pruned when its Fisher was estimated; estimate it "
+                "anew"
+            )
     fishers = {name: estimate.fishers[name] for name in job.weights}
     return _finish(job, *_select_and_update(job, fishers), estimate.plan)
 
@@ -172,14 +182,16 @@ def _in_passes(
         return masks, changes
     scores: dict[str, Tensor] = {}
     fishers: dict[str, Fisher] = {}
-    for names in plan.passes:
+    # The damping is chosen on the first, which must not be pruned enough already.
+    passes = sorted(plan.passes, key=lambda names: not job.part(names).prunes_anything)
+    for names in passes:
         fishers.clear()  # frees the Grams of the pass before
         fishers.update(estimate(names))
         job.settle_damping(fishers)
         scores |= job.score(fishers)
     masks = job.masks(scores)
     scores.clear()
-    for index, names in enumerate(reversed(plan.passes)):
+    for index, names in enumerate(reversed(passes)):
         if index > 0 and job.update != "none":
             fishers.clear()
             fishers.update(estimate(names))

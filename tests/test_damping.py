@@ -20,6 +20,7 @@ from obert_kernels import (
     steps,
 )
 from obert_kernels.damping import choose_damping, hold_out, mean_diagonal
+from obert_kernels.losses import default_loss
 from obert_kernels.patterns import UNSTRUCTURED
 from obert_kernels.predictions import divergence, predict
 
@@ -317,6 +318,31 @@ def test_batches_to_choose_on_must_be_good_for_it():
             model, [*clean[:3], broken, *clean[4:8]], 0.5, samples_per_grad=4, num_grads=2,
             loss_fn=lambda model, batch: 2 ** model(**batch)["loss"],
         )  # fmt: skip
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_an_autocast_around_it_all_does_not_hide_new_weights(steps):
+    """Which keeps its copies of weights until it ends."""
+    data = batches(48)
+    options = {"sparsity": 0.6, "num_grads": 16, "steps": steps}
+
+    def outside(model, batch):
+        with torch.autocast("cpu", torch.bfloat16):
+            return default_loss(model, batch)
+
+    model, other = TinyEncoder(), TinyEncoder()
+    other.load_state_dict(model.state_dict())
+    expected = prune(other, data, loss_fn=outside, **options).report
+    with torch.autocast("cpu", torch.bfloat16):
+        model(**data[0])
+        report = prune(model, data, **options).report
+        logits = model.eval()(**data[0])["logits"]
+    divergences = [trial.divergence for trial in report.damping_trials]
+    assert min(divergences) > 0
+    assert len(divergences) == len(expected.damping_trials)
+    assert report.settings["damping"] == pytest.approx(expected.settings["damping"], rel=1e-3)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(model(**data[0])["logits"], logits), "and what follows sees them"
 
 
 def test_bad_damping_is_named():

@@ -98,6 +98,18 @@ def test_too_few_batches():
     assert len(collect(model, batches(3), 8)) == 8
     with pytest.raises(ValueError, match="ended after 3 of num_grads=8"):
         collect(model, iter(batches(3)), 8)
+
+    class ReadOnce:
+        """As a progress bar around an iterator."""
+
+        def __init__(self):
+            self.left = iter(batches(3))
+
+        def __iter__(self):
+            yield from self.left
+
+    with pytest.raises(ValueError, match="ended after 3 of num_grads=8"):
+        collect(model, ReadOnce(), 8)
     with pytest.raises(ValueError, match="batches is empty"):
         collect(model, [], 8)
 

@@ -152,6 +152,32 @@ def test_samples_left_out_of_the_loss(loss_fn, group, at):
         torch.testing.assert_close(estimate.fishers[name].gram, fisher.gram)
 
 
+@pytest.mark.parametrize("group", [None, 2])
+def test_labels_that_a_loss_does_not_look_at_leave_nothing_out(group):
+    def distil(model, batch):
+        return model(batch["tokens"])["logits"].square().mean()
+
+    model, data = TinyEncoder(), batches(3, size=6)
+    marked = [{**batch, "labels": torch.full((6,), -100)} for batch in data]
+    options = {"num_grads": 3, "samples_per_grad": group, "loss_fn": distil}
+    expected = estimate_fisher(model, data, **options).fishers
+    for name, fisher in estimate_fisher(model, marked, **options).fishers.items():
+        assert fisher.gram.any()
+        torch.testing.assert_close(fisher.gram, expected[name].gram)
+
+
+@pytest.mark.parametrize("loss_fn", [model_loss, prediction_loss])
+@pytest.mark.parametrize("group", [None, 2, 6])
+def test_a_fisher_of_nothing_is_refused(loss_fn, group):
+    data = [{**batch, "labels": torch.full((6,), -100)} for batch in batches(3, size=6)]
+    options = {"num_grads": 3, "samples_per_grad": group, "loss_fn": loss_fn}
+    with pytest.raises(ValueError, match=r"all labels of all batches are -100.*without labels"):
+        estimate_fisher(TinyEncoder(), data, **options)
+    data[2]["labels"][5] = 0
+    options["num_grads"] = 3 if group is None else 18 // group
+    assert estimate_fisher(TinyEncoder(), data, **options).fishers
+
+
 def test_a_sum_over_samples_is_no_mean_wherever_some_are_left_out():
     def loss_fn(model, batch):
         logits = model(batch["tokens"])["logits"]

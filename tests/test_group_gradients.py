@@ -277,6 +277,23 @@ def test_no_warning_of_its_own():
         by_hooks(model, batches(1), find_weights(model), 2, 2)
 
 
+def test_what_makes_a_batch_may_run_the_model():
+    """Forward and backward, as to look for samples that the model finds hard."""
+    model, data = TinyEncoder(), batches(4)
+    expected = estimate_fisher(model, data, samples_per_grad=2, num_grads=8).fishers
+
+    def hard():
+        for batch in data:
+            model.embedding.weight.requires_grad_(True)
+            model(**batch)["loss"].backward()
+            yield batch
+
+    found = estimate_fisher(model, hard(), samples_per_grad=2, num_grads=8).fishers
+    for name, fisher in found.items():
+        assert fisher.num_gradients == 8
+        torch.testing.assert_close(fisher.gram, expected[name].gram)
+
+
 def test_gradients_stream_into_a_woodbury_inverse():
     model, data = TinyEncoder(), batches(4, 8)
     weights = find_weights(model)

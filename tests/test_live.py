@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+
 import pytest
 import torch
 from conftest import INSTRUCTION_SETS
@@ -248,9 +250,11 @@ def test_sums_of_two_workers_merge():
     whole.accumulate(g)
     one.accumulate(g[:15])
     two.accumulate(g[15:])
+    one, two = (pickle.loads(pickle.dumps(fisher)) for fisher in (one, two))  # sent to another
     one.merge(two)
     assert one.num_gradients == 40
     assert relative_error(one.scores(weight, DAMPING), whole.scores(weight, DAMPING)) < 1e-6
+    assert one.mean_squares() == pytest.approx(whole.mean_squares())
     with pytest.raises(ValueError, match="other weights were left"):
         one.merge(LiveFisher(~alive, 50))
 
@@ -272,11 +276,13 @@ def test_groups_must_be_known_from_the_start():
         live.scores((torch.arange(200) % 4 == 0).float(), DAMPING, 4)
 
 
-def test_weights_that_came_back_are_not_lost():
+@pytest.mark.parametrize(("sparsity", "kind"), [(0.6, LiveFisher), (0.1, GramFisher)])
+def test_weights_that_came_back_are_not_lost(sparsity, kind):
     model = TinyEncoder()
     dense = snapshot(model)
-    prune(model, sparsity=0.6, selection="magnitude")
+    prune(model, sparsity=sparsity, selection="magnitude")
     fisher = estimate_fisher(model, batches(), num_grads=12)
+    assert {type(found) for found in fisher.fishers.values()} == {kind}
     prune(model, sparsity=0.7, fisher=fisher, damping=1e-4)
     model.load_state_dict(dense)
     for selection, update in (("greedy", "joint"), ("diagonal", "sum"), ("magnitude", "joint")):

@@ -192,6 +192,19 @@ def test_passes_that_prune_nothing_choose_no_damping():
     assert [trial.chosen for trial in result.report.damping_trials].count(True) == 1
 
 
+@pytest.mark.parametrize("update", ["joint", "none"])
+def test_a_damping_is_chosen_where_something_is_pruned(update):
+    """One ranking in passes, and the matrices of the first are sparse enough."""
+    model = TinyEncoder()
+    prune(model, sparsity=0.9, selection="magnitude", params=["re:layer.0"])
+    settings = {"num_grads": 16, "samples_per_grad": 2, "block_size": 12, "estimator": "gram"}
+    whole = estimate_fisher(model, batches(), **settings).plan.total_bytes
+    result = prune(model, batches(), 0.6, max_memory=int(0.75 * whole), update=update, **settings)
+    assert result.report.memory["passes"] > 1 and result.report.sparsity == pytest.approx(0.6, 0.01)
+    assert [layer.name for layer in result.report.layers] == list(find_weights(model))
+    assert len({trial.divergence for trial in result.report.damping_trials}) > 1, "no trial alike"
+
+
 def test_every_step_is_judged_by_the_model_before_all():
     model, data = TinyEncoder(), batches(40)
     train(model, data, 5)
