@@ -61,7 +61,7 @@ def find_nvcc() -> str | None:
 def cuda_archs(nvcc: str) -> list[str]:
     """The architectures to compile for; by default those that this nvcc knows."""
     if wish := os.environ.get("OBERT_CUDA_ARCHS", "").strip():
-        return re.split(r"[;,\s]+", wish)
+        return [arch for arch in re.split(r"[;,\s]+", wish.replace(".", "")) if arch]
     known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout.split()
     archs = [arch for arch in CUDA_ARCHS if f"compute_{arch}" in known]
     if not archs:

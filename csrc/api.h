@@ -21,8 +21,8 @@ enum class DType : int { f32 = 0, f64 = 1, bf16 = 2, f16 = 3 };
 constexpr int kMaxBlockSize = 256;
 constexpr int kMaxPattern = 16;  // M of N:M
 
-// status[0] is -1 while all is well, else the first block whose pivot or
-// denominator was not positive.  Never cleared by a kernel.
+// status[0] is -1 while all is well, else the first block, of all calls it was
+// given to, whose pivot or denominator was not positive.  Never cleared by a kernel.
 struct Status {
     int64_t* first_failed_block;
 };

@@ -1,5 +1,5 @@
-// pybind11: integers and pointers in, GIL released, no logic.  obert_kernels/_lib.py
-// documents the arguments; obert_kernels/ops.py checks them before they come here.
+// pybind11: integers and pointers in, GIL released, no logic.  api.h documents the
+// arguments; obert_kernels/ops.py checks them before they come here.
 #include <pybind11/pybind11.h>
 
 #include <string>

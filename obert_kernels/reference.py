@@ -87,7 +87,8 @@ def unpack_fisher(gram: Tensor, num_gradients: float, damping: float) -> Tensor:
 def _record(status: Tensor, bad: Tensor, first_block: int) -> None:
     """status[0] = first failed block, without waiting for the device."""
     failed = torch.where(bad.any(), bad.to(torch.uint8).argmax() + first_block, -1)
-    status.copy_(torch.where((status < 0) & (failed >= 0), failed, status))
+    is_first = (failed >= 0) & ((status < 0) | (failed < status))
+    status.copy_(torch.where(is_first, failed, status))
 
 
 def _factor(fisher: Tensor, gram_dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -79,6 +79,15 @@ def test_names_tell_apart_what_stands_side_by_side():
     assert label(GREEDY, [GREEDY]) == "greedy"
 
 
+def test_names_tell_apart_settings_without_a_fisher():
+    @register_saliency("looking", uses_fisher=False)
+    def looking(problem):
+        raise NotImplementedError
+
+    settings = make_grid(texts=[32, 64], selection=["looking"])
+    assert [label(one, settings) for one in settings] == ["looking, n 32", "looking, n 64"]
+
+
 # run_grid
 
 

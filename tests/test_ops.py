@@ -307,6 +307,12 @@ def test_first_failed_block_is_reported(isa):
         assert status.item() == 7
         call(status)  # a failure once recorded stays
         assert status.item() == 7
+        status.fill_(3)
+        call(status)
+        assert status.item() == 3
+        status.fill_(9)
+        call(status)
+        assert status.item() == 7, "the first of all calls"
     new, increase = ops.gram_update(gram, weight, keep, 1, False, *args, ops.new_status())
     assert torch.equal(new[70:80], weight[70:80]), "a failed block keeps its weights"
     assert increase[7] == 0

@@ -226,6 +226,7 @@ def test_updates_write_every_weight(isa, size, given, monkeypatch):
                     assert not new[~keep & ~failed].any()
                     if increase.numel():
                         assert relative_error(increase[usable], costs[usable]) < 1e-11
+                        assert not increase[~usable].any()
                     assert not torch.equal(new[~still], weight[~still])
 
 
@@ -249,6 +250,36 @@ def test_a_kept_weight_that_is_no_number_stays_alone(isa, joint, c, bad):
     numbers = weight.isfinite()
     torch.testing.assert_close(new[numbers], expected[numbers])
     assert not new[~numbers].isfinite().any()
+
+
+@pytest.mark.parametrize("joint", [False, True])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_pruned_weight_that_is_no_number_fails_its_own_block_alone(isa, joint, bad, one_thread):
+    """Of a group that the border of the block cuts, the part behind it is another block's."""
+    size, n = 10, 400
+    state, weight = fresh_inverse(n // size, size), torch.randn(n)
+    keep = torch.ones(n, dtype=torch.bool)
+    keep[[8, 15]] = False
+    weight[8] = bad
+    status = ops.new_status()
+    new, increase = ops.inverse_update(state, weight, keep, 4, joint, True, status)
+    assert status.item() == 0 and increase[0] == 0
+    assert torch.equal(new[:15].nan_to_num(), weight[:15].nan_to_num())
+    assert new[15] == 0 and torch.equal(new[16:], weight[16:])
+
+
+@pytest.mark.parametrize("size", [20, 50, 256])
+def test_a_denominator_beyond_float32_is_reported(isa, size):
+    """And never taken for one that changes nothing, whichever type its sum is made in."""
+    for scale in 10.0 ** torch.arange(12, 22, 0.5):
+        state, status = fresh_inverse(1, size), ops.new_status()
+        ops.woodbury_update(state, torch.full((1, size), scale), 1.0, status)
+        if status.item() == -1:
+            diagonal = state[0, :size]
+            expected = (1 - 1 / (size + DAMPING / float(scale) ** 2)) / DAMPING
+            assert relative_error(diagonal, torch.full((size,), expected)) < 1e-2
+        else:
+            assert float(scale) ** 2 / DAMPING * size > 1e38
 
 
 @pytest.mark.parametrize("size", [1, 4, 50, 64])

@@ -109,7 +109,8 @@ int64_t parallel_blocks(const Partition& partition, int threads, int64_t granula
 }
 
 void report(const Status& status, int64_t failed) {
-    if (failed >= 0 && status.first_failed_block[0] < 0) status.first_failed_block[0] = failed;
+    int64_t& first = status.first_failed_block[0];
+    if (failed >= 0 && (first < 0 || failed < first)) first = failed;
 }
 
 // Faulting in a large fresh output page by page takes as long as computing it.  A hint only.

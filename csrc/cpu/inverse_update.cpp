@@ -47,7 +47,8 @@ void group_multipliers(const InverseUpdate& args, const Chunk& chunk, const Buff
                 buffers.failed[at / size] = true;
                 continue;
             }
-            for (int i = 0; i < group_size; ++i) {
+            // Beyond the block there is nothing of it: a group may be cut.
+            for (int i = 0; i < min_int(group_size, size - static_cast<int>(at % size)); ++i) {
                 const double u = systems.vector[i * kLanes + lane];
                 if (u != 0) buffers.multiplier[at + i] = u;
             }
@@ -180,7 +181,7 @@ void find_increases(const InverseUpdate& args, const Chunk& chunk, const Buffers
             !increase_of(packed_block(args.inverse, block, size), 0, n, buffers.change + at,
                          buffers, &increase))
             buffers.failed[b] = true;
-        args.update.predicted_increase[block] = increase;
+        args.update.predicted_increase[block] = buffers.failed[b] ? 0.0 : increase;
     }
 }
 

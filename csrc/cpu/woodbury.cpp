@@ -182,12 +182,13 @@ bool reduce(const Buffers& buffers, double m) {
     double denominators[kRank];
     eliminate<0>(left, middle, right, denominators, buffers.elimination);
     bool good = true;
-    for (int t = 0; t < kRank; ++t)
+    for (int t = 0; t < kRank; ++t) {
+        const float denominator = static_cast<float>(denominators[t]);
         // In exact arithmetic it is m + g^T F^-1 g >= m.  Rounding may leave a little less;
-        // half the way to zero is breakdown, as is NaN.
-        good &= (denominators[t] > 0.5 * m) & (denominators[t] < __builtin_inf());
-    for (int t = 0; t < kRank; ++t)
-        buffers.inverse_roots[t] = 1.0f / __builtin_sqrtf(static_cast<float>(denominators[t]));
+        // half the way to zero is breakdown, as are NaN and what no float can hold.
+        good &= (denominators[t] > 0.5 * m) & (denominator < __builtin_inff());
+        buffers.inverse_roots[t] = 1.0f / __builtin_sqrtf(denominator);
+    }
     return good;
 }
 
