@@ -118,9 +118,8 @@ def prune_with_ours(
     return {**shown, "selection": selection}
 
 
-def measure(case: Case, method: str, settings: argparse.Namespace) -> dict[str, Any]:
-    """One run, in this process, with the first seed."""
-    seed = settings.seeds[0]
+def measure(case: Case, method: str, seed: int, settings: argparse.Namespace) -> dict[str, Any]:
+    """One run, in this process."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     load_plugin(WANDA)
@@ -214,7 +213,7 @@ def main() -> None:
     settings = parse_arguments()
     case = CASES[settings.case]
     if settings.child:
-        print(json.dumps(measure(case, settings.methods[0], settings)))
+        print(json.dumps(measure(case, settings.methods[0], settings.seeds[0], settings)))
         return
     runs = []
     for seed, method in product(settings.seeds, settings.methods):

@@ -70,8 +70,8 @@ class FisherEstimate:
         samples_per_grad: as given; None: one batch each.
         pattern: the order of the weights in a block, and the groups that can be scored.
         block_size: B.
-        dead: weights that were zero then, flat in the order of the pattern, of the matrices that
-            had some.
+        dead: weights that were zero then, flat in the order of the pattern, of matrices that had
+            some; a Fisher of the living weights alone knows itself.
     """
 
     fishers: dict[str, Fisher]
@@ -253,18 +253,25 @@ def accumulate(
 ) -> dict[str, Fisher]:
     """Add the gradients of some matrices to Fishers of the weights that are left in them."""
     fishers: dict[str, Fisher] = {}
-    dead: dict[str, Tensor] = {}
     for name, weight in weights.items():
         alive = source.pattern.flat(weight.detach() != 0)
         fishers[name] = estimator.create(
             alive, block_size, source.pattern.span, dtype=dtype, name=name
         )
-        if fishers[name].looks_at_pruned and not bool(alive.all()):
-            dead[name] = ~alive  # no gradient: their rows and columns stay zero
+    dead = _dead(fishers, weights, source.pattern)  # no gradient: rows and columns stay zero
     add_all = _gather if source.group is None else _stream
     progress("gradients", 0, source.num_grads)
     add_all(source, weights, plan, fishers, dead, clock, progress)
     return fishers
+
+
+def _dead(
+    fishers: Mapping[str, Fisher], weights: Mapping[str, nn.Parameter], pattern: Pattern
+) -> dict[str, Tensor]:
+    """Weights that are zero, where there are some and the Fisher would look at them."""
+    looked_at = (name for name, fisher in fishers.items() if fisher.looks_at_pruned)
+    zero = ((name, pattern.flat(weights[name].detach() == 0)) for name in looked_at)
+    return {name: dead for name, dead in zero if bool(dead.any())}
 
 
 def _gather(
@@ -407,8 +414,7 @@ def estimate_fisher(
         progress=progress or silent,
         estimator=kind,
     )
-    dead = {name: shape.flat(weight.detach() == 0) for name, weight in weights.items()}
     return FisherEstimate(
         fishers, num_grads, clock.seconds, plan, source.all_notes(), samples_per_grad, shape,
-        block_size, {name: where for name, where in dead.items() if bool(where.any())},
+        block_size, _dead(fishers, weights, shape),
     )  # fmt: skip

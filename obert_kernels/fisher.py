@@ -47,6 +47,13 @@ def _wide(weight: Tensor) -> Tensor:
     return weight if weight.dtype in (torch.float32, torch.float64) else weight.float()
 
 
+def came_back(name: str) -> ValueError:
+    """The error of a matrix with weights that its Fisher knows nothing of."""
+    return ValueError(
+        f"{name} has weights that were pruned when its Fisher was estimated; estimate it anew"
+    )
+
+
 class Fisher(ABC):
     """An estimate of the Fisher of one weight matrix; :func:`register_fisher` takes others.
 

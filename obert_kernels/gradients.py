@@ -52,7 +52,7 @@ def batch_gradients(
     """
     loss_fn = loss_fn or model_loss
     device = next(iter(weights.values())).device
-    left_out = 0
+    any_counts = False
     with evaluation(model):  # also while the caller makes a batch, maybe with this model
         for index, batch in enumerate(take_batches(batches, num_grads)):
             where = f"{unit} {first + index}"
@@ -63,9 +63,9 @@ def batch_gradients(
                     check_loss(loss, where)
                     backward(loss, weights.values())
                 found = {name: weight.grad for name, weight in weights.items()}
-            left_out += not counts
+            any_counts |= counts
             if index == num_grads - 1:
-                check_any_counts(left_out, num_grads)
+                check_any_counts(any_counts)
             if counts and not is_part:
                 check_reached(any(gradient is not None for gradient in found.values()), where)
             gradients = {

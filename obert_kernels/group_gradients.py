@@ -193,7 +193,7 @@ class GroupGradients:
     Attributes:
         split: batches that took a pass for every group.
         largest: samples of the largest batch so far.
-        passes, left_out: how many there were, and those of batches of which no sample counts.
+        any_counts: the loss of some batch of this run did not leave out all samples.
     """
 
     def __init__(
@@ -207,7 +207,8 @@ class GroupGradients:
         is_part: bool = False,
     ) -> None:
         self.is_part = is_part
-        self.split = self.largest = self.passes = self.left_out = 0
+        self.split = self.largest = 0
+        self.any_counts = False
         self.model = model
         self.pattern = pattern
         self.weights = weights
@@ -232,12 +233,12 @@ class GroupGradients:
             ValueError: as for :func:`batch_gradients`, or a batch cannot be cut into samples.
             NotServed: the layers are not called as modules.
         """
-        done = self.passes = self.left_out = 0
+        done, self.any_counts = 0, False
         with self._recording(receive) as recorder:
             for index, batch in enumerate(take_batches(batches), first):
                 done += self._gradients_of(recorder, batch, num_grads - done, f"batch {index}")
                 if done == num_grads:
-                    check_any_counts(self.left_out, self.passes)
+                    check_any_counts(self.any_counts)
                 yield done
                 if done == num_grads:
                     return
@@ -281,11 +282,10 @@ class GroupGradients:
         with listening, torch.inference_mode(False), torch.enable_grad():
             loss = self.loss_fn(self.model, to_device(batch, self.device))
             if is_left_out(batch, loss):
-                self.left_out += 1
                 recorder.hand_on_zeros()
             else:
+                self.any_counts = True
                 recorder.backward(loss)
-        self.passes += 1
         return min(-(-(samples_in(batch) or 0) // self.group), most)
 
     def check(self, batch: Any, where: str = "batch 0") -> None:

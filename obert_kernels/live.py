@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ._checks import MAX_BLOCK_SIZE
 from ._registry import NumericalError
-from .fisher import Fisher, GramFisher, as_rows, gram_bytes
+from .fisher import Fisher, GramFisher, as_rows, came_back, gram_bytes
 from .living_ops import gram_accumulate_living
 
 # Sizes that blocks are rounded up to; each is one more call of every operator but the sum.
@@ -336,10 +336,7 @@ class LiveFisher(Fisher):
 
     def _check(self, weight: Tensor, here: Tensor, group_size: int) -> None:
         if int(here.count_nonzero()) != int(weight.count_nonzero()):
-            raise ValueError(
-                f"{self.name} has weights that were pruned when its Fisher was estimated; estimate "
-                "it anew"
-            )
+            raise came_back(self.name)
         if self.group_size % group_size:
             raise ValueError(
                 f"the weights left of {self.name} are kept in groups of {self.group_size}: "

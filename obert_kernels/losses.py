@@ -25,9 +25,9 @@ def is_left_out(batch: Any, loss: Any) -> bool:
     return not isinstance(loss, Tensor) or not (loss.requires_grad and loss.isfinite().all())
 
 
-def check_any_counts(left_out: int, batches: int) -> None:
+def check_any_counts(any_counts: bool) -> None:
     """Raise ValueError if all batches were left out."""
-    if left_out == batches:
+    if not any_counts:
         raise ValueError(
             f"all labels of all batches are {LEFT_OUT}, so that every sample is left out of the "
             "loss: give batches without labels (predictions need none), or pass loss_fn"

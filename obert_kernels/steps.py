@@ -12,7 +12,7 @@ from torch import Tensor
 from .damping import Trial
 from .estimate import FisherEstimate, Progress, Source, accumulate
 from .estimators import Estimator
-from .fisher import Fisher
+from .fisher import Fisher, came_back
 from .job import Changes, Job, commit, present_masks
 from .memory import Plan, plan_passes
 
@@ -69,10 +69,7 @@ def from_estimate(job: Job, estimate: FisherEstimate) -> Step:
     """
     for name, dead in estimate.dead.items():
         if name in job.weights and bool((job.flat_weight(name)[dead] != 0).any()):
-            raise ValueError(
-                f"{name} has weights that were pruned when its Fisher was estimated; estimate it "
-                "anew"
-            )
+            raise came_back(name)
     fishers = {name: estimate.fishers[name] for name in job.weights}
     return _finish(job, *_select_and_update(job, fishers), estimate.plan)
 

@@ -18,11 +18,7 @@ from .calibration import calibration_batches, check_texts, held_back, tokens_at_
 from .downloads import import_extra
 from .estimate import Progress
 from .estimators import estimators
-from .experiment import (
-    EVALUATION_BATCH,
-    Settings,
-    check_output,
-)
+from .experiment import EVALUATION_BATCH, Settings, check_output
 from .grid import check_grid, run_grid
 from .loading import describe, load_classifier
 from .plots import plot_sweep
