@@ -30,10 +30,13 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 import obert_kernels
-from obert_kernels import checkpoints, classification
-from obert_kernels.calibration import calibration_batches, tokens_at_once
-from obert_kernels.downloads import cache_folder
-from obert_kernels.text_data import load_demo_set
+from obert_kernels.files import write_json
+from obert_kernels.tasks.batches import calibration_batches, tokens_at_once
+from obert_kernels.tasks.demo_sets import load_demo_set
+from obert_kernels.tasks.downloads import cache_folder
+from obert_kernels.tasks.evaluate import accuracy
+from obert_kernels.tasks.loaders import make_loader
+from obert_kernels.tasks.precision import bfloat16_is_faster, text_loss
 
 RESULTS = Path(__file__).parent / "results"
 METHODS: dict[str, dict[str, Any]] = {
@@ -69,7 +72,7 @@ def measure(dataset: str, seed: int, settings: argparse.Namespace) -> dict[str, 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForSequenceClassification.from_pretrained(folder)
     length = MAX_LENGTH[dataset]
-    test = classification.make_loader(tokenizer, data.test, 64, max_length=length, by_length=True)
+    test = make_loader(tokenizer, data.test, 64, max_length=length, by_length=True)
     batches = calibration_batches(
         tokenizer,
         data.train,
@@ -81,14 +84,14 @@ def measure(dataset: str, seed: int, settings: argparse.Namespace) -> dict[str, 
         seed=seed,
     )
     dense = {name: value.clone() for name, value in model.state_dict().items()}
-    result = {"dense": classification.accuracy(model, test), "test_texts": len(data.test)}
+    result = {"dense": accuracy(model, test), "test_texts": len(data.test)}
     fisher = obert_kernels.estimate_fisher(
         model,
         batches,
         num_grads=settings.num_grads,
         samples_per_grad=settings.grad_batch_size,
         block_size=settings.block_size,
-        loss_fn=classification.text_loss,
+        loss_fn=text_loss,
         progress=progress,
     )
     for method, options in METHODS.items():
@@ -97,7 +100,7 @@ def measure(dataset: str, seed: int, settings: argparse.Namespace) -> dict[str, 
         for sparsity in settings.sparsities:
             model.load_state_dict(dense)
             obert_kernels.prune(model, sparsity=sparsity, progress=progress, **shared, **options)
-            result[method][f"{sparsity:g}"] = classification.accuracy(model, test)
+            result[method][f"{sparsity:g}"] = accuracy(model, test)
     result["seconds"] = time.perf_counter() - start
     return result
 
@@ -125,7 +128,7 @@ def measure_all(settings: argparse.Namespace) -> dict[str, dict[str, Any]]:
             path = settings.work / "measured" / key / f"{dataset}-seed{seed}.json"
             if not path.is_file():
                 path.parent.mkdir(parents=True, exist_ok=True)
-                checkpoints.write_json(path, measure(dataset, seed, settings))
+                write_json(path, measure(dataset, seed, settings))
             results.setdefault(dataset, {})[str(seed)] = json.loads(path.read_text())
             print(f"{dataset} seed {seed}: {results[dataset][str(seed)]['seconds']:.0f} s")
     return results
@@ -135,7 +138,7 @@ def environment() -> dict[str, Any]:
     packages = ("obert-kernels", "transformers", "tokenizers")
     return {
         **machine(),
-        "bfloat16": classification.bfloat16_is_faster(),
+        "bfloat16": bfloat16_is_faster(),
         **{name: version(name) for name in packages},
     }
 
@@ -193,7 +196,7 @@ def main() -> None:
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "accuracy_oneshot.md").write_text(text, encoding="utf-8")
     options = {**vars(settings), "work": None, "max_length": MAX_LENGTH}
-    checkpoints.write_json(
+    write_json(
         RESULTS / "accuracy_oneshot.json",
         {"command": command, "settings": options, "versions": environment(), "results": results},
     )

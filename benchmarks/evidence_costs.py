@@ -33,10 +33,13 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from obert_kernels import classification, find_weights, load_plugin, prune
-from obert_kernels.calibration import calibration_batches, held_back, tokens_at_once
-from obert_kernels.downloads import cache_folder
-from obert_kernels.text_data import load_demo_set
+from obert_kernels import find_weights, load_plugin, prune
+from obert_kernels.tasks.batches import calibration_batches, held_back, tokens_at_once
+from obert_kernels.tasks.demo_sets import load_demo_set
+from obert_kernels.tasks.downloads import cache_folder
+from obert_kernels.tasks.evaluate import accuracy
+from obert_kernels.tasks.loaders import make_loader
+from obert_kernels.tasks.precision import LOSSES, text_loss
 
 METHODS = ("magnitude", "wanda", "diagonal", "greedy", "reference")
 REFERENCE_GRADS, BLOCK_SIZE = 1024, 50
@@ -77,7 +80,7 @@ def prune_as_reference(
     for batch in batches:
         start = time.perf_counter()
         model.zero_grad()
-        classification.text_loss(model, batch).backward()
+        text_loss(model, batch).backward()
         middle = time.perf_counter()
         for name, weight in weights.items():
             fishers[name].add_grad(weight.grad.flatten())
@@ -108,7 +111,7 @@ def prune_with_ours(
         model, None if method == "magnitude" else batches, settings.sparsity,
         num_grads=settings.texts // TEXTS_PER_GRAD, samples_per_grad=TEXTS_PER_GRAD,
         pattern=settings.pattern,
-        loss_fn=classification.LOSSES["predictions" if method == "greedy" else "labels"],
+        loss_fn=LOSSES["predictions" if method == "greedy" else "labels"],
         fisher_dtype=getattr(torch, case.fisher_dtype),
         **options,
     ).report  # fmt: skip
@@ -147,7 +150,7 @@ def measure(case: Case, method: str, seed: int, settings: argparse.Namespace) ->
         by_stage = prune_with_ours(model, method, batches, held, case, settings)
     seconds = time.perf_counter() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    test = classification.make_loader(tokenizer, data.test, 64, max_length=length, by_length=True)
+    test = make_loader(tokenizer, data.test, 64, max_length=length, by_length=True)
     texts = {"magnitude": 0, "reference": REFERENCE_GRADS * TEXTS_PER_GRAD}.get(
         method, settings.texts
     )
@@ -160,7 +163,7 @@ def measure(case: Case, method: str, seed: int, settings: argparse.Namespace) ->
         "seconds": seconds,
         **by_stage,
         "peak_gib": peak,
-        "accuracy": classification.accuracy(model, test),
+        "accuracy": accuracy(model, test),
     }
 
 

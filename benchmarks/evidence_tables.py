@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable, Sequence
 
-from obert_kernels.trials import Outcome
+from obert_kernels.trials.outcome import Outcome
 
 # Where the damping chosen by itself is held against fixed ones.
 DAMPING_SPARSITIES = [0.6, 0.7, 0.8, 0.9]

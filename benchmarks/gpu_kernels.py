@@ -11,7 +11,9 @@ from contender import ReferenceInverse
 from costs import Cost
 from torch import Tensor
 
-from obert_kernels import WoodburyFisher, living_ops, ops, reference
+from obert_kernels import WoodburyFisher, ops
+from obert_kernels.ops import reference
+from obert_kernels.ops.packing import gram_shape
 
 M = 1024
 DAMPING = 1e-7
@@ -83,7 +85,7 @@ def random_gradients(
 def gram_kernel(size: int, k: int, gram_type: torch.dtype, gradient_type: torch.dtype) -> Kernel:
     def build(n: int, device: torch.device) -> Copy:
         g = random_gradients(k, n, device, gradient_type)
-        gram = torch.zeros(reference.gram_shape(n, size), dtype=gram_type, device=device)
+        gram = torch.zeros(gram_shape(n, size), dtype=gram_type, device=device)
         return Copy(lambda: ops.gram_accumulate(gram, g, size), reference_gradients(n, size, g))
 
     element, gradient = gram_type.itemsize, gradient_type.itemsize
@@ -110,10 +112,10 @@ def living_kernel(size: int, k: int, gram_type: torch.dtype, gradient_type: torc
         gram_start = first_place[:-1] // size * (size * (size + 1) // 2)
         offset = torch.randint(LEFT, (n,), device=device)
         source = (torch.arange(n, device=device) * LEFT + offset).int()
-        gram = torch.zeros(reference.gram_shape(n, size), dtype=gram_type, device=device).view(-1)
-        every = torch.zeros(reference.gram_shape(LEFT * n, size), dtype=gram_type, device=device)
+        gram = torch.zeros(gram_shape(n, size), dtype=gram_type, device=device).view(-1)
+        every = torch.zeros(gram_shape(LEFT * n, size), dtype=gram_type, device=device)
         return Copy(
-            lambda: living_ops.gram_accumulate_living(gram, g, gram_start, first_place, source),
+            lambda: ops.gram_accumulate_living(gram, g, gram_start, first_place, source),
             {ALL_WEIGHTS: Contender(lambda: ops.gram_accumulate(every, g, size), 1)},
         )
 
@@ -158,7 +160,7 @@ def reference_gradients(n: int, size: int, g: Tensor) -> dict[str, Contender]:
 
 
 def filled_gram(n: int, size: int, gram_type: torch.dtype, device: torch.device) -> Tensor:
-    gram = torch.zeros(reference.gram_shape(n, size), dtype=gram_type, device=device)
+    gram = torch.zeros(gram_shape(n, size), dtype=gram_type, device=device)
     ops.gram_accumulate(gram, random_gradients(8, n, device), size)
     return gram
 

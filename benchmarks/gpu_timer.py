@@ -7,7 +7,7 @@ from typing import Protocol
 
 import torch
 
-from obert_kernels import _lib
+from obert_kernels.ops import native
 
 Calls = Sequence[Callable[[], object]]  # the same work on different data
 WARM_UP = 3
@@ -82,7 +82,7 @@ class CudaTimer:
             "memory": f"{self._properties.total_memory / 2**30:.1f} GiB",
             "L2": f"{self.l2_bytes / 2**20:.0f} MiB",
             "CUDA of torch": str(torch.version.cuda),
-            "kernels built for": str(_lib.core().cuda_architectures),
+            "kernels built for": str(native.core().cuda_architectures),
         }
 
 
@@ -90,10 +90,10 @@ def reason_to_refuse() -> str | None:
     """Why nothing can be measured here, in one line; None if it can."""
     if not torch.cuda.is_available():
         return f"needs a CUDA device; torch {torch.__version__} sees none"
-    failure = _lib.failure()
+    failure = native.failure()
     if failure is not None:
         return failure.splitlines()[0]
-    if not hasattr(_lib.core(), "cuda"):
+    if not hasattr(native.core(), "cuda"):
         return (
             "the native core was built without CUDA kernels; with nvcc installed, "
             "run `OBERT_CUDA=1 pip install -e .`"

@@ -23,11 +23,13 @@ from machine import machine
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from obert_kernels import estimate_fisher, model_loss, prediction_loss, prune
-from obert_kernels.calibration import calibration_batches, held_back, tokens_at_once
-from obert_kernels.classification import accuracy, for_backward, make_loader
-from obert_kernels.downloads import cache_folder
-from obert_kernels.losses import LossFn
-from obert_kernels.text_data import load_demo_set
+from obert_kernels.gradients.losses import LossFn
+from obert_kernels.tasks.batches import calibration_batches, held_back, tokens_at_once
+from obert_kernels.tasks.demo_sets import load_demo_set
+from obert_kernels.tasks.downloads import cache_folder
+from obert_kernels.tasks.evaluate import accuracy
+from obert_kernels.tasks.loaders import make_loader
+from obert_kernels.tasks.precision import for_backward
 
 RESULTS = Path(__file__).parent / "results"
 # What gradients are of, and whether texts of about the same length share one.

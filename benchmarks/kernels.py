@@ -29,8 +29,9 @@ import torch
 from contender import ReferenceInverse
 from machine import machine
 
-from obert_kernels import WoodburyFisher, ops, reference
-from obert_kernels.memory import gradient_buffer
+from obert_kernels import WoodburyFisher, ops
+from obert_kernels.gradients.buffers import gradient_buffer
+from obert_kernels.ops.packing import unpack_inverse
 
 M = 1024
 DAMPING = 1e-7
@@ -83,11 +84,11 @@ def validate(n: int, size: int, g: torch.Tensor) -> None:
         gram = torch.zeros(blocks, triangle, dtype=dtype)
         ops.gram_accumulate(gram, part, size)
         inverse = ops.gram_inverse(gram, d, size, M, DAMPING, torch.float32, status)
-        dense = reference.unpack_inverse(inverse)
+        dense = unpack_inverse(inverse)
         torch.testing.assert_close(dense, ref.f_inv, rtol=1e-3, atol=1e-3 / DAMPING * 1e-2)
     state = WoodburyFisher(d, M, size, damping=DAMPING).packed
     ops.woodbury_update(state, part, M, status)
-    dense = reference.unpack_inverse(state)
+    dense = unpack_inverse(state)
     torch.testing.assert_close(dense, ref.f_inv, rtol=1e-3, atol=1e-3 / DAMPING * 1e-2)
     assert status.item() == -1
 

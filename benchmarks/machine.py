@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from obert_kernels import _lib
+from obert_kernels.ops import native
 
 
 def processor_name() -> str:
@@ -24,7 +24,7 @@ def machine() -> dict[str, str]:
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         "cpu": processor_name(),
         "threads": str(torch.get_num_threads()),
-        "kernels": _lib.core().current_instruction_set(),
+        "kernels": native.core().current_instruction_set(),
         "python": platform.python_version(),
         "torch": torch.__version__,
     }

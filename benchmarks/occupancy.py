@@ -28,7 +28,8 @@ from typing import Any
 import torch
 
 from obert_kernels import ops
-from obert_kernels.living_ops import gram_accumulate_living
+from obert_kernels.ops import native
+from obert_kernels.ops.living import gram_accumulate_living
 
 ROOT = Path(__file__).resolve().parent.parent
 CACHE = ROOT / "build" / "ptx"
@@ -194,7 +195,7 @@ def record(host: ModuleType, call: Callable[[], Any]) -> tuple[Any, dict[str, An
     """What ``call`` returns and the launch it asks for, which is not run.
 
     Args:
-        host: the kernels compiled for the host (tests/host_cuda_build.py).
+        host: the kernels compiled for the host (tests/support/host_cuda_build.py).
         call: runs one operator on ``host``.
     """
     host.set_recording(True)
@@ -269,8 +270,8 @@ def rows(host: ModuleType) -> list[dict[str, Any]]:
     """One row for each family, block size and architecture."""
     needs = {(kernel.name, kernel.arch): kernel for kernel in kernels()}
     result: list[dict[str, Any]] = []
-    run_on = ops._run_on
-    ops._run_on = lambda state: (host, 0)
+    run_on = native.run_on
+    native.run_on = lambda state: (host, 0)
     try:
         for arch in ARCHITECTURES:
             host.set_shared_memory_limit(SHARED_LIMIT[arch])
@@ -289,7 +290,7 @@ def rows(host: ModuleType) -> list[dict[str, Any]]:
                     row["shared_bytes"] = launch["shared_bytes"] + kernel.static_shared_bytes
                     row["registers"], row["barriers"] = kernel.registers, kernel.barriers
     finally:
-        ops._run_on = run_on
+        native.run_on = run_on
         host.set_shared_memory_limit(SHARED_LIMIT[90])
     fit = [row for row in result if "refused" not in row]
     asked = [

@@ -24,9 +24,12 @@ from pathlib import Path
 from machine import machine
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from obert_kernels import classification, prune
-from obert_kernels.calibration import calibration_batches, tokens_at_once
-from obert_kernels.text_data import load_demo_set
+from obert_kernels import prune
+from obert_kernels.tasks.batches import calibration_batches, tokens_at_once
+from obert_kernels.tasks.demo_sets import load_demo_set
+from obert_kernels.tasks.evaluate import accuracy
+from obert_kernels.tasks.loaders import make_loader
+from obert_kernels.tasks.precision import prediction_text_loss
 
 RESULTS = Path(__file__).parent / "results"
 MAX_LENGTH = 96
@@ -53,11 +56,11 @@ def main() -> None:
     model = AutoModelForSequenceClassification.from_pretrained(args.model)
     dense = {name: value.clone() for name, value in model.state_dict().items()}
     options = {"max_length": MAX_LENGTH}
-    test = classification.make_loader(tokenizer, data.test, 64, by_length=True, **options)
-    held = classification.make_loader(tokenizer, data.dev, 64, **options)
+    test = make_loader(tokenizer, data.test, 64, by_length=True, **options)
+    held = make_loader(tokenizer, data.dev, 64, **options)
     calibration = [batch for batch, _ in zip(held, range(4), strict=False)]
     about, rows = machine(), []
-    about["dense"] = f"{classification.accuracy(model, test):.4f}"
+    about["dense"] = f"{accuracy(model, test):.4f}"
     for seed in args.seeds:
         for g, in_quarter in product(args.texts_per_grad, args.gradients):
             for estimator, schedule, steps in map(RUNS.__getitem__, args.runs):
@@ -71,13 +74,13 @@ def main() -> None:
                     report = prune(
                         model, batches, sparsity, num_grads=num_grads, samples_per_grad=g,
                         steps=steps, schedule=schedule, estimator=estimator,
-                        calibration=calibration, loss_fn=classification.prediction_text_loss,
+                        calibration=calibration, loss_fn=prediction_text_loss,
                     ).report  # fmt: skip
                     rows.append({
                         "seed": seed, "texts_per_grad": g, "estimator": estimator, "steps": steps,
                         "schedule": schedule if steps > 1 else "", "num_grads": num_grads,
                         "sparsity": sparsity,
-                        "accuracy": classification.accuracy(model, test),
+                        "accuracy": accuracy(model, test),
                         "damping": [
                             min((t for t in report.damping_trials if t.step == step),
                                 key=lambda t: t.cost).relative

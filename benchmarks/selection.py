@@ -25,8 +25,8 @@ from kernels import DAMPING, SCALE, SETTLE, seconds
 from machine import machine
 
 from obert_kernels import GramFisher
-from obert_kernels.live import block_fisher
-from obert_kernels.memory import gradient_buffer
+from obert_kernels.fisher.living import block_fisher
+from obert_kernels.gradients.buffers import gradient_buffer
 
 RESULTS = Path(__file__).parent / "results"
 BY_FOUR = ", groups of 4"

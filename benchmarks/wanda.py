@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from obert_kernels import Problem, register_saliency
-from obert_kernels.classification import text_loss
+from obert_kernels.tasks.precision import text_loss
 
 _NORMS: weakref.WeakKeyDictionary[nn.Module, dict[str, Tensor]] = weakref.WeakKeyDictionary()
 

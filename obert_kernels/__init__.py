@@ -8,24 +8,26 @@ settings; ``register_...`` adds other Fishers, saliencies and patterns.
 
 from importlib.metadata import version as _version
 
-from .compat import EmpiricalBlockFisherInverse
-from .estimate import FisherEstimate, estimate_fisher
-from .estimators import register_fisher
-from .fisher import Fisher, GramFisher, WoodburyFisher
-from .gradients import batch_gradients
-from .grid import run_grid
-from .group_gradients import GroupGradients
-from .layers import find_weights
-from .live import LiveFisher
-from .losses import model_loss, prediction_loss
-from .masks import magnitude_scores, select_masks
-from .ops import NumericalError
-from .patterns import Pattern, register_pattern
-from .pruner import PruneResult, prune
-from .registry import load_plugin
-from .report import LayerReport, PruneReport
-from .saliencies import Problem, register_saliency
-from .trials import make_grid
+from .fisher.base import Fisher
+from .fisher.estimate import FisherEstimate, estimate_fisher
+from .fisher.estimators import register_fisher
+from .fisher.gram import GramFisher
+from .fisher.living import LiveFisher
+from .fisher.sparseml import EmpiricalBlockFisherInverse
+from .fisher.woodbury import WoodburyFisher
+from .gradients.losses import model_loss, prediction_loss
+from .gradients.per_batch import batch_gradients
+from .gradients.per_samples import GroupGradients
+from .ops.status import NumericalError
+from .plugins import load_plugin
+from .pruning.oneshot import PruneResult, prune
+from .pruning.report import LayerReport, PruneReport
+from .pruning.saliencies import Problem, register_saliency
+from .sparsity.layers import find_weights
+from .sparsity.masks import magnitude_scores, select_masks
+from .sparsity.patterns import Pattern, register_pattern
+from .trials.grid import run_grid
+from .trials.outcome import make_grid
 
 __version__ = _version("obert-kernels")
 

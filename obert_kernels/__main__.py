@@ -8,7 +8,8 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from . import __version__, _lib
+from . import __version__
+from .ops import native
 
 
 def _installed(package: str) -> str:
@@ -40,9 +41,9 @@ def main() -> int:
         ("transformers", _installed("transformers")),
         ("threads", f"{torch.get_num_threads()} (torch.get_num_threads())"),
     ]
-    problem = _lib.failure()
+    problem = native.failure()
     if problem is None:
-        core = _lib.core()
+        core = native.core()
         sets = ", ".join(core.instruction_sets())
         rows.append(("CPU kernels", f"{core.current_instruction_set()} in use (of {sets})"))
         rows.append(("CUDA", _cuda(core)))

@@ -17,9 +17,9 @@ import pytest
 import torch
 from tiny_text import WORDS
 
-from obert_kernels import _lib, ops
+from obert_kernels.ops import native
 
-INSTRUCTION_SETS = _lib.core().instruction_sets()
+INSTRUCTION_SETS = native.core().instruction_sets()
 CUDA = "cuda"
 CUDA_ON_HOST = "cuda-on-host"  # the CUDA kernel sources, executed thread by thread on the CPU
 
@@ -43,7 +43,7 @@ def cuda_on_host(monkeypatch):
     """Operators on CPU tensors run the host-executed CUDA kernels."""
     module = host_cuda()
     module.set_seed(1)
-    monkeypatch.setattr(ops, "_run_on", lambda state: (module, 0))
+    monkeypatch.setattr(native, "run_on", lambda state: (module, 0))
     return module
 
 
@@ -52,16 +52,16 @@ def isa(request):
     """Run the test once per instruction set this processor has, and prove it is in use; once
     with the CUDA kernels executed on the host; and once on a device, where there is one."""
     if request.param == CUDA:
-        assert ops._run_on(torch.zeros(1, device=CUDA))[0] is _lib.core().cuda
+        assert native.run_on(torch.zeros(1, device=CUDA))[0] is native.core().cuda
         with torch.device(CUDA):
             yield request.param
         return
     if request.param == CUDA_ON_HOST:
         module = request.getfixturevalue("cuda_on_host")
-        assert ops._run_on(torch.zeros(1))[0] is module
+        assert native.run_on(torch.zeros(1))[0] is module
         yield request.param
         return
-    core = _lib.core()
+    core = native.core()
     before = core.current_instruction_set()
     assert core.select_instruction_set(request.param)
     assert core.current_instruction_set() == request.param
@@ -98,7 +98,7 @@ def command(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Callable[..., tuple[int, str, str]]:
     """Run ``obert-prune`` with arguments; return exit code, stdout and stderr."""
-    from obert_kernels import cli
+    from obert_kernels.commands import cli
 
     def run(*arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["obert-prune", *map(str, arguments)])
@@ -116,7 +116,7 @@ def command(
 @pytest.fixture
 def estimates(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, int]]:
     """m, g and B of the estimates a grid made; no two exist at the same time."""
-    from obert_kernels import grid
+    from obert_kernels.trials import grid
 
     made: list[tuple[int, int, int]] = []
     alive: list[weakref.ref] = []

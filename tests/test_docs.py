@@ -8,7 +8,7 @@ import torch
 from tiny import TinyEncoder, batches, snapshot, unchanged
 
 from obert_kernels import find_weights, load_plugin, model_loss, prune
-from obert_kernels.registry import Registry
+from obert_kernels.plugins import Registry
 
 PAGE = Path(__file__).parent.parent / "docs" / "extending.md"
 DIAGONAL, WANDA, TILES = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)

@@ -24,10 +24,10 @@ def run(code: str, **env: str) -> subprocess.CompletedProcess:
 
 USE_IT = """
 import torch, obert_kernels
-from obert_kernels import _lib
+from obert_kernels.ops import native
 fisher = obert_kernels.GramFisher(10, 5)
 fisher.accumulate(torch.ones(10))
-print(_lib.core().current_instruction_set(), float(fisher.gram.sum()))
+print(native.core().current_instruction_set(), float(fisher.gram.sum()))
 """
 
 
@@ -41,7 +41,7 @@ def test_instruction_sets_differ_in_code():
     """The builds are several functions, not one under several names: they round differently."""
     fisher, v = obert_kernels.GramFisher(500, 50), torch.randn(500, dtype=torch.float64)
     fisher.accumulate(torch.randn(60, 500))
-    core = obert_kernels._lib.core()
+    core = obert_kernels.ops.native.core()
     before, found = core.current_instruction_set(), set()
     for name in INSTRUCTION_SETS:
         assert core.select_instruction_set(name)
@@ -84,7 +84,7 @@ def test_diagnostics():
     )
     for word in ("obert_kernels", "torch", "threads", "CPU kernels", "CUDA", "in use"):
         assert word in result.stdout
-    core = obert_kernels._lib.core()
+    core = obert_kernels.ops.native.core()
     expected = "not in this build" if core.cuda_architectures is None else "compute capability"
     assert expected in result.stdout
 
@@ -131,7 +131,7 @@ print(float((model.weight == 0).float().mean()))
 
 def test_operators_have_device_kernels_where_the_build_has_them():
     has = torch._C._dispatch_has_kernel_for_dispatch_key("obert_kernels::gram_accumulate", "CUDA")
-    assert has == (obert_kernels._lib.core().cuda_architectures is not None)
+    assert has == (obert_kernels.ops.native.core().cuda_architectures is not None)
 
 
 @pytest.mark.parametrize(

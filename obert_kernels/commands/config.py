@@ -1,0 +1,57 @@
+"""The settings of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+EVALUATION_BATCH = 64  # texts
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything a run depends on; the options of ``obert-prune run`` explain each."""
+
+    model: str
+    data: str
+    sparsity: Sequence[float]
+    output: Path
+    pattern: str = "unstructured"
+    block_size: int | None = None
+    num_grads: int = 256
+    grad_batch_size: int = 16
+    damping: float | str = "auto"
+    gradients_of: str = "predictions"
+    fisher_dtype: str = "float64"
+    selection: str = "greedy"
+    estimator: str = "gram"
+    plugin: Sequence[str] | None = None  # loaded by then
+    update: str = "auto"
+    scope: str = "global"
+    steps: int = 1
+    schedule: str = "geometric"
+    params: Sequence[str] | None = None
+    text_column: str | None = None
+    pair_column: str | None = None
+    label_column: str | None = None
+    finetune_epochs: float = 0.0
+    recovery_epochs: float = 0.0
+    learning_rate: float = 2e-5
+    batch_size: int = 32
+    max_length: int = 128
+    max_memory: int | None = None
+    seed: int = 0
+
+
+def check_output(folder: Path) -> None:
+    """Raise NotADirectoryError if the output folder is a file."""
+    for path in (folder, *folder.parents):
+        if path.exists() and not path.is_dir():
+            raise NotADirectoryError(f"--output {folder}: {path} is a file, choose another folder")
+
+
+def _plain(settings: Settings) -> dict[str, Any]:
+    """JSON-ready."""
+    return {**asdict(settings), "output": str(settings.output)}

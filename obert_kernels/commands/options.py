@@ -1,0 +1,212 @@
+"""What the commands share: options, and bars that show their progress."""
+
+from __future__ import annotations
+
+import re
+from enum import Enum
+from typing import Annotated, Any
+
+import typer
+
+from ..extras import import_extra
+from ..plugins import load_plugin
+from ..sparsity.patterns import find_pattern
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
+
+
+class Scope(str, Enum):
+    """What one ranking of the weights covers."""
+
+    all = "global"
+    layer = "layer"
+
+
+class FisherDtype(str, Enum):
+    """Type of the Gram."""
+
+    float64 = "float64"
+    float32 = "float32"
+
+
+class GradientsOf(str, Enum):
+    """What the gradients are taken of."""
+
+    predictions = "predictions"
+    labels = "labels"
+
+
+class ProgressBars:
+    """A ``progress(stage, done, total)`` callable that draws a bar with the time left.
+
+    Stages shorter than a second draw none, and nothing is drawn where stderr is no terminal.
+    """
+
+    def __init__(self) -> None:
+        self._tqdm = import_extra("tqdm").tqdm
+        self._stage: str | None = None
+        self._bar: Any = None
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        """Show that ``done`` of ``total`` steps of ``stage`` are done."""
+        if stage != self._stage:
+            self.close()
+            self._stage = stage
+            self._bar = self._tqdm(total=total, desc=stage, delay=1, leave=False, disable=None)
+        self._bar.update(done - self._bar.n)
+        if done >= total:
+            self.close()
+
+    def close(self) -> None:
+        """Remove the bar, if there is one."""
+        if self._bar is not None:
+            self._bar.close()
+        self._stage = self._bar = None
+
+
+def parse_bytes(text: str) -> int:
+    """Return the number of bytes in ``"8GB"``, ``"512 MiB"``, ``"2g"`` or ``"1000000"``.
+
+    Raises:
+        ValueError: ``text`` is none of these.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]?I?)B?\s*", text.upper())
+    if match is None or match[2] not in _UNITS:
+        raise ValueError(f"{text!r} is no amount of memory: write for example 8GB or 512MiB")
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
+def _memory(text: str) -> int:
+    try:
+        return parse_bytes(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+def prescribed_sparsity(pattern: str) -> float:
+    """Return the sparsity that a pattern has by itself; where it has none, --sparsity is missing.
+
+    Raises:
+        typer.BadParameter: it has none.
+    """
+    shape = find_pattern(pattern)
+    if shape.kept is None:
+        raise typer.BadParameter("is needed, for example --sparsity 0.8", param_hint="--sparsity")
+    return float(shape.prescribed(None))
+
+
+def load_plugins(sources: list[str] | None) -> None:
+    """Import the files and modules that --plugin names."""
+    for source in sources or ():
+        load_plugin(source)
+
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        help="Folder of a Hugging Face model with tokenizer, or its name on the hub; "
+        "demo:minilm is the demo's."
+    ),
+]
+Data = Annotated[
+    str,
+    typer.Argument(
+        help="CSV, TSV, JSON, JSONL or Parquet file, or a name for the datasets library "
+        "(NAME or NAME:CONFIGURATION); demo:trec and demo:mr are the demo's. A single file "
+        "is split 75/10/15 % into train, held back and test by a hash of the text."
+    ),
+]
+Sparsity = Annotated[
+    list[float] | None,
+    typer.Option(
+        "--sparsity",
+        "-s",
+        min=0.0,
+        max=1.0,
+        help="Share of the weights to remove, 0.8 is 80 %. Repeat it for several, each "
+        "of which starts from the same weights. Not needed for N:M.",
+    ),
+]
+PatternName = Annotated[
+    str,
+    typer.Option(
+        help="unstructured; block4 (any block<c>): c consecutive weights of a row go "
+        "together; block4x1: of a column; 2:4 (any N:M): at most 2 of every 4 survive.",
+        rich_help_panel="Pruning",
+    ),
+]
+ScopeOption = Annotated[
+    Scope,
+    typer.Option(
+        help="One ranking over all matrices, or the same sparsity in each.",
+        rich_help_panel="Pruning",
+    ),
+]
+EstimatorName = Annotated[
+    str,
+    typer.Option(
+        help="gram: the block Fisher; refilled: weights that are left are cut into full blocks "
+        "anew; or a plugin's estimate.",
+        rich_help_panel="Fisher",
+    ),
+]
+Plugin = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Python file or module that registers selections, estimators or patterns; repeatable.",
+        rich_help_panel="Pruning",
+    ),
+]
+Params = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Matrix to prune: a parameter name or re:EXPRESSION; repeatable. "
+        "Default: the linear layers of the encoder.",
+        rich_help_panel="Pruning",
+    ),
+]
+FisherDtypeOption = Annotated[
+    FisherDtype,
+    typer.Option(
+        help="float32 takes half the memory but needs a larger damping.",
+        rich_help_panel="Fisher",
+    ),
+]
+GradientsOfOption = Annotated[
+    GradientsOf,
+    typer.Option(
+        help="The model's own predictions, or the loss on the given labels (the empirical "
+        "Fisher, as in the papers).",
+        rich_help_panel="Fisher",
+    ),
+]
+MaxMemory = Annotated[
+    int | None,
+    typer.Option(
+        parser=_memory,
+        metavar="SIZE",
+        help="Memory on top of the model, such as 8GB; layers are then worked on in several "
+        "passes where needed, which repeats the gradients. Default: what is free.",
+        rich_help_panel="Fisher",
+    ),
+]
+TextColumn = Annotated[
+    str | None,
+    typer.Option(help="Column of the text. Default: found by name.", rich_help_panel="Data"),
+]
+PairColumn = Annotated[
+    str | None,
+    typer.Option(
+        help="Column of a second text. Default: known pairs such as premise, hypothesis.",
+        rich_help_panel="Data",
+    ),
+]
+LabelColumn = Annotated[
+    str | None,
+    typer.Option(help="Column of the class. Default: found by name.", rich_help_panel="Data"),
+]
+MaxLength = Annotated[
+    int,
+    typer.Option(min=1, help="Tokens; longer texts are cut.", rich_help_panel="Data"),
+]
+Seed = Annotated[int, typer.Option(help="Of everything random: order, dropout, a new head.")]

@@ -1,0 +1,1 @@
+"""Gradients to block Fishers of weight matrices."""

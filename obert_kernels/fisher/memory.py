@@ -1,0 +1,197 @@
+"""What a pruning call will need, before it starts, and layer passes where that is too much."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ..gradients.buffers import GRADIENTS_PER_UPDATE, STREAMED_PER_UPDATE, _row_bytes
+from ..sparsity.patterns import Pattern
+from .estimators import Estimator
+
+# Of a weight while masks are chosen: its score, the key it is sorted by, and whether it is there,
+# its group is, it goes, and it stays.  (Later, new weights in place of scores and keys.)
+_SELECTION_BYTES = 12
+# Where Linux says what a container may use.
+_CONTAINER = Path("/sys/fs/cgroup")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which matrices are worked on together, and the memory of the largest pass in bytes.
+
+    Attributes:
+        passes: names of the matrices of each pass, in model order.
+        gram_bytes: Gram of the largest pass.
+        buffer_bytes: gathered gradients of the largest pass, or of the largest matrix where
+            gradients are streamed.
+        other_bytes: scores and masks, later masks and new weights (all matrices), and the weights
+            of before where they are kept.
+        gradients_per_update: k.
+    """
+
+    passes: list[list[str]]
+    gram_bytes: int
+    buffer_bytes: int
+    other_bytes: int
+    gradients_per_update: int
+
+    @property
+    def total_bytes(self) -> int:
+        """The most that will be held at any time."""
+        return self.gram_bytes + self.buffer_bytes + self.other_bytes
+
+
+def available_memory(device: torch.device) -> int | None:
+    """Free memory in bytes of a device or of this machine (or container); None if unknown."""
+    if device.type == "cuda":
+        # What torch keeps of freed tensors counts as taken there, but is to be had.
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvail"))
+    except (OSError, StopIteration):
+        try:
+            return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        except (AttributeError, OSError, ValueError):
+            return None
+    try:
+        return min(free, _left_in_container(_CONTAINER))
+    except (OSError, ValueError, StopIteration):
+        return free
+
+
+def _left_in_container(folder: Path) -> int:
+    """Bytes up to a container's own limit; what it keeps of files that were read is to be had."""
+    limit, used = (int((folder / f"memory.{name}").read_text()) for name in ("max", "current"))
+    lines = (folder / "memory.stat").read_text().splitlines()
+    files = next(int(line.split()[1]) for line in lines if line.startswith("inactive_file "))
+    return limit - used + files
+
+
+def _readable(size: float) -> str:
+    return f"{size / 2**30:.2f} GiB" if size >= 2**29 else f"{size / 2**20:.1f} MiB"
+
+
+def plan_passes(
+    weights: Mapping[str, nn.Parameter],
+    block_size: int,
+    dtype: torch.dtype,
+    max_memory: int | None,
+    num_grads: int,
+    *,
+    pattern: Pattern,
+    estimator: Estimator,
+    streamed: bool,
+    can_split: bool = True,
+    keeps_weights: bool = False,
+) -> Plan:
+    """Split the matrices into passes that fit.
+
+    Args:
+        weights: the matrices to prune.
+        block_size: B.
+        dtype: type of the Gram.
+        max_memory: bytes the call may use on top of the model; None: one pass, if that fits
+            what is free now.
+        num_grads: m; no more than these are gathered.
+        pattern: whose groups the Fisher is to score.
+        estimator: of the Fisher.
+        streamed: gradients come one matrix at a time and need not be gathered.
+        keeps_weights: those of before are kept, to be put back if a later sub-step fails.
+        can_split: the caller knows ``max_memory`` and several passes.
+
+    Raises:
+        MemoryError: it does not fit; the message gives the figures and the remedies.
+    """
+    budget = max_memory
+    if budget is None:
+        budget = available_memory(next(iter(weights.values())).device)
+    k = min(STREAMED_PER_UPDATE if streamed else GRADIENTS_PER_UPDATE, num_grads)
+    gram = {
+        name: estimator.num_bytes(pattern.flat(w.detach() != 0), block_size, pattern.span, dtype)
+        for name, w in weights.items()
+    }
+
+    def plan(k: int) -> Plan:
+        # Gathered, one gradient of the batch at hand stands beside the buffer of k.
+        held = {
+            name: w.numel() * w.element_size() * k
+            if streamed
+            else k * _row_bytes(w.numel(), w.element_size()) + w.numel() * w.element_size()
+            for name, w in weights.items()
+        }
+        together = max if streamed else sum
+        other = sum(
+            w.numel() * (_SELECTION_BYTES + keeps_weights * w.element_size())
+            for w in weights.values()
+        )
+        if max_memory is None:
+            passes = [list(weights)]
+        else:
+            passes = _fill(gram, held, together, max_memory - other)
+        return Plan(
+            passes,
+            max(sum(gram[name] for name in names) for names in passes),
+            max(together(held[name] for name in names) for names in passes),
+            other,
+            k,
+        )
+
+    found = plan(k)
+    while budget is not None and found.total_bytes > budget and k > 1:
+        k //= 2  # slower, but it may fit
+        found = plan(k)
+    if budget is not None and found.total_bytes > budget:
+        remedies = _remedies(found, max_memory is None, can_split, block_size, dtype)
+        raise MemoryError(
+            f"pruning needs {_readable(found.total_bytes)} (Gram {_readable(found.gram_bytes)}, "
+            f"gathered gradients {_readable(found.buffer_bytes)}, the rest "
+            f"{_readable(found.other_bytes)}) but "
+            f"{'free memory' if max_memory is None else 'max_memory'} is {_readable(budget)}. "
+            f"Remedies: {'; '.join(remedies)}"
+        )
+    return found
+
+
+def _fill(
+    gram: Mapping[str, int],
+    held: Mapping[str, int],
+    together: Callable[[Iterable[int]], int],
+    budget: int,
+) -> list[list[str]]:
+    """Cut the matrices, in order, into as few runs as fit the budget; a run has at least one."""
+    passes: list[list[str]] = [[]]
+    for name in gram:
+        names = [*passes[-1], name]
+        needed = sum(gram[n] for n in names) + together(held[n] for n in names)
+        if passes[-1] and needed > budget:
+            passes.append([name])
+        else:
+            passes[-1].append(name)
+    return passes
+
+
+def _remedies(
+    plan: Plan, is_free: bool, can_split: bool, block_size: int, dtype: torch.dtype
+) -> list[str]:
+    """What can be done about a plan that does not fit, in words for Python and command line."""
+    remedies = []
+    several = sum(map(len, plan.passes)) > 1
+    if is_free and can_split and several:
+        remedies.append("set max_memory to work on the layers in several passes")
+    if not is_free:
+        remedies.append(f"raise max_memory to at least {plan.total_bytes} bytes")
+    if not can_split and several:
+        remedies.append("name fewer matrices with params")
+    if block_size > 1:
+        remedies.append(f"a smaller block_size (now {block_size}; memory is proportional to it)")
+    if dtype == torch.float64:
+        remedies.append("fisher_dtype float32 (half the Gram)")
+    return remedies or ["free some memory"]

@@ -1,0 +1,1 @@
+"""Batches to gradients of the weights to prune."""

@@ -1,0 +1,143 @@
+"""What gradients are taken of: the model's own loss, or its predictions."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .batches import samples_in, tensors_in
+from .ignored_labels import LEFT_OUT
+
+LossFn = Callable[[nn.Module, Any], Tensor]
+
+
+def model_loss(model: nn.Module, batch: Any) -> Tensor:
+    """Return ``model(**batch).loss``: the task loss of a Hugging Face model.
+
+    Raises:
+        TypeError: the batch is not a mapping, or the model returned no loss.
+    """
+    if not isinstance(batch, Mapping):
+        raise TypeError(
+            f"a batch of type {type(batch).__name__} needs loss_fn=lambda model, batch: loss; "
+            "without it batches must be mappings of model arguments with labels"
+        )
+    return _own_loss(model, batch, model(**batch))
+
+
+def default_loss(model: nn.Module, batch: Any) -> Tensor:
+    """Return :func:`prediction_loss` where a model gives each sample one of several classes, and
+    its own loss, :func:`model_loss`, anywhere else."""
+    if not isinstance(batch, Mapping):
+        return model_loss(model, batch)  # raises, with the remedy
+    output = model(**batch)
+    logits = class_logits(model, output)
+    if logits is None or logits.dim() != 2:
+        return _own_loss(model, batch, output)
+    return _of_predictions(output, logits, batch)
+
+
+def prediction_loss(model: nn.Module, batch: Any) -> Tensor:
+    """Return a loss whose gradients are those of the model's predictions: no labels are needed.
+
+    The gradient by the C logits of a sample is a random u: half of the classes are pushed up and
+    half down (of an odd number one is left alone), all by the same amount.  Its mean is 0 and that
+    of u u^T is (I - 1 1^T / C) / C, the second derivative of half the variance, over the classes,
+    of the logits' change.  So the squares of gradients by weights give the Gauss-Newton matrix of
+    how far a pruning moves what the model makes of a sample, where those of given labels give the
+    "empirical Fisher" (Kunstner, Balles, Hennig: Limitations of the empirical Fisher
+    approximation, 2019).  A gradient of g samples stands for 1/g of the mean of their g matrices.
+
+    It is the Fisher matrix of predictions softened by a temperature without end (the loss of
+    distillation).  That of the predictions as they are hardly hears of samples the model is sure
+    of, most of those it was fitted to, though pruning moves them as well.
+
+    The value is the model's own loss where batches have labels, else 0.  The same sample gets
+    the same u every time, and torch's own random state is left alone.
+
+    Args:
+        model: returns an output with ``.logits`` of classes in its last dimension, as Hugging
+            Face classifiers and taggers do.
+        batch: mapping of its arguments.  Samples whose ``labels`` are -100 are left out.
+
+    Raises:
+        TypeError: the batch is not a mapping, or the model gives no classes.
+    """
+    if not isinstance(batch, Mapping):
+        raise TypeError(
+            f"prediction_loss needs batches that are mappings of model arguments, got a "
+            f"{type(batch).__name__}"
+        )
+    output = model(**batch)
+    logits = class_logits(model, output)
+    if logits is None:
+        raise TypeError(
+            f"{type(model).__name__} gives no logits of classes: take gradients of its loss, "
+            "loss_fn=obert_kernels.model_loss"
+        )
+    return _of_predictions(output, logits, batch)
+
+
+def class_logits(model: nn.Module, output: Any) -> Tensor | None:
+    """Return the logits ``[..., classes]`` that a model gave, None if they are something else."""
+    # Set by Hugging Face models whose logits are no classes to choose one from.
+    kind = getattr(getattr(model, "config", None), "problem_type", None)
+    if kind in ("regression", "multi_label_classification"):
+        return None
+    logits = _part(output, "logits")
+    if not isinstance(logits, Tensor) or logits.dim() < 2 or logits.shape[-1] < 2:
+        return None
+    return logits
+
+
+def _part(output: Any, name: str) -> Any:
+    return output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
+
+
+def _own_loss(model: nn.Module, batch: Mapping[str, Any], output: Any) -> Tensor:
+    loss = _part(output, "loss")
+    if loss is None:
+        raise TypeError(
+            f"{type(model).__name__} returned no loss for a batch with the keys "
+            f"{sorted(map(str, batch))}; add labels to the batches or pass loss_fn"
+        )
+    return loss
+
+
+def _of_predictions(output: Any, logits: Tensor, batch: Mapping[str, Any]) -> Tensor:
+    pushes = _pushes(batch, logits).flatten(0, -2).to(logits.device)
+    logits = logits.flatten(0, -2).float()
+    labels = batch.get("labels")
+    if isinstance(labels, Tensor) and labels.numel() == len(logits):
+        counts = (labels.flatten() != LEFT_OUT).to(logits.device)
+        logits, pushes = logits[counts], pushes[counts]
+    change = (logits * pushes).sum(dim=1).mean()
+    own = _part(output, "loss")
+    return change - change.detach() + (0.0 if own is None else own.detach())
+
+
+def _pushes(batch: Mapping[str, Any], logits: Tensor) -> Tensor:
+    """Return u for every sample, in the shape of the logits, float32 on the CPU.
+
+    Those of a sample are decided by what its rows of the batch hold, so that it has the same ones
+    in every pass, and alone or in company (a gradient of a group is held against that).  Where
+    not all of a batch is by rows, their position counts as well: no two are to be the same.
+    """
+    classes = logits.shape[-1]
+    half = classes // 2
+    signs = [1.0] * half + [-1.0] * half + [0.0] * (classes % 2)
+    push = torch.tensor(signs, dtype=torch.float32, device="cpu")
+    push *= ((classes - 1) / (2 * half * classes)) ** 0.5  # to the trace of (I - 1 1^T / C) / C
+    seeds = list(range(len(logits))) if samples_in(batch) != len(logits) else [0] * len(logits)
+    for tensor in tensors_in(batch):
+        if tensor.dim() > 0 and len(tensor) == len(seeds) > 0:
+            rows = tensor.detach().cpu().contiguous().view(len(seeds), -1).view(torch.uint8)
+            seeds = [zlib.crc32(row, seed) for row, seed in zip(rows.numpy(), seeds, strict=True)]
+    drawn = torch.empty(logits.shape, dtype=torch.float32, device="cpu")
+    for row, seed in zip(drawn, seeds, strict=True):
+        row.uniform_(generator=torch.Generator().manual_seed(seed))
+    return push[drawn.argsort(dim=-1)]

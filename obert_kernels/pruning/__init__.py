@@ -1,0 +1,1 @@
+"""Fisher to scores, masks and new weights."""

@@ -1,0 +1,73 @@
+"""What a model makes of a few batches: its loss, and how sure it is of each class."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..gradients.backward import evaluation
+from ..gradients.batches import to_device
+from ..gradients.losses import LossFn, class_logits, model_loss
+
+
+class Predictions(NamedTuple):
+    """What :func:`predict` returns.
+
+    Attributes:
+        loss: mean over the batches, every batch with the same weight.
+        log_probabilities: float64 ``[samples, classes]``; None if the model does not give each
+            sample one of several classes.
+        broken: the first batch for which what counts of the two is not finite, if there is one.
+    """
+
+    loss: float
+    log_probabilities: Tensor | None
+    broken: int | None = None
+
+
+def predict(model: nn.Module, batches: Iterable[Any], loss_fn: LossFn | None = None) -> Predictions:
+    """Return loss and predictions, in eval mode and without gradients.
+
+    Args:
+        model: what it returns is looked at for ``.logits``, as Hugging Face models have it.
+        batches: as for :func:`obert_kernels.prune`.
+        loss_fn: likewise.
+    """
+    loss_fn = loss_fn or model_loss
+    device = next(model.parameters()).device
+    losses: list[float] = []
+    logits: list[Tensor | None] = []
+
+    def note(module: nn.Module, args: object, output: Any) -> None:
+        logits.append(class_logits(module, output))
+
+    with evaluation(model), torch.no_grad(), model.register_forward_hook(note):
+        for batch in batches:
+            losses.append(float(loss_fn(model, to_device(batch, device))))
+    known = [found.double() for found in logits if found is not None and found.dim() == 2]
+    whole = known and len(known) == len(logits) and len({found.shape[1] for found in known}) == 1
+    judged = known if whole else [torch.tensor(loss) for loss in losses]
+    broken = (i for i, values in enumerate(judged) if not bool(torch.isfinite(values).all()))
+    return Predictions(
+        sum(losses) / len(losses),
+        torch.cat(known).log_softmax(dim=1) if whole else None,
+        next(broken, None),
+    )
+
+
+def divergence(before: Predictions, after: Predictions) -> float | None:
+    """Return the Kullback-Leibler divergence of the classes' probabilities, before from after.
+
+    Its second derivative by the weights, at those of before, is the Fisher matrix, so that this
+    is what a pruning by the Fisher keeps small.
+
+    Returns:
+        Nats, mean over samples; None if there are no probabilities on both sides.
+    """
+    p, q = before.log_probabilities, after.log_probabilities
+    if p is None or q is None or p.shape != q.shape:
+        return None
+    return float((p.exp() * (p - q)).sum(dim=1).mean())

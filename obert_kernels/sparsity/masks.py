@@ -1,0 +1,177 @@
+"""Saliencies to masks: how many groups go, and which.
+
+Everything here speaks of groups of c consecutive weights (c = 1: single weights) of a matrix
+flattened by its :class:`obert_kernels.sparsity.patterns.Pattern`.  A mask is True where a weight
+survives.  Weights that are zero when pruning starts count as pruned and stay so; a group counts
+as pruned when all its weights are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping
+from numbers import Real
+
+import torch
+from torch import Tensor
+
+
+def check_sparsity(sparsity: float) -> float:
+    """Return the sparsity if it lies in [0, 1]; raise ValueError or TypeError otherwise."""
+    if not isinstance(sparsity, Real):
+        raise TypeError(f"sparsity must be a number from 0 to 1, got {sparsity!r}")
+    if not 0 <= sparsity <= 1:
+        raise ValueError(f"sparsity must be between 0 and 1 (0.8 is 80 %), got {sparsity!r}")
+    return float(sparsity)
+
+
+def magnitude_scores(weight: Tensor, group_size: int = 1) -> Tensor:
+    """Sum of squares of each group, float32 ``[n / group_size]``."""
+    return weight.detach().flatten().float().square().view(-1, group_size).sum(dim=1)
+
+
+def alive_groups(keep: Tensor, group_size: int) -> Tensor:
+    """Groups with at least one weight left, bool ``[n / group_size]``."""
+    return keep.flatten().view(-1, group_size).any(dim=1)
+
+
+def check_scores(scores: Tensor, name: str) -> None:
+    """Raise ValueError for scores that cannot be ranked."""
+    if not bool((scores >= 0).all()):  # also false for NaN
+        raise ValueError(f"the scores of {name} hold NaN or negative values")
+
+
+def _sortable(scores: Tensor, name: str) -> Tensor:
+    """Non-negative float32 as int32 of the same order (their bit patterns)."""
+    check_scores(scores, name)
+    return (scores.float() + 0.0).contiguous().view(torch.int32)
+
+
+def _histogram(values: Tensor, bins: int) -> Tensor:
+    return torch.bincount(values.long(), minlength=bins).cpu()
+
+
+def _bucket(histogram: Tensor, count: int) -> tuple[int, int]:
+    """Return the first bucket that reaches ``count`` and how many lie before it."""
+    total = torch.cumsum(histogram, 0)
+    bucket = int(torch.searchsorted(total, count))
+    return bucket, int(total[bucket - 1]) if bucket > 0 else 0
+
+
+def _smallest(scores: Mapping[str, Tensor], alive: Mapping[str, Tensor], count: int) -> dict:
+    """Mark the ``count`` smallest scores among the living groups of all matrices together.
+
+    Radix selection on the bits of the scores, so that no copy of all scores is sorted.  Ties
+    go by position: first matrix first, then lowest index.
+    """
+    keys = {name: _sortable(score, name) for name, score in scores.items()}
+    high = sum(_histogram(keys[n][alive[n]] >> 16, 1 << 15) for n in keys)
+    prefix, before = _bucket(high, count)
+    low = sum(
+        _histogram(keys[n][alive[n] & (keys[n] >> 16 == prefix)] & 0xFFFF, 1 << 16) for n in keys
+    )
+    suffix, inside = _bucket(low, count - before)
+    threshold = prefix << 16 | suffix
+    ties = count - before - inside
+    chosen = {}
+    for name, key in keys.items():
+        equal = alive[name] & (key == threshold)
+        taken = equal & (torch.cumsum(equal, 0) <= ties)
+        ties -= int(taken.sum())
+        chosen[name] = (alive[name] & (key < threshold)) | taken
+    return chosen
+
+
+def _groups_to_prune(alive: Collection[Tensor], sparsity: float) -> int:
+    """How many living groups must go to reach a sparsity; not above 0 if it is reached."""
+    groups = sum(a.numel() for a in alive)
+    present = groups - sum(int(a.sum()) for a in alive)
+    return round(sparsity * groups) - present
+
+
+def prunes_anything(
+    keep: Mapping[str, Tensor],
+    sparsity: float | Mapping[str, float],
+    group_size: int = 1,
+    scope: str = "global",
+) -> bool:
+    """Say whether :func:`select_masks` would prune any group, whatever the scores."""
+    alive = {name: alive_groups(mask, group_size) for name, mask in keep.items()}
+    if isinstance(sparsity, Mapping):
+        return any(_groups_to_prune([alive[name]], sparsity[name]) > 0 for name in alive)
+    if scope == "layer":
+        return any(_groups_to_prune([a], sparsity) > 0 for a in alive.values())
+    return _groups_to_prune(alive.values(), sparsity) > 0
+
+
+def _prune_to(
+    scores: Mapping[str, Tensor], keep: Mapping[str, Tensor], sparsity: float, group_size: int
+) -> dict[str, Tensor]:
+    alive = {name: alive_groups(keep[name], group_size) for name in scores}
+    count = _groups_to_prune(alive.values(), sparsity)
+    if count <= 0:  # nothing is revived when the target lies below the present sparsity
+        return {name: keep[name].clone() for name in scores}
+    gone = _smallest(scores, alive, count)
+    return {
+        name: keep[name] & ~gone[name].repeat_interleave(group_size).view_as(keep[name])
+        for name in scores
+    }
+
+
+def n_of_m_mask(scores: Tensor, keep: Tensor, kept: int, span: int) -> Tensor:
+    """Keep the ``kept`` living weights of the highest score in every ``span`` consecutive ones.
+
+    Of equal scores the first goes first.
+
+    Args:
+        scores: ``[n]``.
+        keep: present mask, bool ``[n]``.
+        kept: N.
+        span: M.
+    """
+    living = scores.double().masked_fill(~keep, -math.inf).view(-1, span)
+    order = living.argsort(dim=1, stable=True)
+    lowest = torch.zeros_like(living, dtype=torch.bool)
+    lowest.scatter_(1, order[:, : span - kept], True)
+    return keep & ~lowest.flatten()
+
+
+def select_masks(
+    scores: Mapping[str, Tensor],
+    keep: Mapping[str, Tensor],
+    sparsity: float | Mapping[str, float],
+    group_size: int = 1,
+    scope: str = "global",
+) -> dict[str, Tensor]:
+    """Choose the weights that survive.
+
+    Exactly ``round(sparsity * groups)`` groups end up pruned, counted over all matrices
+    together (scope "global") or in each (scope "layer"), ties included; where more are pruned
+    already, the masks stay as they are.
+
+    Args:
+        scores: name to saliency, ``[n / group_size]``, non-negative; smallest go first.
+        keep: name to present mask, bool of the weight's shape.
+        sparsity: share of the groups to be pruned, or one for each name (implies "layer").
+        group_size: c, consecutive weights that go together.
+        scope: "global" for one ranking over all matrices, "layer" for one in each.
+
+    Returns:
+        name to new mask, in the shape of the present one.
+
+    Raises:
+        ValueError: sparsity outside [0, 1], unknown scope, NaN or negative scores.
+    """
+    if isinstance(sparsity, Mapping):
+        return {
+            name: _prune_to({name: scores[name]}, keep, check_sparsity(sparsity[name]), group_size)[
+                name
+            ]
+            for name in scores
+        }
+    check_sparsity(sparsity)
+    if scope == "layer":
+        return select_masks(scores, keep, dict.fromkeys(scores, sparsity), group_size)
+    if scope != "global":
+        raise ValueError(f"scope must be 'global' or 'layer', got {scope!r}")
+    return _prune_to(scores, keep, sparsity, group_size)

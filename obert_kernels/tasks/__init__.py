@@ -1,0 +1,1 @@
+"""Models and labelled texts behind the commands."""

@@ -1,0 +1,69 @@
+"""How well a classifier does."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from ..gradients.backward import evaluation
+from ..gradients.batches import to_device
+from ..progress import Progress
+from .loaders import Batch
+from .precision import _autocast
+
+
+class Quality(NamedTuple):
+    """How well a model does.
+
+    Attributes:
+        accuracy: share of texts whose class it gives right.
+        loss: mean over the texts; NaN for a model that returns none.
+    """
+
+    accuracy: float
+    loss: float
+
+
+def quality(
+    model: nn.Module,
+    loader: Iterable[Batch],
+    *,
+    bfloat16: bool | None = None,
+    progress: Progress | None = None,
+    stage: str = "evaluate",
+) -> Quality:
+    """Return accuracy and loss of the model, in eval mode.
+
+    Args:
+        model: returns an output with ``.logits``, and ``.loss``, for ``model(**batch)``.
+        loader: batches with ``labels``.
+        bfloat16: as for :func:`fine_tune`.
+        progress: called as ``progress(stage, done, total)``, in batches.
+        stage: name given to ``progress``.
+    """
+    device = next(model.parameters()).device
+    batches = loader if isinstance(loader, Sequence | DataLoader) else list(loader)
+    right = total = 0
+    loss = 0.0
+    with evaluation(model), torch.inference_mode(), _autocast(device, bfloat16):
+        for index, batch in enumerate(batches):
+            batch = to_device(batch, device)
+            output = model(**batch)
+            found = output.logits.argmax(dim=-1)
+            right += int((found == batch["labels"]).sum())
+            total += len(found)
+            own = getattr(output, "loss", None)
+            loss += math.nan if own is None else float(own) * len(found)
+            if progress is not None:
+                progress(stage, index + 1, len(batches))
+    return Quality(right / total, loss / total)
+
+
+def accuracy(model: nn.Module, loader: Iterable[Batch], **options: Any) -> float:
+    """Return the share of texts whose class the model gives right: see :func:`quality`."""
+    return quality(model, loader, **options).accuracy

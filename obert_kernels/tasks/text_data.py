@@ -1,0 +1,167 @@
+"""Labelled texts: the demo's two sets, a local file, or a data set of the hub.
+
+Every source ends as a :class:`TextData`: duplicates removed, and split by a hash of the text,
+so that the same text falls into the same part on every machine and in every run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    pass
+
+# Shares of train and dev; the rest is test.
+_TRAIN, _DEV = 0.75, 0.10
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Labelled texts, or pairs of texts, in a fixed order.
+
+    Attributes:
+        texts: the (first) text of each example.
+        labels: class index of each example.
+        pairs: the second text of each example, or None for single texts.
+    """
+
+    texts: list[str]
+    labels: list[int]
+    pairs: list[str] | None = None
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def subset(self, indices: Iterable[int]) -> Texts:
+        """Return these examples, in this order."""
+        indices = list(indices)
+        return Texts(
+            [self.texts[i] for i in indices],
+            [self.labels[i] for i in indices],
+            None if self.pairs is None else [self.pairs[i] for i in indices],
+        )
+
+
+@dataclass(frozen=True)
+class TextData:
+    """A classification task.
+
+    Attributes:
+        label_names: name of each class; the position is the class index.
+        train: examples to fit to, and to take the gradients of.
+        dev: examples to choose settings on.
+        test: examples to report on.
+    """
+
+    label_names: list[str]
+    train: Texts
+    dev: Texts
+    test: Texts
+
+    def with_label_order(self, label_names: Sequence[str]) -> TextData:
+        """Return the same task with its classes in the order of ``label_names``.
+
+        Raises:
+            ValueError: these are not the classes of this task.
+        """
+        if sorted(label_names) != sorted(self.label_names):
+            raise ValueError(f"the classes are {self.label_names}, not {list(label_names)}")
+        position = [list(label_names).index(name) for name in self.label_names]
+        parts = (
+            replace(part, labels=[position[label] for label in part.labels])
+            for part in (self.train, self.dev, self.test)
+        )
+        return TextData(list(label_names), *parts)
+
+
+@dataclass(frozen=True)
+class _Example:
+    text: str
+    pair: str | None
+    label: str
+
+    @property
+    def key(self) -> str:
+        """What makes two examples the same text: case and white space aside."""
+        parts = (self.text,) if self.pair is None else (self.text, self.pair)
+        return "\0".join(" ".join(part.casefold().split()) for part in parts)
+
+
+def _assemble(
+    source: str, parts: Mapping[str, list[_Example]], class_names: list[str] | None = None
+) -> TextData:
+    """Remove duplicates, index the classes and bring the parts into train, dev and test."""
+    train, dev, test = _three_parts({part: rows for part, rows in parts.items() if rows})
+    seen: set[str] = set()
+    # Tests first: a text that is in two parts stays where it is only measured.
+    test, dev, train = (_without_duplicates(rows, seen) for rows in (test, dev, train))
+    present = {row.label for row in (*train, *dev, *test)}
+    names = class_names or sorted(present, key=_label_order)
+    total = len(train) + len(dev) + len(test)
+    if not total:
+        raise ValueError(f"{source} holds no rows with a text and a class")
+    if len(present) < 2 or len(present) > max(2, total // 2):
+        raise ValueError(
+            f"the label column of {source} holds {len(present)} classes over {total} different "
+            "texts: that is no classification task, name another column with --label-column"
+        )
+    if not train or not test:
+        raise ValueError(
+            f"{source} is too small: {len(train)} texts to train and {len(test)} to test on"
+        )
+    index = {name: position for position, name in enumerate(names)}
+    return TextData(names, *(_texts(rows, index) for rows in (train, dev, test)))
+
+
+def _three_parts(
+    parts: Mapping[str, list[_Example]],
+) -> tuple[list[_Example], list[_Example], list[_Example]]:
+    """Use the source's own parts where it has them, else a hash of the text."""
+    if len(parts) <= 1:
+        rows = next(iter(parts.values()), [])
+        share = [_hash_share(row.key) for row in rows]
+        return (
+            [row for row, at in zip(rows, share, strict=True) if at < _TRAIN],
+            [row for row, at in zip(rows, share, strict=True) if _TRAIN <= at < _TRAIN + _DEV],
+            [row for row, at in zip(rows, share, strict=True) if at >= _TRAIN + _DEV],
+        )
+    dev = next((rows for part, rows in parts.items() if part.startswith(("val", "dev"))), [])
+    test = parts.get("test") or dev
+    train = parts.get("train", [])
+    if test is dev:  # the labels of the test part are hidden, or there is none
+        edge = _TRAIN / (_TRAIN + _DEV)
+        dev = [row for row in train if _hash_share(row.key) >= edge]
+        train = [row for row in train if _hash_share(row.key) < edge]
+    return train, dev, test
+
+
+def _hash_share(key: str) -> float:
+    """Return a number in [0, 1) that depends on the text alone."""
+    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:6], "big") / 2**48
+
+
+def _without_duplicates(rows: list[_Example], seen: set[str]) -> list[_Example]:
+    fresh = []
+    for row in rows:
+        if row.key not in seen:
+            seen.add(row.key)
+            fresh.append(row)
+    return fresh
+
+
+def _label_order(name: str) -> tuple[int, int, str]:
+    """Numbers in numerical order, then names in alphabetical order."""
+    digits = name.removeprefix("-")
+    return (0, int(name), name) if digits.isdecimal() else (1, 0, name)
+
+
+def _texts(rows: list[_Example], index: Mapping[str, int]) -> Texts:
+    pairs = [row.pair for row in rows if row.pair is not None]
+    return Texts(
+        texts=[row.text for row in rows],
+        labels=[index[row.label] for row in rows],
+        pairs=pairs or None,
+    )

@@ -1,0 +1,1 @@
+"""Many prunings of one model: grids, their outcomes and tables; knows no texts."""

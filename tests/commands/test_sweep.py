@@ -1,0 +1,415 @@
+"""``obert-prune sweep`` and what it writes: table, plot, and going on where it was stopped."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+pytest.importorskip("typer")
+
+from tiny import GREEDY, FakeClock, outcome
+from tiny_text import save_model
+
+from obert_kernels.commands import sweep
+from obert_kernels.commands.config import Settings
+from obert_kernels.tasks import batches, classification
+from obert_kernels.tasks.evaluate import quality
+from obert_kernels.tasks.loaders import make_loader
+from obert_kernels.tasks.readers import load_text_data
+from obert_kernels.tasks.text_data import TextData, Texts
+from obert_kernels.trials import grid
+from obert_kernels.trials.outcome import Outcome, Setting, best_by_target
+from obert_kernels.trials.table import COLUMNS, TrialTable, format_table
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+Command = Callable[..., tuple[int, str, str]]
+
+# Table and plot
+
+
+def test_best_by_accuracy_then_by_loss():
+    worse = outcome(dev_accuracy=0.8, dev_loss=0.1, test_accuracy=1.0)
+    tied = outcome(replace(GREEDY, damping=1.0), dev_loss=0.31)
+    best = outcome(replace(GREEDY, damping=2.0), dev_loss=0.29)
+    other = outcome(target=0.9, dev_accuracy=0.1)
+    failed = outcome(target=0.9, dev_accuracy=None, dev_loss=None, error="not definite")
+    outcomes = [other, failed, worse, tied, best]
+    assert best_by_target(outcomes) == {0.5: best, 0.9: other}
+    lines = format_table(outcomes).splitlines()
+    assert len({len(line) for line in lines}) == 1
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert [row[:2] + row[7:9] for row in cells[2:]] == [
+        ["50.0%", "*", "2", "90.0%"],
+        ["50.0%", "", "1", "90.0%"],
+        ["50.0%", "", "0.001", "80.0%"],
+        ["90.0%", "*", "0.001", "10.0%"],
+        ["90.0%", "", "0.001", "failed"],
+    ]
+
+
+def test_outcomes_come_back_from_the_file(tmp_path):
+    table = TrialTable(tmp_path / "sweep.csv")
+    written = [
+        outcome(damping_used=1 / 3, predicted_increase=1e-17, trial_seconds=2.5),
+        outcome(Setting("magnitude", "none"), test_accuracy=0.1 + 0.2),
+        outcome(
+            replace(GREEDY, damping="auto"), sparsity=None, dev_accuracy=None, dev_loss=None,
+            test_accuracy=None, error='block 3, "x", is bad',
+        ),
+    ]  # fmt: skip
+    for one in written:
+        table.append(one)
+    assert TrialTable(tmp_path / "sweep.csv").outcomes == table.outcomes == written
+    table.append(written[0])  # as if by a second command
+    assert TrialTable(tmp_path / "sweep.csv").outcomes == written
+    with (tmp_path / "sweep.csv").open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    assert [row["texts"] for row in rows] == ["8", "", "8", "8"]
+    assert tuple(rows[0]) == COLUMNS
+
+
+@pytest.mark.parametrize("cut", [1, 5, 60])
+def test_a_torn_last_line_is_dropped(tmp_path, cut):
+    path = tmp_path / "sweep.csv"
+    table = TrialTable(path)
+    for damping in (1.0, 2.0):
+        table.append(outcome(replace(GREEDY, damping=damping)))
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-cut])
+    again = TrialTable(path)
+    assert again.outcomes == table.outcomes[:1]
+    again.append(table.outcomes[1])
+    assert path.read_bytes() == whole
+
+
+def test_a_torn_header_is_dropped(tmp_path):
+    path = tmp_path / "sweep.csv"
+    path.write_text("selection,upd")
+    table = TrialTable(path)
+    table.append(outcome())
+    assert TrialTable(path).outcomes == [outcome()]
+
+
+def test_other_files_are_refused(tmp_path):
+    path = tmp_path / "sweep.csv"
+    path.write_text("a,b\n1,2\n")
+    with pytest.raises(ValueError, match="other columns"):
+        TrialTable(path)
+    path.unlink()
+    TrialTable(path).append(outcome())
+    path.write_text(path.read_text().replace("0.9", "much"))
+    with pytest.raises(ValueError, match=r"line 2 of .* cannot be read"):
+        TrialTable(path)
+
+
+# The command
+
+
+@pytest.fixture
+def quick_plot(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures take longer than all the rest, and one test has them."""
+    monkeypatch.setattr(sweep, "plot_sweep", lambda *arguments: None)
+
+
+QUICK = ("--texts", 32, "--texts-per-grad", 4, "--block-size", 8, "--max-length", 16)
+
+
+def rows_of(folder: Path) -> list[dict[str, str]]:
+    with (folder / "sweep.csv").open(newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+def steady(rows: list[dict[str, str]]) -> list[dict[str, str]]:
+    return [{k: v for k, v in row.items() if not k.endswith("_seconds")} for row in rows]
+
+
+def test_sweep_writes_table_and_plot_and_goes_on(
+    tmp_path: Path, data_file: str, command: Command, estimates: list, monkeypatch: Any
+) -> None:  # fmt: skip
+    model, out = save_model(tmp_path / "model", head=True), tmp_path / "out"
+    arguments = (
+        "sweep", model, data_file, "-s", 0.5, "-s", 0.75, *QUICK, "--damping", "auto",
+        "--damping", "1e-3", "--selection", "greedy", "--selection", "diagonal", "--selection",
+        "magnitude", "-o", out,
+    )  # fmt: skip
+    code, stdout, stderr = command(*arguments)
+    assert code == 0, stderr
+    assert sorted(path.name for path in out.iterdir()) == [
+        "sweep.csv", "sweep.json", "sweep.md", "sweep.png",
+    ]  # fmt: skip
+    assert (out / "sweep.png").read_bytes().startswith(b"\x89PNG")
+    assert estimates == [(8, 4, 8)]
+    rows = rows_of(out)
+    assert len(rows) == 2 * 5 and tuple(rows[0]) == COLUMNS
+    assert rows[0]["selection"] == "magnitude" and rows[0]["texts"] == rows[0]["damping"] == ""
+    assert {row["texts"] for row in rows[2:]} == {"32"}
+    assert (out / "sweep.md").read_text() in stdout
+    marked = [line for line in stdout.splitlines() if re.match(r"\| +(50|75)\.0% \| +\* \|", line)]
+    assert len(marked) == 2
+    assert stdout.count("[") == 10 and "[10/10] 75.0% diagonal, damping 0.001: " in stdout
+    whole = (out / "sweep.csv").read_bytes()
+
+    monkeypatch.setattr(sweep, "plot_sweep", lambda *arguments: None)
+    # Nothing is left to do: the same table, no estimate.
+    code, again, _ = command(*arguments)
+    assert code == 0 and len(estimates) == 1
+    assert "10 of 10 trials are in" in again
+    assert again.partition("\n| sparsity")[2] == stdout.partition("\n| sparsity")[2]
+    assert (out / "sweep.csv").read_bytes() == whole
+
+    # A crash tore the last line and lost two more.
+    lines = whole.splitlines(keepends=True)
+    (out / "sweep.csv").write_bytes(b"".join(lines[:-3]) + lines[-3][:20])
+    code, third, stderr = command(*arguments)
+    assert code == 0, stderr
+    assert "7 of 10 trials are in" in third and third.count("[") == 3
+    assert steady(rows_of(out)) == steady(rows) and len(estimates) == 2
+
+    # More of the grid in the same folder.
+    code, fourth, stderr = command(*arguments, "--damping", 1e-2)
+    assert code == 0, stderr
+    assert "10 of 14 trials are in" in fourth and len(rows_of(out)) == 14
+
+
+@pytest.mark.usefixtures("quick_plot")
+def test_the_grid_is_that_of_the_options(
+    tmp_path: Path, data_file: str, command: Command, estimates: list
+) -> None:  # fmt: skip
+    model, out = save_model(tmp_path / "model", head=True), tmp_path / "out"
+    (tmp_path / "mine.py").write_text(
+        "import obert_kernels\n\n"
+        "@obert_kernels.register_saliency('least', uses_fisher=False)\n"
+        "def least(problem):\n"
+        "    weights = problem.weights\n"
+        "    return {n: problem.grouped(weights[n].detach().abs()) for n in problem.names()}\n"
+    )
+    code, _, stderr = command(
+        "sweep", model, data_file, "-s", 0.5, "--max-length", 16, "--texts", 16, "--texts", 32,
+        "--texts-per-grad", 2, "--texts-per-grad", 4, "--block-size", 8, "--block-size", 4,
+        "--damping", 1e-3, "--plugin", tmp_path / "mine.py", "--selection", "greedy",
+        "--selection", "least", "-o", out,
+    )  # fmt: skip
+    assert code == 0, stderr
+    assert len(estimates) == len(set(estimates)) == 8
+    rows = rows_of(out)
+    assert {(int(r["texts"]), int(r["texts_per_grad"]), r["block_size"]) for r in rows} == {
+        (n, g, b) for n in (16, 32) for g in (2, 4) for b in ("", "4", "8")
+    }
+
+
+@pytest.mark.usefixtures("quick_plot")
+@pytest.mark.parametrize("gradients_of", ["predictions", "labels"])
+def test_sweep_figures_are_those_of_single_runs(
+    tmp_path: Path, data_file: str, command: Command, gradients_of: str
+) -> None:
+    model, out = save_model(tmp_path / "model", head=True), tmp_path / "out"
+    asked = ("-s", 0.75, "--gradients-of", gradients_of)
+    assert command("sweep", model, data_file, *asked, *QUICK, "-o", out)[0] == 0
+    single = ("--num-grads", 8, "--grad-batch-size", 4, "--block-size", 8, "--max-length", 16)
+    assert command("run", model, data_file, *asked, *single, "-o", tmp_path / "run")[0] == 0
+    (row,) = rows_of(out)
+    report = json.loads((tmp_path / "run" / "report.json").read_text())["results"][1]
+    assert float(row["test_accuracy"]) == report["accuracy"]
+    assert float(row["damping_used"]) == pytest.approx(report["damping"])
+    assert float(row["predicted_increase"]) == pytest.approx(report["predicted_increase"])
+
+
+@pytest.mark.usefixtures("quick_plot")
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (["--max-length", 12], "max-length was 16, now 12"),
+        (["--seed", 3], "seed was 0, now 3"),
+        (["--pattern", "block4"], "pattern was unstructured, now block4"),
+        (["--params", "re:.*output.*"], "params was None, now"),
+        (["--gradients-of", "labels"], "gradients-of was predictions, now labels"),
+        ("model", "the model's weights is not the same"),
+        ("configuration", "the model's configuration is not the same"),
+        ("tokenizer", "the tokenizer is not the same"),
+        ("data", "the data is not the same"),
+    ],
+)
+def test_other_settings_are_refused(
+    tmp_path: Path, data_file: str, command: Command, changed: Any, message: str
+) -> None:  # fmt: skip
+    folder, out = save_model(tmp_path / "model", head=True), tmp_path / "out"
+    arguments = ("sweep", folder, data_file, "-s", 0.5, "--selection", "magnitude", *QUICK)
+    arguments += ("-o", out)
+    assert command(*arguments)[0] == 0
+    before = (out / "sweep.csv").read_bytes()
+    if changed == "model":
+        save_model(folder, head=True)
+        model = classification.load_classifier(
+            sweep.Settings(str(folder), data_file, [0.5], out), load_text_data(data_file)
+        )[1]
+        with torch.no_grad():
+            model.classifier.weight[0, 0] += 1e-6
+        model.save_pretrained(folder)
+    elif changed == "configuration":
+        path = folder / "config.json"
+        path.write_text(path.read_text().replace('"gelu"', '"relu"'))
+    elif changed == "tokenizer":
+        path = folder / "tokenizer.json"
+        path.write_text(path.read_text().replace('"good"', '"grand"'))
+    elif changed == "data":
+        with Path(data_file).open("a") as stream:
+            stream.write("\na fine film indeed,0")
+    more = changed if isinstance(changed, list) else []
+    code, _, stderr = command(*arguments, *more)
+    assert code == 1
+    assert re.fullmatch(rf"error: .*\({message}.*\): choose another --output.*\n", stderr)
+    assert (out / "sweep.csv").read_bytes() == before
+
+
+def test_a_folder_without_trials_takes_other_settings(
+    tmp_path: Path, data_file: str, command: Command
+) -> None:  # fmt: skip
+    """After an error on the way to the first one."""
+    model, out = save_model(tmp_path / "model", head=True), tmp_path / "out"
+    arguments = ("sweep", model, data_file, "-s", 0.5, "--damping", 1e-3, *QUICK, "-o", out)
+    code, _, stderr = command(*arguments, "--max-memory", "1KB")
+    assert code == 1 and "fisher_dtype float32" in stderr
+    assert command(*arguments, "--fisher-dtype", "float32")[0] == 0
+    code, _, stderr = command(*arguments)
+    assert code == 1 and "fisher-dtype was float32, now float64" in stderr
+
+
+def test_a_table_of_unknown_origin_is_refused(
+    tmp_path: Path, data_file: str, command: Command
+) -> None:  # fmt: skip
+    model, out = save_model(tmp_path / "model", head=True), tmp_path / "out"
+    out.mkdir()
+    arguments = ("sweep", model, data_file, "-s", 0.5, *QUICK, "-o", out)
+    (out / "sweep.csv").write_text("x\n")
+    code, _, stderr = command(*arguments)
+    assert code == 1 and "without sweep.json" in stderr
+    (out / "sweep.json").write_text("[]")
+    code, _, stderr = command(*arguments)
+    assert code == 1 and "is not of a sweep" in stderr
+
+
+@pytest.mark.usefixtures("quick_plot")
+def test_n_of_m_needs_no_sparsity(
+    tmp_path: Path, data_file: str, command: Command
+) -> None:  # fmt: skip
+    model, out = save_model(tmp_path / "model", head=True), tmp_path / "out"
+    code, _, stderr = command(
+        "sweep", model, data_file, "--pattern", "2:4", *QUICK, "--selection", "greedy",
+        "--selection", "magnitude", "--damping", 1e-3, "-o", out,
+    )  # fmt: skip
+    assert code == 0, stderr
+    assert [(row["target"], row["sparsity"]) for row in rows_of(out)] == [("0.5", "0.5")] * 2
+
+
+@pytest.mark.usefixtures("quick_plot")
+def test_a_budget_says_what_it_left_out(
+    tmp_path: Path, data_file: str, command: Command, monkeypatch: Any
+) -> None:  # fmt: skip
+    model, out = save_model(tmp_path / "model", head=True), tmp_path / "out"
+    arguments = ("sweep", model, data_file, "-s", 0.5, "-s", 0.75, *QUICK, "-o", out)
+    arguments += ("--selection", "greedy", "--selection", "magnitude", "--damping", 1e-3)
+    code, stdout, _ = command(*arguments, "--budget", 0)
+    assert code == 0 and "too short for a single trial" in stdout
+    assert not (out / "sweep.csv").exists()
+    clock = FakeClock()
+    real = grid.run_grid
+
+    def run_grid(*positional: Any, on_outcome: Any, **options: Any) -> Any:
+        def slow(outcome: Outcome) -> None:
+            clock.now += 61
+            on_outcome(outcome)
+
+        return real(*positional, **{**options, "on_outcome": slow, "clock": clock})
+
+    monkeypatch.setattr(sweep, "run_grid", run_grid)
+    code, stdout, _ = command(*arguments, "--budget", 2.5)
+    assert code == 0
+    assert "Trials that the budget of 2.5 minutes left out: 1 (75.0% greedy)" in stdout
+    assert "same command goes on" in stdout and "| sparsity" in stdout
+    assert len(rows_of(out)) == 3 and (out / "sweep.md").exists()
+    assert command(*arguments)[0] == 0 and len(rows_of(out)) == 4
+
+
+@pytest.mark.usefixtures("quick_plot")
+def test_interrupted_sweep_keeps_its_trials(
+    tmp_path: Path, data_file: str, command: Command, monkeypatch: Any
+) -> None:  # fmt: skip
+    model, out = save_model(tmp_path / "model", head=True), tmp_path / "out"
+    arguments = ("sweep", model, data_file, "-s", 0.5, "-s", 0.75, *QUICK, "-o", out)
+    arguments += ("--selection", "magnitude")
+    real = grid._Work.outcome
+
+    def interrupted(self: Any, setting: Setting, target: float, fisher: Any) -> Outcome:
+        if target == 0.75:
+            raise KeyboardInterrupt
+        return real(self, setting, target, fisher)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(grid._Work, "outcome", interrupted)
+        code, _, stderr = command(*arguments)
+    assert code != 0 and "keeps the trials that were finished" in stderr
+    assert len(rows_of(out)) == 1
+    assert command(*arguments)[0] == 0 and len(rows_of(out)) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["missing-folder", "DATA"], "missing-folder could not be loaded as a model"),
+        (["MODEL", "DATA", "--selection", "random"], "selection must be"),
+        (["MODEL", "DATA", "--estimator", "kfac"], "estimator must be"),
+        (["MODEL", "DATA", "--update", "mean"], "update must be"),
+        (["MODEL", "DATA", "--damping", "much"], "damping must be"),
+        (["MODEL", "DATA", "--texts", "8", "--texts-per-grad", "9"], "8 texts give no gradient"),
+        (["MODEL", "DATA", "--texts-per-grad", "1000"], "--texts-per-grad"),
+        (["MODEL", "DATA", "--pattern", "1:4"], "prunes to a sparsity of 0.75"),
+        (["MODEL", "DATA", "--max-memory", "1KB"], "max_memory"),
+        (["BARE", "DATA"], "no trained classification head: fine-tune it first"),
+    ],
+)
+def test_user_errors_are_one_line(
+    tmp_path: Path, data_file: str, command: Command, monkeypatch: Any,
+    arguments: list[str], message: str,
+) -> None:  # fmt: skip
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    names = {"DATA": data_file, "MODEL": str(save_model(tmp_path / "model", head=True))}
+    names |= {"BARE": str(save_model(tmp_path / "bare", head=False))}
+    given = [names.get(argument, argument) for argument in arguments]
+    out = tmp_path / "out"
+    code, _, stderr = command("sweep", *given, "-s", 0.5, "-o", out)
+    assert code == 1
+    assert re.fullmatch(rf"error: .*{message}.*\n", stderr)
+    assert not (out / "sweep.csv").exists()
+
+
+def test_texts_are_held_back_where_the_data_holds_none_back():
+    train = Texts([f"text {i}" for i in range(50)], [i % 2 for i in range(50)], None)
+    data = TextData(["a", "b"], train, Texts([], []), train)
+    made = batches.with_held_back(data, 0)
+    assert len(made.dev) == 5 and len(made.train) == 45
+    assert not set(made.dev.texts) & set(made.train.texts)
+    assert all(
+        int(t.split()[1]) % 2 == y for t, y in zip(made.dev.texts, made.dev.labels, strict=True)
+    )
+    assert batches.with_held_back(made, 1) is made
+
+
+def test_quality_is_a_mean_over_texts(tmp_path: Path, data_file: str) -> None:
+    settings = Settings(str(save_model(tmp_path / "model", head=True)), data_file, [0.5], tmp_path)
+    tokenizer, model, data = classification.load_classifier(settings, load_text_data(data_file))
+    found = [
+        quality(model, make_loader(tokenizer, data.train, size), bfloat16=False)
+        for size in (7, 500)
+    ]
+    assert found[0].loss == pytest.approx(found[1].loss, rel=1e-5)
+    assert found[0].accuracy == found[1].accuracy

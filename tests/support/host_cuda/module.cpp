@@ -1,0 +1,58 @@
+// The CUDA kernels of csrc/cuda, compiled for the host and executed fiber by fiber, behind the
+// functions that the package calls for a device.
+#include <dlfcn.h>
+#include <pybind11/pybind11.h>
+
+#include <stdexcept>
+
+#include "../../../csrc/operators.h"
+#include "executor.h"
+
+namespace py = pybind11;
+using namespace obert;
+
+PYBIND11_MODULE(host_cuda, m) {
+    define_operators<void*>(
+        m, {cuda::gram_accumulate, cuda::gram_accumulate_living, cuda::gram_inverse,
+            cuda::gram_diagonal, cuda::gram_solve, cuda::gram_scores, cuda::gram_greedy_scores,
+            cuda::gram_n_of_m, cuda::gram_update, cuda::woodbury_update, cuda::inverse_scores,
+            cuda::inverse_update});
+    m.def("set_seed", &host_cuda::set_seed);
+    m.def("set_shared_memory_limit", &host_cuda::set_shared_memory_limit);
+    m.def("set_recording", &host_cuda::set_recording);
+    // The kernel: where its code begins in the file of this module.
+    m.def("last_launch", [] {
+        if (host_cuda::launches().empty()) throw std::runtime_error("no launch was recorded");
+        const host_cuda::Launch& launch = host_cuda::launches().back();
+        Dl_info module{};
+        if (dladdr(launch.kernel, &module) == 0)
+            throw std::runtime_error("the kernel is in no module");
+        py::list parameters;
+        for (const std::string& bytes : launch.parameters) parameters.append(py::bytes(bytes));
+        py::dict out;
+        out["kernel"] =
+            static_cast<const char*>(launch.kernel) - static_cast<const char*>(module.dli_fbase);
+        out["grid"] = py::make_tuple(launch.grid.x, launch.grid.y, launch.grid.z);
+        out["block"] = py::make_tuple(launch.block.x, launch.block.y, launch.block.z);
+        out["shared_bytes"] = launch.shared_bytes;
+        out["parameters"] = parameters;
+        return out;
+    });
+    m.def("launch_streams", [] {
+        py::list streams;
+        for (const host_cuda::Launch& launch : host_cuda::launches())
+            streams.append(reinterpret_cast<uintptr_t>(launch.stream));
+        return streams;
+    });
+    m.def("replay", &host_cuda::replay);
+    m.def("reset_counters", &host_cuda::reset_counters);
+    m.def("counters", [] {
+        const host_cuda::Counters& counters = host_cuda::counters();
+        py::dict out;
+        out["load_bytes"] = counters.load_bytes;
+        out["store_bytes"] = counters.store_bytes;
+        out["load_count"] = counters.load_count;
+        out["store_count"] = counters.store_count;
+        return out;
+    });
+}

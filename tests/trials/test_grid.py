@@ -1,0 +1,356 @@
+"""A grid of trials: which there are, on how few estimates, in how much time."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from tiny import GREEDY
+
+from obert_kernels import NumericalError, register_saliency
+from obert_kernels.trials import grid
+from obert_kernels.trials.budget import Budget
+from obert_kernels.trials.outcome import Outcome, Scores, Setting, best_by_target, label, make_grid
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+# Which trials
+
+
+def test_combinations_that_differ_in_nothing_run_once():
+    settings = make_grid(
+        texts=[64, 32, 64],
+        texts_per_grad=[8, 16],
+        block_size=[None, 50, 10],
+        damping=["auto", 1e-3, 0.001],
+        selection=["greedy", "diagonal", "magnitude"],
+    )
+    assert len(settings) == len(set(settings)) == 1 + 2 * 2 * 2 * 2 * 2
+    assert settings[0] == Setting("magnitude", "none"), "knows neither gradients nor damping"
+    estimates = list(dict.fromkeys(setting.estimate for setting in settings))
+    assert estimates[:3] == [(None, None, None), (2, 16, 10), (4, 8, 10)], "the cheapest first"
+    assert {s.update for s in settings if s.selection == "diagonal"} == {"sum"}
+    assert {s.update for s in settings if s.selection == "greedy"} == {"joint"}
+
+
+def test_texts_that_give_the_same_gradients_are_one_setting():
+    settings = make_grid(texts=[64, 71], texts_per_grad=[8])
+    assert [(setting.texts, setting.num_grads) for setting in settings] == [(64, 8)]
+
+
+def test_updates_can_be_asked_for():
+    settings = make_grid(selection=["diagonal", "magnitude"], update=["auto", "joint"])
+    assert [(setting.selection, setting.update) for setting in settings] == [
+        ("magnitude", "none"), ("diagonal", "sum"), ("diagonal", "joint"), ("magnitude", "joint"),
+    ]  # fmt: skip
+    assert [setting.needs_fisher for setting in settings] == [False, True, True, True]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"texts": [8]}, "8 texts give no gradient of 16"),
+        ({"texts_per_grad": [0]}, "at least 1"),
+        ({"pattern": "2:4", "block_size": [50]}, "multiple of 4"),
+        ({"pattern": "rows"}, "pattern must be"),
+    ],
+)
+def test_impossible_grids(options, message):
+    with pytest.raises(ValueError, match=message):
+        make_grid(**options)
+
+
+@pytest.mark.parametrize(
+    "options", [{"texts": 1024}, {"block_size": None}, {"selection": "greedy"}, {"damping": 1e-7}]
+)
+def test_one_value_is_no_list(options):
+    (name, value), *_ = options.items()
+    with pytest.raises(TypeError, match=rf"{name} is a list .* write \[{value!r}\]"):
+        make_grid(**options)
+
+
+def test_names_tell_apart_what_stands_side_by_side():
+    settings = make_grid(texts=[32, 64], damping=["auto", 1e-3], selection=["greedy", "magnitude"])
+    names = [label(setting, settings) for setting in settings]
+    assert names[:3] == ["magnitude", "greedy, n 32, damping auto", "greedy, n 32, damping 0.001"]
+    assert len(set(names)) == len(names)
+    assert label(GREEDY, [GREEDY]) == "greedy"
+
+
+def test_names_tell_apart_settings_without_a_fisher():
+    @register_saliency("looking", uses_fisher=False)
+    def looking(problem):
+        raise NotImplementedError
+
+    settings = make_grid(texts=[32, 64], selection=["looking"])
+    assert [label(one, settings) for one in settings] == ["looking, n 32", "looking, n 64"]
+
+
+# run_grid
+
+
+def evaluate(model: torch.nn.Module) -> Scores:
+    """Figures that depend on the weights."""
+    batches = tiny.batches(6, 8)
+    with torch.no_grad():
+        losses = [float(model(**batch)["loss"]) for batch in batches]
+        right = [(model(**b)["logits"].argmax(1) == b["labels"]).float().mean() for b in batches]
+    return Scores(float(sum(right)) / 6, sum(losses) / 6, float(right[0]))
+
+
+def tiny_grid(model: torch.nn.Module, settings: list[Setting], sparsities: list[float], **options):
+    model.eval()
+    return grid.run_grid(
+        model,
+        lambda num_grads, texts: tiny.batches(num_grads, texts),
+        evaluate,
+        settings,
+        sparsities,
+        params=["re:layer.*weight"],
+        calibration=tiny.batches(2),
+        **options,
+    )
+
+
+SETTINGS = make_grid(
+    texts=[16],
+    texts_per_grad=[2, 4],
+    block_size=[8],
+    damping=["auto", 1e-3],
+    selection=["greedy", "diagonal", "magnitude"],
+)
+
+
+def test_one_sparsity_is_no_list():
+    with pytest.raises(TypeError, match=r"sparsities is a list .* write \[0.8\]"):
+        tiny_grid(tiny.TinyEncoder(), SETTINGS, 0.8)
+
+
+def test_one_estimate_serves_all_its_trials_and_the_weights_come_back(estimates):
+    model = tiny.TinyEncoder()
+    before = tiny.snapshot(model)
+    seen: list[Outcome] = []
+    result = tiny_grid(model, SETTINGS, [0.5, 0.75], on_outcome=seen.append)
+    assert len(result.outcomes) == 2 * len(SETTINGS) == 18 and not result.left_out
+    assert result.outcomes == seen
+    assert sorted(estimates) == [(4, 4, 8), (8, 2, 8)]
+    assert tiny.unchanged(model, before)
+    for outcome in result.outcomes:
+        assert not outcome.error
+        assert outcome.sparsity == pytest.approx(outcome.target, abs=0.01)
+        assert outcome.trial_seconds > outcome.selection_seconds > 0
+        fisher = outcome.setting.needs_fisher
+        assert (outcome.damping_used is not None) == fisher
+        assert (outcome.predicted_increase is not None) == fisher
+        assert (outcome.gradients_seconds > 0) == (outcome.fisher_seconds > 0) == fisher
+        assert (outcome.damping_seconds > 0) == (outcome.setting.damping == "auto")
+    keys = [outcome.key for outcome in result.outcomes]
+    assert [key[1] for key in keys] == [0.5, 0.75] * len(SETTINGS), "sparsities stand together"
+
+
+def test_trials_are_those_of_single_calls():
+    model = tiny.TinyEncoder()
+    before = tiny.snapshot(model)
+    for outcome in tiny_grid(model, SETTINGS, [0.75, 0.5]).outcomes:
+        setting = outcome.setting
+        how = {} if setting.damping is None else {"damping": setting.damping}
+        grid.prune(
+            model,
+            tiny.batches(setting.num_grads or 1, setting.texts_per_grad or 1),
+            outcome.target,
+            params=["re:layer.*weight"],
+            num_grads=setting.num_grads or 1,
+            samples_per_grad=setting.texts_per_grad,
+            block_size=setting.block_size,
+            selection=setting.selection,
+            update=setting.update,
+            calibration=tiny.batches(2),
+            **how,
+        )
+        assert evaluate(model) == (
+            outcome.dev_accuracy, outcome.dev_loss, outcome.test_accuracy
+        )  # fmt: skip
+        model.load_state_dict(before)
+
+
+def test_finished_trials_need_no_estimate(estimates):
+    model = tiny.TinyEncoder()
+    first = tiny_grid(model, SETTINGS[:4], [0.5])
+    estimates.clear()
+    again = tiny_grid(model, SETTINGS[:4], [0.5], finished=first.outcomes)
+    assert again.outcomes == first.outcomes and not estimates
+    more = tiny_grid(model, SETTINGS, [0.5], finished=first.outcomes)
+    assert len(more.outcomes) == len(SETTINGS)
+    assert len(estimates) == len({s.estimate for s in SETTINGS[4:] if s.needs_fisher})
+
+
+def test_a_fisher_that_does_not_fit_is_made_in_passes(estimates):
+    model = tiny.TinyEncoder()
+    setting = replace(GREEDY, num_grads=8)
+    whole = tiny_grid(model, [setting], [0.5]).outcomes[0]
+    estimates.clear()
+    passes = tiny_grid(model, [setting], [0.5], max_memory=40_000).outcomes[0]
+    assert not estimates
+    assert passes.dev_loss == pytest.approx(whole.dev_loss, rel=1e-5)
+    assert passes.gradients_seconds > 0 and passes.fisher_seconds > 0
+    with pytest.raises(MemoryError, match="max_memory"):
+        tiny_grid(model, [setting], [0.5], max_memory=100)
+
+
+def test_a_damping_that_is_too_small_fails_alone(monkeypatch):
+    real = grid.prune
+
+    def prune(*arguments: Any, **options: Any) -> Any:
+        if options["sparsity"] and options["damping"] == 1e-9:
+            raise NumericalError("block 3 is not\npositive definite", 3)
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(grid, "prune", prune)
+    model = tiny.TinyEncoder()
+    outcomes = tiny_grid(model, [replace(GREEDY, damping=1e-9), GREEDY], [0.5]).outcomes
+    assert outcomes[0].error == "block 3 is not positive definite"
+    assert outcomes[0].dev_accuracy is None and outcomes[0].fisher_seconds > 0
+    assert not outcomes[1].error
+    assert best_by_target(outcomes) == {0.5: outcomes[1]}
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_an_interrupted_trial_leaves_the_model_as_it_was(monkeypatch, error):
+    model = tiny.TinyEncoder()
+    before = tiny.snapshot(model)
+    seen: list[Outcome] = []
+
+    real = evaluate
+
+    def interrupted(model: torch.nn.Module) -> Scores:
+        if len(seen) == 2:
+            assert not tiny.unchanged(model, before)
+            raise error
+        return real(model)
+
+    monkeypatch.setattr("test_grid.evaluate", interrupted)
+    with pytest.raises(error):
+        tiny_grid(model, SETTINGS, [0.5], on_outcome=seen.append)
+    assert len(seen) == 2 and tiny.unchanged(model, before)
+
+
+def test_a_mistake_in_a_selection_is_no_failed_trial():
+    @register_saliency("mistaken", uses_fisher=False)
+    def mistaken(problem):
+        return {name: 1 / 0 for name in problem.names()}
+
+    with pytest.raises(ZeroDivisionError):
+        tiny_grid(tiny.TinyEncoder(), [Setting("mistaken", "none", 4, 2)], [0.5])
+
+
+@pytest.mark.parametrize(
+    ("setting", "sparsity", "options", "message"),
+    [
+        (replace(GREEDY, selection="random"), 0.5, {}, "selection must be"),
+        (replace(GREEDY, update="mean"), 0.5, {}, "update must be"),
+        (replace(GREEDY, damping="much"), 0.5, {}, "damping must be"),
+        (replace(GREEDY, damping=-1.0), 0.5, {}, "damping must be"),
+        (GREEDY, 1.5, {}, "sparsity"),
+        (GREEDY, 0.7, {"pattern": "2:4"}, "prunes to a sparsity of 0.5"),
+        (GREEDY, 0.5, {"pattern": "block5"}, "not divisible by 5"),
+        (GREEDY, 0.5, {"scope": "model"}, "scope must be"),
+        (replace(GREEDY, block_size=257), 0.5, {}, "block_size"),
+        (replace(GREEDY, block_size=6), 0.5, {"pattern": "2:4"}, "multiple of 4"),
+    ],
+)
+def test_faults_are_found_before_any_work(estimates, setting, sparsity, options, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_grid(tiny.TinyEncoder(), [GREEDY, setting], [sparsity], **options)
+    assert not estimates
+
+
+def test_automatic_damping_needs_calibration():
+    with pytest.raises(ValueError, match="calibration"):
+        grid.run_grid(
+            tiny.TinyEncoder(), tiny.batches, evaluate, [replace(GREEDY, damping="auto")], [0.5],
+            params=["re:layer.*weight"],
+        )  # fmt: skip
+
+
+# The budget
+
+
+def test_no_work_starts_when_the_budget_is_over(estimates, monkeypatch):
+    clock = tiny.FakeClock()
+    real = grid._Work.outcome
+
+    def takes_50_seconds(*arguments: Any) -> Outcome:
+        clock.now += 50
+        return real(*arguments)
+
+    monkeypatch.setattr(grid._Work, "outcome", takes_50_seconds)
+    result = tiny_grid(tiny.TinyEncoder(), SETTINGS, [0.5, 0.75], budget=2, clock=clock)
+    # Two of magnitude take 100 seconds; of those with a Fisher nothing is known, so one starts.
+    assert len(result.outcomes) == 3
+    assert [outcome.setting.selection for outcome in result.outcomes[:2]] == ["magnitude"] * 2
+    assert len(result.outcomes) + len(result.left_out) == 2 * len(SETTINGS)
+    assert len(estimates) == 1
+    nothing = tiny_grid(tiny.TinyEncoder(), SETTINGS, [0.5], budget=0, clock=clock)
+    assert not nothing.outcomes and len(nothing.left_out) == len(SETTINGS)
+    assert len(estimates) == 1
+
+
+def test_an_estimate_is_not_counted_for_those_without_one(monkeypatch):
+    clock = tiny.FakeClock()
+    real = grid._Work.estimate
+
+    def takes_5_minutes(work: grid._Work, setting: Setting) -> Any:
+        clock.now += 300 * setting.needs_fisher
+        return real(work, setting)
+
+    monkeypatch.setattr(grid._Work, "estimate", takes_5_minutes)
+    budget = Budget(9, clock)
+    work = grid._Work(
+        tiny.TinyEncoder(), lambda m, g: tiny.batches(), evaluate,
+        {"params": None, "pattern": "unstructured", "estimator": "gram", "loss_fn": None},
+        (), torch.float64, None, lambda stage, done, total: None,
+    )  # fmt: skip
+    monkeypatch.setattr(work, "outcome", lambda *trial: tiny.outcome(*trial[:2]))
+    looks_at_texts = Setting("wanda", "none", 4, 2)
+    groups = [[(GREEDY, 0.5)], [(looks_at_texts, 0.5)], [(replace(GREEDY, block_size=4), 0.5)]]
+    done = [outcome for group in groups for _, outcome in grid._run_group(work, group, budget)]
+    assert [outcome is not None for outcome in done] == [True, True, False]
+
+
+def test_the_budget_counts_on_what_was_before():
+    clock = tiny.FakeClock()
+    budget = Budget(10, clock)
+    assert budget.allows(("estimate", 1e9)), "nothing is known yet"
+    for seconds in (120, 60):
+        with budget.timed("estimate", 100):
+            clock.now += seconds
+    assert budget.allows(("estimate", 700))  # 60 seconds for 100 texts, 7 minutes left
+    assert not budget.allows(("estimate", 701))
+    assert not budget.allows(("estimate", 650), ("estimate", 60))
+    clock.now += 420
+    assert not budget.allows(("unknown", 1))
+    assert Budget(None, clock).allows(("estimate", 1e9))
+
+
+def test_an_estimate_that_ate_the_budget_is_not_used(monkeypatch, estimates):
+    clock = tiny.FakeClock()
+    real = grid._Work.estimate
+
+    def takes_5_minutes(*arguments: Any) -> Any:
+        clock.now += 300
+        return real(*arguments)
+
+    monkeypatch.setattr(grid._Work, "estimate", takes_5_minutes)
+    result = tiny_grid(tiny.TinyEncoder(), [GREEDY], [0.5, 0.75], budget=4, clock=clock)
+    assert not result.outcomes and len(result.left_out) == 2 and len(estimates) == 1
+
+
+def test_seconds_by_stage():
+    known = {"gradients": 1, "fisher": 2, "damping": 4, "scores": 8, "masks": 16, "update": 32}
+    assert grid._seconds(known) == {
+        "gradients_seconds": 1, "fisher_seconds": 2, "damping_seconds": 4, "selection_seconds": 56,
+    }  # fmt: skip
