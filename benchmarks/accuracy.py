@@ -20,23 +20,24 @@ import statistics
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from dense_models import MAX_LENGTH, MINILM, Stages, fine_tuned
+from dense_models import MAX_LENGTH, MINILM, PRECISION, Stages, fine_tuned
 from machine import machine
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 import obert_kernels
 from obert_kernels.files import write_json
-from obert_kernels.tasks.batches import calibration_batches, tokens_at_once
+from obert_kernels.tasks.batches import fisher_batches, tokens_at_once
 from obert_kernels.tasks.demo_sets import load_demo_set
 from obert_kernels.tasks.downloads import cache_folder
 from obert_kernels.tasks.evaluate import accuracy
 from obert_kernels.tasks.loaders import make_loader
-from obert_kernels.tasks.precision import bfloat16_is_faster, text_loss
+from obert_kernels.tasks.precision import precision_name, text_loss
 
 RESULTS = Path(__file__).parent / "results"
 METHODS: dict[str, dict[str, Any]] = {
@@ -73,7 +74,7 @@ def measure(dataset: str, seed: int, settings: argparse.Namespace) -> dict[str, 
     model = AutoModelForSequenceClassification.from_pretrained(folder)
     length = MAX_LENGTH[dataset]
     test = make_loader(tokenizer, data.test, 64, max_length=length, by_length=True)
-    batches = calibration_batches(
+    batches = fisher_batches(
         tokenizer,
         data.train,
         settings.num_grads,
@@ -84,14 +85,14 @@ def measure(dataset: str, seed: int, settings: argparse.Namespace) -> dict[str, 
         seed=seed,
     )
     dense = {name: value.clone() for name, value in model.state_dict().items()}
-    result = {"dense": accuracy(model, test), "test_texts": len(data.test)}
+    result = {"dense": accuracy(model, test, dtype=PRECISION), "test_texts": len(data.test)}
     fisher = obert_kernels.estimate_fisher(
         model,
         batches,
         num_grads=settings.num_grads,
         samples_per_grad=settings.grad_batch_size,
         block_size=settings.block_size,
-        loss_fn=text_loss,
+        loss_fn=partial(text_loss, dtype=PRECISION),
         progress=progress,
     )
     for method, options in METHODS.items():
@@ -100,7 +101,7 @@ def measure(dataset: str, seed: int, settings: argparse.Namespace) -> dict[str, 
         for sparsity in settings.sparsities:
             model.load_state_dict(dense)
             obert_kernels.prune(model, sparsity=sparsity, progress=progress, **shared, **options)
-            result[method][f"{sparsity:g}"] = accuracy(model, test)
+            result[method][f"{sparsity:g}"] = accuracy(model, test, dtype=PRECISION)
     result["seconds"] = time.perf_counter() - start
     return result
 
@@ -138,7 +139,7 @@ def environment() -> dict[str, Any]:
     packages = ("obert-kernels", "transformers", "tokenizers")
     return {
         **machine(),
-        "bfloat16": bfloat16_is_faster(),
+        "precision": precision_name(PRECISION),
         **{name: version(name) for name in packages},
     }
 

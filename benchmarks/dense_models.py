@@ -13,7 +13,11 @@ from obert_kernels.files import whole_folder
 from obert_kernels.tasks.downloads import DemoPackage, cache_folder, demo_model_folder, fetch
 from obert_kernels.tasks.fine_tune import fine_tune, seeded
 from obert_kernels.tasks.loaders import make_loader
+from obert_kernels.tasks.precision import choose_precision
 from obert_kernels.tasks.text_data import TextData
+
+# Of gradients, training and accuracies.
+PRECISION = choose_precision("auto")
 
 # Tokens; film reviews are longer than questions.
 MAX_LENGTH = {"trec": 64, "mr": 96}
@@ -114,7 +118,15 @@ def fine_tuned(
     loader = make_loader(
         tokenizer, data.train, 32, max_length=MAX_LENGTH[dataset], shuffle=True, seed=seed
     )
-    fine_tune(model, loader, dense.epochs, dense.learning_rate, seed=seed, progress=progress)
+    fine_tune(
+        model,
+        loader,
+        dense.epochs,
+        dense.learning_rate,
+        dtype=PRECISION,
+        seed=seed,
+        progress=progress,
+    )
     with whole_folder(folder) as fresh:
         model.save_pretrained(fresh)
         tokenizer.save_pretrained(fresh)

@@ -21,7 +21,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from dense_models import MAX_LENGTH, MINILM, MPNET, Dense, Stages, fine_tuned
+from dense_models import MAX_LENGTH, MINILM, MPNET, PRECISION, Dense, Stages, fine_tuned
 from evidence_tables import (
     DAMPING_SPARSITIES,
     accuracy_table,
@@ -34,11 +34,11 @@ from machine import machine
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from obert_kernels import load_plugin
-from obert_kernels.commands.config import EVALUATION_BATCH, Settings
+from obert_kernels.commands.config import Settings
 from obert_kernels.commands.sweep import sweep_classifier
 from obert_kernels.tasks.demo_sets import load_demo_set
 from obert_kernels.tasks.downloads import cache_folder
-from obert_kernels.tasks.evaluate import accuracy
+from obert_kernels.tasks.evaluate import EVALUATION_BATCH, accuracy
 from obert_kernels.tasks.loaders import make_loader
 from obert_kernels.tasks.text_data import TextData
 from obert_kernels.trials.outcome import Outcome, Setting, make_grid
@@ -248,7 +248,7 @@ def test_accuracy(model: Path, case: Case, data: TextData) -> float:
         tokenizer, data.test, EVALUATION_BATCH, max_length=MAX_LENGTH[case.dataset], by_length=True
     )
     dense = AutoModelForSequenceClassification.from_pretrained(model)
-    return accuracy(dense, loader)
+    return accuracy(dense, loader, dtype=PRECISION)
 
 
 def check_same(case: Case, seed: int, known: float, found: float, folder: Path) -> None:

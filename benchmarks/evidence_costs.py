@@ -19,13 +19,14 @@ import shlex
 import subprocess
 import sys
 import time
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
 from contender import ReferenceInverse
-from dense_models import MAX_LENGTH, Stages, fine_tuned
+from dense_models import MAX_LENGTH, PRECISION, Stages, fine_tuned
 from evidence import CASES, RESULTS, TEXTS, TEXTS_PER_GRAD, WANDA, Case
 from evidence_tables import header, row
 from machine import machine
@@ -34,7 +35,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from obert_kernels import find_weights, load_plugin, prune
-from obert_kernels.tasks.batches import calibration_batches, held_back, tokens_at_once
+from obert_kernels.tasks.batches import damping_batches, fisher_batches, tokens_at_once
 from obert_kernels.tasks.demo_sets import load_demo_set
 from obert_kernels.tasks.downloads import cache_folder
 from obert_kernels.tasks.evaluate import accuracy
@@ -80,7 +81,7 @@ def prune_as_reference(
     for batch in batches:
         start = time.perf_counter()
         model.zero_grad()
-        text_loss(model, batch).backward()
+        text_loss(model, batch, PRECISION).backward()
         middle = time.perf_counter()
         for name, weight in weights.items():
             fishers[name].add_grad(weight.grad.flatten())
@@ -111,7 +112,9 @@ def prune_with_ours(
         model, None if method == "magnitude" else batches, settings.sparsity,
         num_grads=settings.texts // TEXTS_PER_GRAD, samples_per_grad=TEXTS_PER_GRAD,
         pattern=settings.pattern,
-        loss_fn=LOSSES["predictions" if method == "greedy" else "labels"],
+        loss_fn=partial(
+            LOSSES["predictions" if method == "greedy" else "labels"], dtype=PRECISION
+        ),
         fisher_dtype=getattr(torch, case.fisher_dtype),
         **options,
     ).report  # fmt: skip
@@ -136,13 +139,13 @@ def measure(case: Case, method: str, seed: int, settings: argparse.Namespace) ->
     length = MAX_LENGTH[case.dataset]
     reference = method == "reference"
     # One gradient a batch for the reference; as many as fit for ours.
-    batches = calibration_batches(
+    batches = fisher_batches(
         tokenizer, data.train, REFERENCE_GRADS if reference else settings.texts // TEXTS_PER_GRAD,
         TEXTS_PER_GRAD, max_length=length, seed=seed,
         max_tokens=1 if reference else tokens_at_once(model.config.hidden_size),
         by_length=method == "greedy",  # whose gradients are those of predictions
     )  # fmt: skip
-    held = held_back(tokenizer, data, max_length=length)
+    held = damping_batches(tokenizer, data, max_length=length)
     start = time.perf_counter()
     if reference:
         by_stage = prune_as_reference(model, batches, settings.sparsity, settings.damping)
@@ -163,7 +166,7 @@ def measure(case: Case, method: str, seed: int, settings: argparse.Namespace) ->
         "seconds": seconds,
         **by_stage,
         "peak_gib": peak,
-        "accuracy": accuracy(model, test),
+        "accuracy": accuracy(model, test, dtype=PRECISION),
     }
 
 

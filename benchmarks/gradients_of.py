@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 import torch
-from dense_models import MAX_LENGTH, MINILM, Stages, fine_tuned
+from dense_models import MAX_LENGTH, MINILM, PRECISION, Stages, fine_tuned
 from evidence import TEXTS, TEXTS_PER_GRAD
 from evidence_tables import cell, header, row
 from machine import machine
@@ -24,7 +24,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from obert_kernels import estimate_fisher, model_loss, prediction_loss, prune
 from obert_kernels.gradients.losses import LossFn
-from obert_kernels.tasks.batches import calibration_batches, held_back, tokens_at_once
+from obert_kernels.tasks.batches import damping_batches, fisher_batches, tokens_at_once
 from obert_kernels.tasks.demo_sets import load_demo_set
 from obert_kernels.tasks.downloads import cache_folder
 from obert_kernels.tasks.evaluate import accuracy
@@ -57,18 +57,18 @@ def measure(name: str, seed: int, work: Path) -> dict:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
     length = MAX_LENGTH[name]
-    held = held_back(tokenizer, data, max_length=length)
+    held = damping_batches(tokenizer, data, max_length=length)
     test = list(make_loader(tokenizer, data.test, 64, max_length=length, by_length=True))
     dense = {key: value.clone() for key, value in model.state_dict().items()}
-    result: dict = {"dense": accuracy(model, test), "ways": {}}
+    result: dict = {"dense": accuracy(model, test, dtype=PRECISION), "ways": {}}
     for way, (loss_fn, by_length) in WAYS.items():
-        batches = calibration_batches(
+        batches = fisher_batches(
             tokenizer, data.train, TEXTS // TEXTS_PER_GRAD, TEXTS_PER_GRAD, max_length=length,
             max_tokens=tokens_at_once(model.config.hidden_size), by_length=by_length, seed=seed,
         )  # fmt: skip
         longest = max(batches, key=lambda batch: batch["input_ids"].shape[1])
         start = time.perf_counter()
-        with for_backward(longest, torch.device("cpu")):
+        with for_backward(longest, torch.device("cpu"), PRECISION):
             fisher = estimate_fisher(
                 model, batches, num_grads=TEXTS // TEXTS_PER_GRAD,
                 samples_per_grad=TEXTS_PER_GRAD, loss_fn=loss_fn,
@@ -77,7 +77,7 @@ def measure(name: str, seed: int, work: Path) -> dict:
         for sparsity in SPARSITIES:
             model.load_state_dict(dense)
             prune(model, sparsity=sparsity, fisher=fisher, calibration=held)
-            found["accuracy"].append(accuracy(model, test))
+            found["accuracy"].append(accuracy(model, test, dtype=PRECISION))
         model.load_state_dict(dense)
         print(name, seed, way, found, flush=True)
         result["ways"][way] = found

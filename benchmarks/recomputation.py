@@ -18,6 +18,7 @@ import json
 import shlex
 import statistics
 import sys
+from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -25,13 +26,14 @@ from machine import machine
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from obert_kernels import prune
-from obert_kernels.tasks.batches import calibration_batches, tokens_at_once
+from obert_kernels.tasks.batches import fisher_batches, tokens_at_once
 from obert_kernels.tasks.demo_sets import load_demo_set
 from obert_kernels.tasks.evaluate import accuracy
 from obert_kernels.tasks.loaders import make_loader
-from obert_kernels.tasks.precision import prediction_text_loss
+from obert_kernels.tasks.precision import choose_precision, prediction_text_loss
 
 RESULTS = Path(__file__).parent / "results"
+PRECISION = choose_precision("auto")
 MAX_LENGTH = 96
 RUNS = {
     "one step": ("gram", "geometric", 1),
@@ -60,12 +62,12 @@ def main() -> None:
     held = make_loader(tokenizer, data.dev, 64, **options)
     calibration = [batch for batch, _ in zip(held, range(4), strict=False)]
     about, rows = machine(), []
-    about["dense"] = f"{accuracy(model, test):.4f}"
+    about["dense"] = f"{accuracy(model, test, dtype=PRECISION):.4f}"
     for seed in args.seeds:
         for g, in_quarter in product(args.texts_per_grad, args.gradients):
             for estimator, schedule, steps in map(RUNS.__getitem__, args.runs):
                 num_grads = in_quarter * 4 // steps
-                batches = calibration_batches(
+                batches = fisher_batches(
                     tokenizer, data.train, num_grads, g, steps=steps, seed=seed,
                     max_tokens=tokens_at_once(model.config.hidden_size), **options,
                 )  # fmt: skip
@@ -74,13 +76,14 @@ def main() -> None:
                     report = prune(
                         model, batches, sparsity, num_grads=num_grads, samples_per_grad=g,
                         steps=steps, schedule=schedule, estimator=estimator,
-                        calibration=calibration, loss_fn=prediction_text_loss,
+                        calibration=calibration,
+                        loss_fn=partial(prediction_text_loss, dtype=PRECISION),
                     ).report  # fmt: skip
                     rows.append({
                         "seed": seed, "texts_per_grad": g, "estimator": estimator, "steps": steps,
                         "schedule": schedule if steps > 1 else "", "num_grads": num_grads,
                         "sparsity": sparsity,
-                        "accuracy": accuracy(model, test),
+                        "accuracy": accuracy(model, test, dtype=PRECISION),
                         "damping": [
                             min((t for t in report.damping_trials if t.step == step),
                                 key=lambda t: t.cost).relative

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from obert_kernels import Problem, register_saliency
-from obert_kernels.tasks.precision import text_loss
+from obert_kernels.tasks.precision import choose_precision, text_loss
 
 _NORMS: weakref.WeakKeyDictionary[nn.Module, dict[str, Tensor]] = weakref.WeakKeyDictionary()
 
@@ -32,7 +32,7 @@ def _norms(problem: Problem) -> dict[str, Tensor]:
     try:
         with torch.no_grad():
             for batch in problem.each_batch():
-                text_loss(problem.model, batch)
+                text_loss(problem.model, batch, choose_precision("auto"))
     finally:
         for hook in hooks:
             hook.remove()

@@ -36,6 +36,8 @@ from .options import (
     Params,
     PatternName,
     Plugin,
+    Precision,
+    PrecisionOption,
     ProgressBars,
     Scope,
     ScopeOption,
@@ -206,6 +208,7 @@ def run(
     pair_column: PairColumn = None,
     label_column: LabelColumn = None,
     max_length: MaxLength = 128,
+    precision: PrecisionOption = Precision.auto,
     seed: Seed = 0,
 ) -> None:
     """Prune a text classifier, by magnitude and with second-order information, and compare.

@@ -25,6 +25,8 @@ from .options import (
     Params,
     PatternName,
     Plugin,
+    Precision,
+    PrecisionOption,
     ProgressBars,
     Scope,
     ScopeOption,
@@ -110,6 +112,7 @@ def sweep(
     pair_column: PairColumn = None,
     label_column: LabelColumn = None,
     max_length: MaxLength = 128,
+    precision: PrecisionOption = Precision.auto,
     seed: Seed = 0,
 ) -> None:
     """Prune a text classifier in many settings at each sparsity, and find the best.
@@ -145,6 +148,7 @@ def sweep(
         pair_column=pair_column,
         label_column=label_column,
         max_length=max_length,
+        precision=precision.value,
         seed=seed,
     )
     bars = ProgressBars()

@@ -7,7 +7,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-EVALUATION_BATCH = 64  # texts
+from ..progress import Progress
+from ..tasks.classification import ClassificationTask
+from ..tasks.task import Task
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,7 @@ class Settings:
     grad_batch_size: int = 16
     damping: float | str = "auto"
     gradients_of: str = "predictions"
+    precision: str = "auto"
     fisher_dtype: str = "float64"
     selection: str = "greedy"
     estimator: str = "gram"
@@ -45,6 +48,26 @@ class Settings:
     seed: int = 0
 
 
+def load_task(
+    settings: Settings, *, hold_back: bool = True, progress: Progress | None = None
+) -> Task:
+    """Return the model and the data of a run, see :meth:`ClassificationTask.load`."""
+    return ClassificationTask.load(
+        settings.model,
+        settings.data,
+        text_column=settings.text_column,
+        pair_column=settings.pair_column,
+        label_column=settings.label_column,
+        max_length=settings.max_length,
+        seed=settings.seed,
+        gradients_of=settings.gradients_of,
+        precision=settings.precision,
+        hold_back=hold_back,
+        new_head=settings.finetune_epochs > 0,
+        progress=progress,
+    )
+
+
 def check_output(folder: Path) -> None:
     """Raise NotADirectoryError if the output folder is a file."""
     for path in (folder, *folder.parents):
@@ -52,6 +75,6 @@ def check_output(folder: Path) -> None:
             raise NotADirectoryError(f"--output {folder}: {path} is a file, choose another folder")
 
 
-def _plain(settings: Settings) -> dict[str, Any]:
+def plain(settings: Settings) -> dict[str, Any]:
     """JSON-ready."""
     return {**asdict(settings), "output": str(settings.output)}

@@ -36,6 +36,14 @@ class GradientsOf(str, Enum):
     labels = "labels"
 
 
+class Precision(str, Enum):
+    """Type of gradients, evaluations and training."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
 class ProgressBars:
     """A ``progress(stage, done, total)`` callable that draws a bar with the time left.
 
@@ -92,7 +100,7 @@ def prescribed_sparsity(pattern: str) -> float:
     shape = find_pattern(pattern)
     if shape.kept is None:
         raise typer.BadParameter("is needed, for example --sparsity 0.8", param_hint="--sparsity")
-    return float(shape.prescribed(None))
+    return 1 - shape.kept / shape.span
 
 
 def load_plugins(sources: list[str] | None) -> None:
@@ -178,6 +186,13 @@ GradientsOfOption = Annotated[
         help="The model's own predictions, or the loss on the given labels (the empirical "
         "Fisher, as in the papers).",
         rich_help_panel="Fisher",
+    ),
+]
+PrecisionOption = Annotated[
+    Precision,
+    typer.Option(
+        help="Type that gradients, evaluations and training are computed in. auto: bfloat16 on "
+        "processors with AMX and on AMD's with AVX512_BF16, float32 on others.",
     ),
 ]
 MaxMemory = Annotated[

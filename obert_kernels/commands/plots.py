@@ -208,7 +208,7 @@ def _draw_dampings(axes: Any, families: Mapping[Setting, list[Outcome]]) -> None
             here = [member for member in members if member.target == target]
             fixed = sorted(_at_damping(m) for m in here if m.setting.damping != "auto")
             chosen = [_at_damping(m) for m in here if m.setting.damping == "auto"]
-            name = f"{100 * target:g} % {label(family, list(families))}"
+            name: str | None = f"{100 * target:g} % {label(family, list(families))}"
             if fixed:
                 axes.plot(*zip(*fixed, strict=True), **look, markersize=4, label=name)
             if chosen:

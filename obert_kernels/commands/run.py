@@ -23,23 +23,9 @@ from ..pruning.saliencies import own_update, uses_fisher
 from ..sparsity.layers import find_weights
 from ..sparsity.masks import check_sparsity
 from ..sparsity.patterns import find_pattern
-from ..tasks.batches import (
-    calibration_batches,
-    check_texts,
-    held_back,
-    tokens_at_once,
-    with_held_back,
-)
-from ..tasks.classification import describe, load_classifier
-from ..tasks.demo_sets import DEMO_PREFIX
-from ..tasks.evaluate import accuracy
-from ..tasks.fine_tune import fine_tune
-from ..tasks.loaders import make_loader
-from ..tasks.precision import LOSSES
-from ..tasks.readers import load_text_data
-from ..tasks.text_data import TextData
+from ..tasks.task import Task
 from ..trials.comparison import Measurement, compare
-from .config import EVALUATION_BATCH, Settings, _plain, check_output
+from .config import Settings, check_output, load_task, plain
 from .plots import plot_accuracy
 
 PLOT_FILE = "accuracy.png"
@@ -73,14 +59,10 @@ def prune_classifier(
     for sparsity in settings.sparsity:
         shape.prescribed(sparsity)
     folders = _check(settings)
-    data = load_text_data(
-        settings.data, settings.text_column, settings.pair_column, settings.label_column
-    )
-    tokenizer, model, data = load_classifier(settings, data)
     chooses_damping = settings.damping == "auto" and uses_fisher(settings.selection, update)
-    if chooses_damping:
-        data = with_held_back(data, settings.seed)
-    check_texts(settings.grad_batch_size, data.train)
+    task = load_task(settings, hold_back=chooses_damping, progress=progress)
+    model = task.model
+    task.check_samples(settings.grad_batch_size, "--grad-batch-size")
     options: dict[str, Any] = {
         "pattern": settings.pattern,
         "damping": settings.damping,
@@ -107,24 +89,10 @@ def prune_classifier(
             estimator=estimators.find(settings.estimator),
             keeps_weights=settings.steps > 1,
         )
-    echo(describe(settings, model, data))
-    test = make_loader(
-        tokenizer, data.test, EVALUATION_BATCH, max_length=settings.max_length, by_length=True
-    )
-    _fine_tune(settings, model, tokenizer, data, progress)
-    dense = accuracy(model, test, progress=progress)
+    echo(task.describe(settings.params))
+    _fine_tune(settings, task)
+    dense = task.evaluate(model, "test").accuracy
     echo(f"dense accuracy {dense:.1%}\n\nsparsity  magnitude  obert_kernels  damping")
-    batches = calibration_batches(
-        tokenizer,
-        data.train,
-        settings.num_grads,
-        settings.grad_batch_size,
-        max_length=settings.max_length,
-        max_tokens=tokens_at_once(model.config.hidden_size),
-        steps=settings.steps,
-        by_length=settings.gradients_of == "predictions",
-        seed=settings.seed,
-    )
     rows: list[Measurement] = []
 
     def on_result(row: Measurement, result: PruneResult) -> None:
@@ -138,18 +106,19 @@ def prune_classifier(
                 "data": settings.data,
                 "accuracy": row.accuracy,
                 "dense_accuracy": dense,
+                "precision": task.facts()["precision"],
             }
-            checkpoints.save_pruned(result, tokenizer, folders[row.target], extra)
+            checkpoints.save_pruned(result, task.tokenizer, folders[row.target], extra)
             # Each time: what a run that stops here leaves behind is described.
-            _write_summary(settings, data, dense, rows, time.perf_counter() - started)
+            _write_summary(settings, task, dense, rows, time.perf_counter() - started)
 
     def recover(result: PruneResult) -> None:
-        _train(settings, settings.recovery_epochs, model, tokenizer, data, progress, result.masks)
+        _train(settings, task, settings.recovery_epochs, result.masks)
 
     compare(
         model,
-        batches,
-        lambda pruned: accuracy(pruned, test, progress=progress),
+        task.fisher_batches(settings.num_grads, settings.grad_batch_size, settings.steps),
+        lambda pruned: task.evaluate(pruned, "test").accuracy,
         list(folders),
         {
             **options,
@@ -158,12 +127,10 @@ def prune_classifier(
             "estimator": settings.estimator,
         },
         num_grads=settings.num_grads,
-        calibration=(
-            held_back(tokenizer, data, max_length=settings.max_length) if chooses_damping else ()
-        ),
+        calibration=task.damping_batches() if chooses_damping else (),
         samples_per_grad=settings.grad_batch_size,
         block_size=block_size,
-        loss_fn=LOSSES[settings.gradients_of],
+        loss_fn=task.loss_fn,
         fisher_dtype=fisher_dtype,
         max_memory=settings.max_memory,
         recover=recover if settings.recovery_epochs else None,
@@ -171,7 +138,7 @@ def prune_classifier(
         progress=progress,
     )
     seconds = time.perf_counter() - started
-    report = _write_summary(settings, data, dense, rows, seconds)
+    report = _write_summary(settings, task, dense, rows, seconds)
     echo(
         f"\n{seconds:.0f} s. Written to {settings.output}: accuracy.png, report.json, and one "
         "checkpoint for each sparsity (load with from_pretrained)"
@@ -224,70 +191,39 @@ def _check_summary_replaceable(folder: Path) -> None:
         )
 
 
-def _fine_tune(
-    settings: Settings, model: Any, tokenizer: Any, data: TextData, progress: Progress | None
-) -> None:
+def _fine_tune(settings: Settings, task: Task) -> None:
     """Fine-tune the dense model, if asked, and save it in the sub-folder ``dense``."""
     if settings.finetune_epochs <= 0:
         return
-    _train(settings, settings.finetune_epochs, model, tokenizer, data, progress)
+    _train(settings, task, settings.finetune_epochs)
     with whole_folder(settings.output / "dense") as folder:
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        write_json(folder / REPORT_FILE, {"settings": _plain(settings)})
+        task.model.save_pretrained(folder)
+        task.tokenizer.save_pretrained(folder)
+        write_json(folder / REPORT_FILE, {"settings": plain(settings)})
 
 
 def _train(
-    settings: Settings,
-    epochs: float,
-    model: Any,
-    tokenizer: Any,
-    data: TextData,
-    progress: Progress | None,
-    masks: dict[str, torch.Tensor] | None = None,
+    settings: Settings, task: Task, epochs: float, masks: dict[str, torch.Tensor] | None = None
 ) -> None:
-    loader = make_loader(
-        tokenizer,
-        data.train,
-        settings.batch_size,
-        max_length=settings.max_length,
-        shuffle=True,
-        seed=settings.seed,
-    )
-    fine_tune(
-        model,
-        loader,
-        epochs,
-        settings.learning_rate,
-        masks=masks,
-        seed=settings.seed,
-        progress=progress,
-        stage="fine-tune" if masks is None else "recover",
+    task.fine_tune(
+        epochs, learning_rate=settings.learning_rate, batch_size=settings.batch_size, masks=masks
     )
 
 
 def _write_summary(
-    settings: Settings,
-    data: TextData,
-    dense: float,
-    table: Sequence[Measurement],
-    seconds: float,
+    settings: Settings, task: Task, dense: float, table: Sequence[Measurement], seconds: float
 ) -> dict[str, Any]:
     """Write ``report.json`` and ``accuracy.png`` on top of the output folder."""
     curves: dict[str, list[tuple[float, float]]] = {"obert_kernels": [], "magnitude": []}
     for row in table:
         curves[row.method].append((row.sparsity, row.accuracy))
-    model, source = (
-        Path(name.removeprefix(DEMO_PREFIX)).name for name in (settings.model, settings.data)
-    )
     how = "in one shot" if settings.steps == 1 else f"in {settings.steps} steps"
-    title = f"{model} on {source}, pruned {how}"
+    title = f"{task.title}, pruned {how}"
     if settings.recovery_epochs:
         title += f" + {settings.recovery_epochs:g} epochs of recovery"
     report = {
-        "settings": _plain(settings),
-        "classes": data.label_names,
-        "texts": {part: len(getattr(data, part)) for part in ("train", "dev", "test")},
+        "settings": plain(settings),
+        **task.facts(),
         "dense_accuracy": dense,
         "results": [asdict(row) for row in table],
         "seconds": seconds,

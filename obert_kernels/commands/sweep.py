@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,30 +14,15 @@ from torch import nn
 from ..extras import import_extra
 from ..fisher.estimators import estimators
 from ..progress import Progress
-from ..tasks.batches import (
-    calibration_batches,
-    check_texts,
-    held_back,
-    tokens_at_once,
-    with_held_back,
-)
-from ..tasks.classification import describe, load_classifier
-from ..tasks.demo_sets import DEMO_PREFIX
-from ..tasks.evaluate import accuracy, quality
-from ..tasks.loaders import encode, make_loader
-from ..tasks.precision import LOSSES
-from ..tasks.readers import load_text_data
-from ..tasks.text_data import TextData
+from ..tasks.digests import digest
+from ..tasks.task import Task
 from ..trials.grid import check_grid, run_grid
 from ..trials.outcome import Outcome, Scores, Setting, label
 from ..trials.table import CSV_FILE, TABLE_FILE, TrialTable, check_basis, format_table, write_basis
-from .config import EVALUATION_BATCH, Settings, check_output
+from .config import Settings, check_output, load_task
 from .plots import plot_sweep
 
 PLOT_FILE = "sweep.png"
-
-# A tokenizer is recognised by these; to tokenise them takes a fraction of a second.
-_TEXTS_FOR_DIGEST = 1000
 
 
 def sweep_classifier(
@@ -74,19 +57,25 @@ def sweep_classifier(
     estimators.find(settings.estimator)
     for package in ("transformers", "tqdm", "matplotlib"):
         import_extra(package)
-    data = load_text_data(
-        settings.data, settings.text_column, settings.pair_column, settings.label_column
+    task = load_task(settings, progress=progress)
+    model = task.model
+    check_grid(
+        model,
+        grid,
+        settings.sparsity,
+        pattern=settings.pattern,
+        scope=settings.scope,
+        params=settings.params,
     )
-    tokenizer, model, data = load_classifier(settings, data)
-    data = with_held_back(data, settings.seed)
-    shared = {"pattern": settings.pattern, "scope": settings.scope, "params": settings.params}
-    check_grid(model, grid, settings.sparsity, **shared)
     most = max((setting.texts_per_grad or 0 for setting in grid), default=0)
-    check_texts(most, data.train, "--texts-per-grad")
-    basis = _basis(settings, tokenizer, model, data)
+    task.check_samples(most, "--texts-per-grad")
+    basis = {**task.basis(), **_basis(settings)}
     known = check_basis(settings.output, basis)
-    echo(describe(settings, model, data))
-    evaluate = _evaluation(settings, tokenizer, data, progress)
+    echo(task.describe(settings.params))
+
+    def evaluate(model: nn.Module) -> Scores:
+        return Scores(*task.evaluate(model, "dev"), task.evaluate(model, "test").accuracy)
+
     dense = evaluate(model) if known is None else Scores(**known["dense"])
     echo(f"dense accuracy {dense.dev_accuracy:.1%} on held-back texts, {_test(dense)}\n")
 
@@ -99,23 +88,16 @@ def sweep_classifier(
     report = _Reporter(table, grid, settings.sparsity, echo, with_the_first_trial)
     left_out = run_grid(
         model,
-        lambda num_grads, texts: calibration_batches(
-            tokenizer,
-            data.train,
-            num_grads,
-            texts,
-            max_length=settings.max_length,
-            max_tokens=tokens_at_once(model.config.hidden_size),
-            by_length=settings.gradients_of == "predictions",
-            seed=settings.seed,
-        ),
+        task.fisher_batches,
         evaluate,
         grid,
         settings.sparsity,
-        **shared,
+        pattern=settings.pattern,
+        scope=settings.scope,
+        params=settings.params,
         estimator=settings.estimator,
-        calibration=held_back(tokenizer, data, max_length=settings.max_length),
-        loss_fn=LOSSES[settings.gradients_of],
+        calibration=task.damping_batches(),
+        loss_fn=task.loss_fn,
         fisher_dtype=getattr(torch, settings.fisher_dtype),
         max_memory=settings.max_memory,
         finished=table.outcomes,
@@ -124,78 +106,29 @@ def sweep_classifier(
         on_outcome=report,
         progress=progress,
     ).left_out
-    _write_summary(settings, table.outcomes, dense, echo)
+    _write_summary(settings, task, table.outcomes, dense, echo)
     if left_out:
         echo(_left_out(left_out, grid, budget, report.new))
     return table.outcomes
 
 
-def _evaluation(
-    settings: Settings, tokenizer: Any, data: TextData, progress: Progress | None
-) -> Callable[[nn.Module], Scores]:
-    dev, test = (
-        make_loader(
-            tokenizer, part, EVALUATION_BATCH, max_length=settings.max_length, by_length=True
-        )
-        for part in (data.dev, data.test)
-    )
-
-    def evaluate(model: nn.Module) -> Scores:
-        held = quality(model, dev, progress=progress)
-        return Scores(*held, accuracy(model, test, progress=progress))
-
-    return evaluate
-
-
-def _basis(settings: Settings, tokenizer: Any, model: nn.Module, data: TextData) -> dict[str, Any]:
-    """Everything a trial depends on besides its setting and sparsity, JSON-ready."""
-    texts = repr((data.label_names, data.train, data.dev, data.test))
-    # A tokenizer is what it makes of texts; its files differ between versions of transformers.
-    some = data.dev.subset(range(min(len(data.dev), _TEXTS_FOR_DIGEST)))
-    tokens = repr(encode(tokenizer, some))
+def _basis(settings: Settings) -> dict[str, Any]:
+    """What trials depend on besides the task, their setting and sparsity, JSON-ready."""
     return {
-        "the model's weights": _weights_digest(model.state_dict()),
-        "the model's configuration": _config_digest(model),
-        "the tokenizer": _digest(tokens.encode()),
-        "the data": _digest(texts.encode()),
         "pattern": settings.pattern,
         "scope": settings.scope,
         "params": None if settings.params is None else sorted(settings.params),
         "estimator": settings.estimator,
         "plugins": [_plugin_digest(source) for source in settings.plugin or ()],
         "fisher-dtype": settings.fisher_dtype,
-        "gradients-of": settings.gradients_of,
-        "max-length": settings.max_length,
-        "seed": settings.seed,
         "version of obert-kernels": version("obert-kernels"),
     }
-
-
-# Where it came from and what wrote it.
-_NOT_CONFIGURATION = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
-
-
-def _config_digest(model: nn.Module) -> str:
-    config = {k: v for k, v in model.config.to_dict().items() if k not in _NOT_CONFIGURATION}
-    return _digest(json.dumps(config, sort_keys=True, default=repr).encode())
-
-
-def _digest(content: bytes) -> str:
-    return f"sha256:{hashlib.sha256(content).hexdigest()}"
 
 
 def _plugin_digest(source: str) -> str:
     """A file's content; of a module only the name."""
     path = Path(source)
-    return f"{path.name} {_digest(path.read_bytes())}" if path.suffix == ".py" else source
-
-
-def _weights_digest(state: Mapping[str, torch.Tensor]) -> str:
-    found = hashlib.sha256()
-    for name, value in state.items():
-        found.update(f"{name} {value.dtype} {list(value.shape)}".encode())
-        found.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    return f"sha256:{found.hexdigest()}"
+    return f"{path.name} {digest(path.read_bytes())}" if path.suffix == ".py" else source
 
 
 class _Reporter:
@@ -240,16 +173,17 @@ def _name(trial: tuple[Setting, float], grid: Sequence[Setting]) -> str:
 
 
 def _write_summary(
-    settings: Settings, outcomes: Sequence[Outcome], dense: Scores, echo: Callable[[str], object]
+    settings: Settings,
+    task: Task,
+    outcomes: Sequence[Outcome],
+    dense: Scores,
+    echo: Callable[[str], object],
 ) -> None:
     if not outcomes:
         return
     text = format_table(outcomes)
     (settings.output / TABLE_FILE).write_text(text + "\n", encoding="utf-8")
-    model, source = (
-        Path(name.removeprefix(DEMO_PREFIX)).name for name in (settings.model, settings.data)
-    )
-    title = f"{model} on {source}: {settings.pattern}, {settings.scope} ranking"
+    title = f"{task.title}: {settings.pattern}, {settings.scope} ranking"
     files = [CSV_FILE, TABLE_FILE]
     if any(not outcome.error for outcome in outcomes):
         plot_sweep(outcomes, dense.dev_accuracy, settings.output / PLOT_FILE, title)

@@ -27,20 +27,20 @@ def tokens_at_once(hidden_size: int) -> int:
     return max(1, _TOKENS_AT_ONCE * 768 // hidden_size)
 
 
-def check_texts(texts_per_gradient: int, texts: Texts, option: str = "--grad-batch-size") -> None:
+def check_texts(samples_per_grad: int, texts: Texts, option: str = "samples_per_grad") -> None:
     """Raise ValueError if there are fewer texts than one gradient needs."""
-    if texts_per_gradient > len(texts):
+    if samples_per_grad > len(texts):
         raise ValueError(
-            f"a gradient of {texts_per_gradient} texts cannot be taken from {len(texts)} texts: "
+            f"a gradient of {samples_per_grad} texts cannot be taken from {len(texts)} texts: "
             f"use fewer texts per gradient ({option}) or more data"
         )
 
 
-def calibration_batches(
+def fisher_batches(
     tokenizer: Any,
     texts: Texts,
     num_grads: int,
-    texts_per_gradient: int,
+    samples_per_grad: int,
     *,
     max_length: int = 128,
     max_tokens: int = _TOKENS_AT_ONCE,
@@ -52,14 +52,14 @@ def calibration_batches(
     used twice.
 
     Each batch holds the texts of several gradients, those of one gradient together, for
-    ``samples_per_grad=texts_per_gradient``.  Texts of about the same length share a batch, so that
+    ``samples_per_grad``.  Texts of about the same length share a batch, so that
     little is padded.
 
     Args:
         tokenizer: a Hugging Face tokenizer.
         texts: the texts the model was fitted to.
         num_grads: number of gradients, of each step.
-        texts_per_gradient: texts in each; 4 to 16 cost less than single texts for the same
+        samples_per_grad: texts in each; 4 to 16 cost less than single texts for the same
             number of texts and serve as well.
         max_length: longer texts are cut to this number of tokens.
         max_tokens: of a batch, padding included; one gradient at least.
@@ -73,10 +73,10 @@ def calibration_batches(
     Raises:
         ValueError: there are fewer texts than one gradient needs.
     """
-    check_texts(texts_per_gradient, texts)
+    check_texts(samples_per_grad, texts)
     rows = encode(tokenizer, texts, max_length)
     collate = collator(import_extra("transformers"), tokenizer)
-    draw = _Draw(rows, texts_per_gradient, by_length, seed)
+    draw = _Draw(rows, samples_per_grad, by_length, seed)
     batches: list[Rows] = []
     for _ in range(steps):
         batches += _together(draw(num_grads), max_tokens)
@@ -139,7 +139,7 @@ def with_held_back(data: TextData, seed: int) -> TextData:
     return replace(data, train=train, dev=dev)
 
 
-def held_back(tokenizer: Any, data: TextData, *, max_length: int = 128) -> list[Batch]:
+def damping_batches(tokenizer: Any, data: TextData, *, max_length: int = 128) -> list[Batch]:
     """Return batches of texts to choose the damping on, always the same ones, by length.
 
     Args:

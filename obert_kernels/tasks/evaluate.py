@@ -14,10 +14,12 @@ from ..gradients.backward import evaluation
 from ..gradients.batches import to_device
 from ..progress import Progress
 from .loaders import Batch
-from .precision import _autocast
+from .precision import autocast
+
+EVALUATION_BATCH = 64  # texts
 
 
-class Quality(NamedTuple):
+class Evaluation(NamedTuple):
     """How well a model does.
 
     Attributes:
@@ -29,20 +31,20 @@ class Quality(NamedTuple):
     loss: float
 
 
-def quality(
+def evaluate(
     model: nn.Module,
     loader: Iterable[Batch],
     *,
-    bfloat16: bool | None = None,
+    dtype: torch.dtype = torch.float32,
     progress: Progress | None = None,
     stage: str = "evaluate",
-) -> Quality:
+) -> Evaluation:
     """Return accuracy and loss of the model, in eval mode.
 
     Args:
         model: returns an output with ``.logits``, and ``.loss``, for ``model(**batch)``.
         loader: batches with ``labels``.
-        bfloat16: as for :func:`fine_tune`.
+        dtype: to compute in, float32 or bfloat16.
         progress: called as ``progress(stage, done, total)``, in batches.
         stage: name given to ``progress``.
     """
@@ -50,7 +52,7 @@ def quality(
     batches = loader if isinstance(loader, Sequence | DataLoader) else list(loader)
     right = total = 0
     loss = 0.0
-    with evaluation(model), torch.inference_mode(), _autocast(device, bfloat16):
+    with evaluation(model), torch.inference_mode(), autocast(device, dtype):
         for index, batch in enumerate(batches):
             batch = to_device(batch, device)
             output = model(**batch)
@@ -61,9 +63,9 @@ def quality(
             loss += math.nan if own is None else float(own) * len(found)
             if progress is not None:
                 progress(stage, index + 1, len(batches))
-    return Quality(right / total, loss / total)
+    return Evaluation(right / total, loss / total)
 
 
 def accuracy(model: nn.Module, loader: Iterable[Batch], **options: Any) -> float:
-    """Return the share of texts whose class the model gives right: see :func:`quality`."""
-    return quality(model, loader, **options).accuracy
+    """Return the share of texts whose class the model gives right: see :func:`evaluate`."""
+    return evaluate(model, loader, **options).accuracy

@@ -27,7 +27,7 @@ def fine_tune(
     learning_rate: float = 2e-5,
     *,
     masks: Mapping[str, Tensor] | None = None,
-    bfloat16: bool | None = None,
+    dtype: torch.dtype = torch.float32,
     seed: int = 0,
     progress: Progress | None = None,
     stage: str = "fine-tune",
@@ -43,8 +43,7 @@ def fine_tune(
         epochs: passes over the loader; fractions are allowed.
         learning_rate: at the end of the warm-up.
         masks: parameter name -> bool tensor; weights where it is False are kept at zero.
-        bfloat16: compute in bfloat16 (the weights stay as they are); None: where the
-            processor has it natively.
+        dtype: to compute in, float32 or bfloat16; the weights stay as they are.
         seed: of dropout.
         progress: called as ``progress(stage, done, total)``, in steps.
         stage: name given to ``progress``.
@@ -73,7 +72,7 @@ def fine_tune(
         with seeded(seed, device):
             for step, batch in enumerate(take_batches(loader, steps)):
                 batch = to_device(batch, device)
-                with for_backward(batch, device, bfloat16):
+                with for_backward(batch, device, dtype):
                     loss = model(**batch).loss
                 if not torch.isfinite(loss):
                     raise ValueError(

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from ..extras import import_extra
 from .text_data import Texts
@@ -67,7 +67,7 @@ def make_loader(
     elif by_length:
         rows = [rows[index] for index in sorted(range(len(rows)), key=lengths.__getitem__)]
     return DataLoader(
-        rows,
+        cast(Dataset[Any], rows),
         batch_size=batch_size,
         shuffle=shuffle and sampler is None,
         sampler=sampler,

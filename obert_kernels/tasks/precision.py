@@ -1,14 +1,21 @@
-"""The type that gradients and predictions are computed in."""
+"""The type that gradients, predictions and training are computed in.
+
+``auto`` is a rule on what the processor has and no measurement, so that the same machine computes
+the same whatever else it is doing:
+
+* CUDA: bfloat16 where the device has it natively;
+* x86 with AMX (matrix units, Xeon from 2023 on): bfloat16;
+* AMD with AVX512_BF16 (EPYC and Ryzen from 2022 on): bfloat16, products take about half the time;
+* anything else: float32.  A Xeon with AVX512_BF16 but without AMX, which virtual machines often
+  hide, takes twice as long in bfloat16.
+"""
 
 from __future__ import annotations
 
-import math
 import platform
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from functools import cache
-from itertools import product
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -17,64 +24,86 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ..gradients.losses import default_loss
 from .loaders import Batch
 
+PRECISIONS = ("auto", "float32", "bfloat16")
+
 # Tokens of texts for which attention is written out in bfloat16 on the CPU: the backward pass of
 # torch's fused one takes longer there than all the rest of the model.
 _SHORT_TEXT = 128
 
 
-def bfloat16_is_faster(device: torch.device | str = "cpu") -> bool:
-    """Return whether bfloat16 matrix products are faster than float32 on this device."""
-    if torch.device(device).type == "cuda":
+def choose_precision(name: str, device: torch.device | str = "cpu") -> torch.dtype:
+    """Return the type to compute in: torch.float32 or torch.bfloat16.
+
+    Args:
+        name: "float32", "bfloat16", or "auto" for the rule at the top of this module.
+        device: of the model.
+
+    Raises:
+        ValueError: another name.
+    """
+    if name not in PRECISIONS:
+        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {name!r}")
+    if name == "auto":
+        name = "bfloat16" if _bfloat16_is_faster(torch.device(device)) else "float32"
+    return torch.bfloat16 if name == "bfloat16" else torch.float32
+
+
+def precision_name(dtype: torch.dtype) -> str:
+    """Return "float32" or "bfloat16", as reports have it."""
+    return str(dtype).removeprefix("torch.")
+
+
+def _bfloat16_is_faster(device: torch.device) -> bool:
+    if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    if torch.device(device).type != "cpu" or platform.machine() not in ("x86_64", "AMD64"):
+    if device.type != "cpu" or platform.machine() not in ("x86_64", "AMD64"):
         return False
-    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)  # since torch 2.6
-    return bool(supported and supported()) and _bfloat16_wins_on_this_cpu()
+    return _has("amx_tile") or (_has("avx512_bf16") and _vendor() == "AuthenticAMD")
 
 
-@cache
-def _bfloat16_wins_on_this_cpu() -> bool:
-    """Try it: that there are instructions for it says little.  On a Xeon whose matrix units (AMX) a
-    virtual machine hides, products in bfloat16 take twice as long as in float32."""
-    seconds = {torch.float32: math.inf, torch.bfloat16: math.inf}
-    with torch.no_grad(), torch.autocast("cpu", enabled=False):
-        for _, dtype in product(range(4), seconds):
-            left, right = (
-                torch.ones(shape, dtype=dtype, device="cpu") for shape in ((1024, 768), (768, 768))
-            )
-            started = time.perf_counter()
-            torch.mm(left, right)
-            seconds[dtype] = min(seconds[dtype], time.perf_counter() - started)
-    return seconds[torch.bfloat16] < seconds[torch.float32]
+def _has(feature: str) -> bool:
+    """Return whether torch finds a feature of the processor; older versions of torch find none."""
+    found = getattr(torch.cpu, f"_is_{feature}_supported", None)
+    return bool(found is not None and found())
 
 
-def _autocast(device: torch.device, bfloat16: bool | None) -> torch.autocast:
-    enabled = bfloat16_is_faster(device) if bfloat16 is None else bfloat16
+def _vendor() -> str:
+    """Return the vendor of the processor as Linux names it, "" where it cannot be read."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return ""
+    vendors = (line.partition(":")[2].strip() for line in lines if line.startswith("vendor_id"))
+    return next(vendors, "")
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """Return a context in which products are computed in ``dtype``, float32 or bfloat16."""
+    enabled = dtype == torch.bfloat16
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
 
 
 @contextmanager
-def for_backward(
-    batch: Batch, device: torch.device, bfloat16: bool | None = None
-) -> Iterator[None]:
+def for_backward(batch: Batch, device: torch.device, dtype: torch.dtype) -> Iterator[None]:
     """Autocast, and on the CPU what keeps a backward pass in bfloat16 from being slow."""
-    enabled = bfloat16_is_faster(device) if bfloat16 is None else bfloat16
     tokens = max((values.shape[1] for values in batch.values() if values.dim() > 1), default=0)
-    written_out = enabled and device.type == "cpu" and tokens <= _SHORT_TEXT
-    with _autocast(device, enabled), sdpa_kernel(SDPBackend.MATH) if written_out else nullcontext():
+    written_out = dtype == torch.bfloat16 and device.type == "cpu" and tokens <= _SHORT_TEXT
+    attention = sdpa_kernel(SDPBackend.MATH) if written_out else nullcontext()
+    with autocast(device, dtype), attention:
         yield
 
 
-def text_loss(model: nn.Module, batch: Batch) -> Tensor:
-    """Return the model's own loss, in bfloat16 where that is faster: gradients for a Fisher and
-    the losses of trials need no more."""
-    with for_backward(batch, batch["labels"].device):
+def text_loss(model: nn.Module, batch: Batch, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return the model's own loss, computed in ``dtype``, as float32."""
+    with for_backward(batch, batch["labels"].device, dtype):
         return model(**batch).loss.float()
 
 
-def prediction_text_loss(model: nn.Module, batch: Batch) -> Tensor:
-    """Return :func:`~obert_kernels.gradients.losses.default_loss`, in bfloat16 where faster."""
-    with for_backward(batch, batch["labels"].device):
+def prediction_text_loss(
+    model: nn.Module, batch: Batch, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Return :func:`~obert_kernels.gradients.losses.default_loss`, computed in ``dtype``."""
+    with for_backward(batch, batch["labels"].device, dtype):
         return default_loss(model, batch)
 
 

@@ -159,6 +159,28 @@ def test_what_gradients_are_taken_of_decides_the_fisher(
     assert increases[0] == increases[1] != increases[2]
 
 
+@pytest.mark.parametrize("options", [[], ["--precision", "bfloat16"], ["--precision", "float32"]])
+def test_reports_say_what_precision_was_used(
+    tmp_path: Path,
+    data_file: str,
+    command: Callable[..., tuple[int, str, str]],
+    monkeypatch: pytest.MonkeyPatch,
+    options: list[str],
+) -> None:
+    for name, found in (("amx_tile", True), ("avx512_bf16", True)):
+        monkeypatch.setattr(torch.cpu, f"_is_{name}_supported", lambda x=found: x, raising=False)
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    model, out = save_model(tmp_path / "model", head=True), tmp_path / "out"
+    given = (*QUICK, "-s", 0.5, "--damping", 1e-3, *options)
+    code, _, stderr = command("run", model, data_file, "-o", out, *given)
+    assert code == 0, stderr
+    used = "float32" if "float32" in options else "bfloat16"
+    report = json.loads((out / "report.json").read_text())
+    assert report["precision"] == used
+    assert report["settings"]["precision"] == (options[1] if options else "auto")
+    assert json.loads((out / "sparsity-0.5" / "report.json").read_text())["precision"] == used
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -206,7 +228,8 @@ def test_user_errors_are_one_line(
     "arguments",
     [["run"], ["run", "a", "b"], ["run", "a", "b", "-s", "2"], ["prune"],
      ["run", "a", "b", "-s", "0.5", "--max-memory", "lots"], ["sweep", "a"], ["sweep", "a", "b"],
-     ["sweep", "a", "b", "-s", "0.5", "--budget", "-1"]],
+     ["sweep", "a", "b", "-s", "0.5", "--budget", "-1"],
+     ["run", "a", "b", "-s", "0.5", "--precision", "float16"]],
 )  # fmt: skip
 def test_wrong_usage_exits_with_2(
     command: Callable[..., tuple[int, str, str]], arguments: list[str]

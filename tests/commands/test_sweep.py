@@ -6,7 +6,6 @@ import csv
 import json
 import re
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,103 +15,22 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("typer")
 
-from tiny import GREEDY, FakeClock, outcome
+from tiny import FakeClock
 from tiny_text import save_model
 
 from obert_kernels.commands import sweep
-from obert_kernels.commands.config import Settings
-from obert_kernels.tasks import batches, classification
-from obert_kernels.tasks.evaluate import quality
+from obert_kernels.tasks import batches, precision
+from obert_kernels.tasks.classification import ClassificationTask
+from obert_kernels.tasks.evaluate import evaluate
 from obert_kernels.tasks.loaders import make_loader
-from obert_kernels.tasks.readers import load_text_data
 from obert_kernels.tasks.text_data import TextData, Texts
 from obert_kernels.trials import grid
-from obert_kernels.trials.outcome import Outcome, Setting, best_by_target
-from obert_kernels.trials.table import COLUMNS, TrialTable, format_table
+from obert_kernels.trials.outcome import Outcome, Setting
+from obert_kernels.trials.table import COLUMNS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 Command = Callable[..., tuple[int, str, str]]
-
-# Table and plot
-
-
-def test_best_by_accuracy_then_by_loss():
-    worse = outcome(dev_accuracy=0.8, dev_loss=0.1, test_accuracy=1.0)
-    tied = outcome(replace(GREEDY, damping=1.0), dev_loss=0.31)
-    best = outcome(replace(GREEDY, damping=2.0), dev_loss=0.29)
-    other = outcome(target=0.9, dev_accuracy=0.1)
-    failed = outcome(target=0.9, dev_accuracy=None, dev_loss=None, error="not definite")
-    outcomes = [other, failed, worse, tied, best]
-    assert best_by_target(outcomes) == {0.5: best, 0.9: other}
-    lines = format_table(outcomes).splitlines()
-    assert len({len(line) for line in lines}) == 1
-    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-    assert [row[:2] + row[7:9] for row in cells[2:]] == [
-        ["50.0%", "*", "2", "90.0%"],
-        ["50.0%", "", "1", "90.0%"],
-        ["50.0%", "", "0.001", "80.0%"],
-        ["90.0%", "*", "0.001", "10.0%"],
-        ["90.0%", "", "0.001", "failed"],
-    ]
-
-
-def test_outcomes_come_back_from_the_file(tmp_path):
-    table = TrialTable(tmp_path / "sweep.csv")
-    written = [
-        outcome(damping_used=1 / 3, predicted_increase=1e-17, trial_seconds=2.5),
-        outcome(Setting("magnitude", "none"), test_accuracy=0.1 + 0.2),
-        outcome(
-            replace(GREEDY, damping="auto"), sparsity=None, dev_accuracy=None, dev_loss=None,
-            test_accuracy=None, error='block 3, "x", is bad',
-        ),
-    ]  # fmt: skip
-    for one in written:
-        table.append(one)
-    assert TrialTable(tmp_path / "sweep.csv").outcomes == table.outcomes == written
-    table.append(written[0])  # as if by a second command
-    assert TrialTable(tmp_path / "sweep.csv").outcomes == written
-    with (tmp_path / "sweep.csv").open(newline="") as stream:
-        rows = list(csv.DictReader(stream))
-    assert [row["texts"] for row in rows] == ["8", "", "8", "8"]
-    assert tuple(rows[0]) == COLUMNS
-
-
-@pytest.mark.parametrize("cut", [1, 5, 60])
-def test_a_torn_last_line_is_dropped(tmp_path, cut):
-    path = tmp_path / "sweep.csv"
-    table = TrialTable(path)
-    for damping in (1.0, 2.0):
-        table.append(outcome(replace(GREEDY, damping=damping)))
-    whole = path.read_bytes()
-    path.write_bytes(whole[:-cut])
-    again = TrialTable(path)
-    assert again.outcomes == table.outcomes[:1]
-    again.append(table.outcomes[1])
-    assert path.read_bytes() == whole
-
-
-def test_a_torn_header_is_dropped(tmp_path):
-    path = tmp_path / "sweep.csv"
-    path.write_text("selection,upd")
-    table = TrialTable(path)
-    table.append(outcome())
-    assert TrialTable(path).outcomes == [outcome()]
-
-
-def test_other_files_are_refused(tmp_path):
-    path = tmp_path / "sweep.csv"
-    path.write_text("a,b\n1,2\n")
-    with pytest.raises(ValueError, match="other columns"):
-        TrialTable(path)
-    path.unlink()
-    TrialTable(path).append(outcome())
-    path.write_text(path.read_text().replace("0.9", "much"))
-    with pytest.raises(ValueError, match=r"line 2 of .* cannot be read"):
-        TrialTable(path)
-
-
-# The command
 
 
 @pytest.fixture
@@ -225,6 +143,22 @@ def test_sweep_figures_are_those_of_single_runs(
 
 
 @pytest.mark.usefixtures("quick_plot")
+def test_a_resumed_sweep_never_mixes_precisions(
+    tmp_path: Path, data_file: str, command: Command, monkeypatch: Any
+) -> None:
+    """Say on another machine, where auto means another type."""
+    model, out = save_model(tmp_path / "model", head=True), tmp_path / "out"
+    arguments = ("sweep", model, data_file, "-s", 0.5, "--damping", 1e-3, *QUICK, "-o", out)
+    monkeypatch.setattr(precision, "_bfloat16_is_faster", lambda device: False)
+    assert command(*arguments)[0] == 0
+    assert json.loads((out / "sweep.json").read_text())["basis"]["precision"] == "float32"
+    monkeypatch.setattr(precision, "_bfloat16_is_faster", lambda device: True)
+    code, _, stderr = command(*arguments)
+    assert code == 1 and "precision was float32, now bfloat16" in stderr
+    assert command(*arguments, "--precision", "float32")[0] == 0
+
+
+@pytest.mark.usefixtures("quick_plot")
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
@@ -249,9 +183,7 @@ def test_other_settings_are_refused(
     before = (out / "sweep.csv").read_bytes()
     if changed == "model":
         save_model(folder, head=True)
-        model = classification.load_classifier(
-            sweep.Settings(str(folder), data_file, [0.5], out), load_text_data(data_file)
-        )[1]
+        model = ClassificationTask.load(str(folder), data_file).model
         with torch.no_grad():
             model.classifier.weight[0, 0] += 1e-6
         model.save_pretrained(folder)
@@ -404,11 +336,10 @@ def test_texts_are_held_back_where_the_data_holds_none_back():
     assert batches.with_held_back(made, 1) is made
 
 
-def test_quality_is_a_mean_over_texts(tmp_path: Path, data_file: str) -> None:
-    settings = Settings(str(save_model(tmp_path / "model", head=True)), data_file, [0.5], tmp_path)
-    tokenizer, model, data = classification.load_classifier(settings, load_text_data(data_file))
+def test_loss_is_a_mean_over_texts(tmp_path: Path, data_file: str) -> None:
+    task = ClassificationTask.load(str(save_model(tmp_path / "model", head=True)), data_file)
     found = [
-        quality(model, make_loader(tokenizer, data.train, size), bfloat16=False)
+        evaluate(task.model, make_loader(task.tokenizer, task.data.train, size))
         for size in (7, 500)
     ]
     assert found[0].loss == pytest.approx(found[1].loss, rel=1e-5)

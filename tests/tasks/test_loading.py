@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,8 +12,7 @@ pytest.importorskip("transformers")
 
 from tiny_text import save_model
 
-from obert_kernels.commands.config import Settings
-from obert_kernels.tasks import classification
+from obert_kernels.tasks.classification import ClassificationTask, load_classifier
 from obert_kernels.tasks.text_data import TextData, Texts
 
 PART = Texts(["a film", "the plot", "good"], [0, 1, 2])
@@ -30,13 +30,13 @@ PART = Texts(["a film", "the plot", "good"], [0, 1, 2])
 def test_classes_without_names_are_taken_in_the_order_of_the_data(
     tmp_path: Path, names: list[str], said: str | None
 ) -> None:
-    settings = Settings(
-        str(save_model(tmp_path, head=True, classes=3)), "news", [0.5], tmp_path, max_length=16
-    )
+    folder = str(save_model(tmp_path, head=True, classes=3))
     given = TextData(names, PART, PART, PART)
-    _, model, data = classification.load_classifier(settings, given)
+    tokenizer, model, data = load_classifier(folder, given, data_name="news", max_length=16)
     assert data == given
-    lines = classification.describe(settings, model, data).splitlines()
+    task = ClassificationTask(folder, "news", model, tokenizer, data)
+    lines = task.describe(None).splitlines()
+    assert re.fullmatch(rf"{folder}: [0-9,]+ weights to prune", lines[0])
     assert lines[1] == "news: 3 classes; 3 texts to train, 3 held back, 3 to test"
     assert lines[2:] == (
         [] if said is None else [f"LABEL_0, LABEL_1, ... of the model are taken for {said}"]
@@ -48,10 +48,11 @@ def test_named_classes_are_brought_into_the_order_of_the_model(tmp_path: Path) -
     path = folder / "config.json"
     for index, name in enumerate(("Sports", "World", "Business")):
         path.write_text(path.read_text().replace(f"LABEL_{index}", name))
-    settings = Settings(str(folder), "news", [0.5], tmp_path, max_length=16)
     given = TextData(["world", "sports", "business"], PART, PART, PART)
-    _, model, data = classification.load_classifier(settings, given)
+    how = {"data_name": "news", "max_length": 16}
+    tokenizer, model, data = load_classifier(str(folder), given, **how)
     assert data.label_names == ["sports", "world", "business"] and data.train.labels == [1, 0, 2]
-    assert len(classification.describe(settings, model, data).splitlines()) == 2
+    task = ClassificationTask(str(folder), "news", model, tokenizer, data)
+    assert len(task.describe(None).splitlines()) == 2
     with pytest.raises(ValueError, match="knows the classes Sports, World, Business, but news has"):
-        classification.load_classifier(settings, replace(given, label_names=["a", "b", "c"]))
+        load_classifier(str(folder), replace(given, label_names=["a", "b", "c"]), **how)

@@ -1,0 +1,87 @@
+"""The table of trials: what is best, and a file that survives being torn."""
+
+from __future__ import annotations
+
+import csv
+from dataclasses import replace
+
+import pytest
+from tiny import GREEDY, outcome
+
+from obert_kernels.trials.outcome import Setting, best_by_target
+from obert_kernels.trials.table import COLUMNS, TrialTable, format_table
+
+
+def test_best_by_accuracy_then_by_loss():
+    worse = outcome(dev_accuracy=0.8, dev_loss=0.1, test_accuracy=1.0)
+    tied = outcome(replace(GREEDY, damping=1.0), dev_loss=0.31)
+    best = outcome(replace(GREEDY, damping=2.0), dev_loss=0.29)
+    other = outcome(target=0.9, dev_accuracy=0.1)
+    failed = outcome(target=0.9, dev_accuracy=None, dev_loss=None, error="not definite")
+    outcomes = [other, failed, worse, tied, best]
+    assert best_by_target(outcomes) == {0.5: best, 0.9: other}
+    lines = format_table(outcomes).splitlines()
+    assert len({len(line) for line in lines}) == 1
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert [row[:2] + row[7:9] for row in cells[2:]] == [
+        ["50.0%", "*", "2", "90.0%"],
+        ["50.0%", "", "1", "90.0%"],
+        ["50.0%", "", "0.001", "80.0%"],
+        ["90.0%", "*", "0.001", "10.0%"],
+        ["90.0%", "", "0.001", "failed"],
+    ]
+
+
+def test_outcomes_come_back_from_the_file(tmp_path):
+    table = TrialTable(tmp_path / "sweep.csv")
+    written = [
+        outcome(damping_used=1 / 3, predicted_increase=1e-17, trial_seconds=2.5),
+        outcome(Setting("magnitude", "none"), test_accuracy=0.1 + 0.2),
+        outcome(
+            replace(GREEDY, damping="auto"), sparsity=None, dev_accuracy=None, dev_loss=None,
+            test_accuracy=None, error='block 3, "x", is bad',
+        ),
+    ]  # fmt: skip
+    for one in written:
+        table.append(one)
+    assert TrialTable(tmp_path / "sweep.csv").outcomes == table.outcomes == written
+    table.append(written[0])  # as if by a second command
+    assert TrialTable(tmp_path / "sweep.csv").outcomes == written
+    with (tmp_path / "sweep.csv").open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    assert [row["texts"] for row in rows] == ["8", "", "8", "8"]
+    assert tuple(rows[0]) == COLUMNS
+
+
+@pytest.mark.parametrize("cut", [1, 5, 60])
+def test_a_torn_last_line_is_dropped(tmp_path, cut):
+    path = tmp_path / "sweep.csv"
+    table = TrialTable(path)
+    for damping in (1.0, 2.0):
+        table.append(outcome(replace(GREEDY, damping=damping)))
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-cut])
+    again = TrialTable(path)
+    assert again.outcomes == table.outcomes[:1]
+    again.append(table.outcomes[1])
+    assert path.read_bytes() == whole
+
+
+def test_a_torn_header_is_dropped(tmp_path):
+    path = tmp_path / "sweep.csv"
+    path.write_text("selection,upd")
+    table = TrialTable(path)
+    table.append(outcome())
+    assert TrialTable(path).outcomes == [outcome()]
+
+
+def test_other_files_are_refused(tmp_path):
+    path = tmp_path / "sweep.csv"
+    path.write_text("a,b\n1,2\n")
+    with pytest.raises(ValueError, match="other columns"):
+        TrialTable(path)
+    path.unlink()
+    TrialTable(path).append(outcome())
+    path.write_text(path.read_text().replace("0.9", "much"))
+    with pytest.raises(ValueError, match=r"line 2 of .* cannot be read"):
+        TrialTable(path)
