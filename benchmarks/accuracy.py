@@ -25,12 +25,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from dense_models import MAX_LENGTH, MINILM, PRECISION, Stages, fine_tuned
+from dense_models import MAX_LENGTH, MINILM, PRECISION, fine_tuned
 from machine import machine
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 import obert_kernels
+from obert_kernels.commands.progress_bars import ProgressBars
 from obert_kernels.files import write_json
 from obert_kernels.tasks.batches import fisher_batches, tokens_at_once
 from obert_kernels.tasks.demo_sets import load_demo_set
@@ -65,7 +66,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def measure(dataset: str, seed: int, settings: argparse.Namespace) -> dict[str, Any]:
     """Return the accuracies of one task and seed: dense, and by method and sparsity."""
-    progress = Stages(f"{dataset} seed {seed}:")
+    progress = ProgressBars(f"{dataset} seed {seed}:")
     start = time.perf_counter()
     data = load_demo_set(dataset)
     dense_model = replace(MINILM, epochs=settings.epochs, learning_rate=settings.learning_rate)

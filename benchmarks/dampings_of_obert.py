@@ -18,12 +18,13 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from dense_models import MAX_LENGTH, Stages, fine_tuned
+from dense_models import MAX_LENGTH, fine_tuned
 from evidence import CASES, RESULTS, SEEDS, SPARSITIES, grid
 from evidence_tables import Runs, best_damping, cell, header, results, row
 from machine import machine
 
 from obert_kernels.commands.config import Settings
+from obert_kernels.commands.progress_bars import ProgressBars
 from obert_kernels.commands.sweep import sweep_classifier
 from obert_kernels.tasks.demo_sets import load_demo_set
 from obert_kernels.tasks.downloads import cache_folder
@@ -50,7 +51,7 @@ def folder(settings: argparse.Namespace, seed: int, gradients_of: str) -> Path:
 
 
 def measure(settings: argparse.Namespace, seed: int) -> None:
-    case, progress = CASES[settings.case], Stages(f"seed {seed}:")
+    case, progress = CASES[settings.case], ProgressBars(f"seed {seed}:")
     model = fine_tuned(
         case.dense, "mr", seed % case.fine_tunings, load_demo_set("mr"), settings.work, progress
     )

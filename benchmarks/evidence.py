@@ -21,7 +21,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from dense_models import MAX_LENGTH, MINILM, MPNET, PRECISION, Dense, Stages, fine_tuned
+from dense_models import MAX_LENGTH, MINILM, MPNET, PRECISION, Dense, fine_tuned
 from evidence_tables import (
     DAMPING_SPARSITIES,
     accuracy_table,
@@ -35,6 +35,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from obert_kernels import load_plugin
 from obert_kernels.commands.config import Settings
+from obert_kernels.commands.progress_bars import ProgressBars
 from obert_kernels.commands.sweep import sweep_classifier
 from obert_kernels.tasks.demo_sets import load_demo_set
 from obert_kernels.tasks.downloads import cache_folder
@@ -161,7 +162,7 @@ def measure(case: Case, seed: int, pattern: str, work: Path, known: Run | None) 
     if not missing:
         return
     data = load_demo_set(case.dataset)
-    progress = Stages(f"{case.name}, {pattern}, seed {seed}:")
+    progress = ProgressBars(f"{case.name}, {pattern}, seed {seed}:")
     model = fine_tuned(
         case.dense, case.dataset, seed % case.fine_tunings, data, work, progress
     )  # fmt: skip

@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 from contender import ReferenceInverse
-from dense_models import MAX_LENGTH, PRECISION, Stages, fine_tuned
+from dense_models import MAX_LENGTH, PRECISION, fine_tuned
 from evidence import CASES, RESULTS, TEXTS, TEXTS_PER_GRAD, WANDA, Case
 from evidence_tables import header, row
 from machine import machine
@@ -35,6 +35,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from obert_kernels import find_weights, load_plugin, prune
+from obert_kernels.commands.progress_bars import ProgressBars
 from obert_kernels.tasks.batches import damping_batches, fisher_batches, tokens_at_once
 from obert_kernels.tasks.demo_sets import load_demo_set
 from obert_kernels.tasks.downloads import cache_folder
@@ -132,7 +133,7 @@ def measure(case: Case, method: str, seed: int, settings: argparse.Namespace) ->
     data = load_demo_set(case.dataset)
     folder = fine_tuned(
         case.dense, case.dataset, seed % case.fine_tunings, data, settings.work,
-        Stages("fine-tuning"),
+        ProgressBars("fine-tuning"),
     )  # fmt: skip
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForSequenceClassification.from_pretrained(folder)

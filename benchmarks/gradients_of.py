@@ -16,13 +16,14 @@ import time
 from pathlib import Path
 
 import torch
-from dense_models import MAX_LENGTH, MINILM, PRECISION, Stages, fine_tuned
+from dense_models import MAX_LENGTH, MINILM, PRECISION, fine_tuned
 from evidence import TEXTS, TEXTS_PER_GRAD
 from evidence_tables import cell, header, row
 from machine import machine
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from obert_kernels import estimate_fisher, model_loss, prediction_loss, prune
+from obert_kernels.commands.progress_bars import ProgressBars
 from obert_kernels.gradients.losses import LossFn
 from obert_kernels.tasks.batches import damping_batches, fisher_batches, tokens_at_once
 from obert_kernels.tasks.demo_sets import load_demo_set
@@ -53,7 +54,7 @@ def parse_arguments() -> argparse.Namespace:
 def measure(name: str, seed: int, work: Path) -> dict:
     """Accuracy and seconds of each way, one seed of fine-tuning and texts."""
     data = load_demo_set(name)
-    folder = fine_tuned(MINILM, name, seed, data, work, Stages(name))
+    folder = fine_tuned(MINILM, name, seed, data, work, ProgressBars(name))
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
     length = MAX_LENGTH[name]

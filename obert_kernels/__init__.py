@@ -8,6 +8,7 @@ settings; ``register_...`` adds other Fishers, saliencies and patterns.
 
 from importlib.metadata import version as _version
 
+from .deploy.checkpoints import load_masks, save_pruned
 from .fisher.base import Fisher
 from .fisher.estimate import FisherEstimate, estimate_fisher
 from .fisher.estimators import register_fisher
@@ -48,6 +49,7 @@ __all__ = [
     "batch_gradients",
     "estimate_fisher",
     "find_weights",
+    "load_masks",
     "load_plugin",
     "magnitude_scores",
     "make_grid",
@@ -58,5 +60,6 @@ __all__ = [
     "register_pattern",
     "register_saliency",
     "run_grid",
+    "save_pruned",
     "select_masks",
 ]

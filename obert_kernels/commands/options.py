@@ -1,75 +1,16 @@
-"""What the commands share: options, and bars that show their progress."""
+"""Options that the commands share."""
 
 from __future__ import annotations
 
 import re
-from enum import Enum
-from typing import Annotated, Any
+from typing import Annotated, Literal
 
 import typer
 
-from ..extras import import_extra
 from ..plugins import load_plugin
 from ..sparsity.patterns import find_pattern
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
-
-
-class Scope(str, Enum):
-    """What one ranking of the weights covers."""
-
-    all = "global"
-    layer = "layer"
-
-
-class FisherDtype(str, Enum):
-    """Type of the Gram."""
-
-    float64 = "float64"
-    float32 = "float32"
-
-
-class GradientsOf(str, Enum):
-    """What the gradients are taken of."""
-
-    predictions = "predictions"
-    labels = "labels"
-
-
-class Precision(str, Enum):
-    """Type of gradients, evaluations and training."""
-
-    auto = "auto"
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-
-
-class ProgressBars:
-    """A ``progress(stage, done, total)`` callable that draws a bar with the time left.
-
-    Stages shorter than a second draw none, and nothing is drawn where stderr is no terminal.
-    """
-
-    def __init__(self) -> None:
-        self._tqdm = import_extra("tqdm").tqdm
-        self._stage: str | None = None
-        self._bar: Any = None
-
-    def __call__(self, stage: str, done: int, total: int) -> None:
-        """Show that ``done`` of ``total`` steps of ``stage`` are done."""
-        if stage != self._stage:
-            self.close()
-            self._stage = stage
-            self._bar = self._tqdm(total=total, desc=stage, delay=1, leave=False, disable=None)
-        self._bar.update(done - self._bar.n)
-        if done >= total:
-            self.close()
-
-    def close(self) -> None:
-        """Remove the bar, if there is one."""
-        if self._bar is not None:
-            self._bar.close()
-        self._stage = self._bar = None
 
 
 def parse_bytes(text: str) -> int:
@@ -143,8 +84,8 @@ PatternName = Annotated[
         rich_help_panel="Pruning",
     ),
 ]
-ScopeOption = Annotated[
-    Scope,
+Scope = Annotated[
+    Literal["global", "layer"],
     typer.Option(
         help="One ranking over all matrices, or the same sparsity in each.",
         rich_help_panel="Pruning",
@@ -173,23 +114,23 @@ Params = Annotated[
         rich_help_panel="Pruning",
     ),
 ]
-FisherDtypeOption = Annotated[
-    FisherDtype,
+FisherDtype = Annotated[
+    Literal["float64", "float32"],
     typer.Option(
         help="float32 takes half the memory but needs a larger damping.",
         rich_help_panel="Fisher",
     ),
 ]
-GradientsOfOption = Annotated[
-    GradientsOf,
+GradientsOf = Annotated[
+    Literal["predictions", "labels"],
     typer.Option(
         help="The model's own predictions, or the loss on the given labels (the empirical "
         "Fisher, as in the papers).",
         rich_help_panel="Fisher",
     ),
 ]
-PrecisionOption = Annotated[
-    Precision,
+Precision = Annotated[
+    Literal["auto", "float32", "bfloat16"],
     typer.Option(
         help="Type that gradients, evaluations and training are computed in. auto: bfloat16 on "
         "processors with AMX and on AMD's with AVX512_BF16, float32 on others.",

@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..extras import import_extra
 from ..trials.outcome import Outcome, Setting, label
 
 # The palette of Okabe and Ito: distinct for every kind of colour vision and in grey.
@@ -69,10 +68,11 @@ def plot_accuracy(
 
 def _open_figure(panels: int) -> tuple[Any, list[Any]]:
     """A figure without a window, and its axes side by side."""
-    figure_module = import_extra("matplotlib.figure")
-    backend = import_extra("matplotlib.backends.backend_agg")
-    figure = figure_module.Figure(figsize=(7 * panels, 4.5), dpi=150, layout="constrained")
-    backend.FigureCanvasAgg(figure)
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7 * panels, 4.5), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
     axes = [figure.add_subplot(1, panels, index + 1) for index in range(panels)]
     for one in axes:
         one.grid(axis="y", color="0.9")
@@ -197,12 +197,17 @@ def _by_damping(outcomes: Sequence[Outcome]) -> dict[Setting, list[Outcome]]:
 
 def _draw_dampings(axes: Any, families: Mapping[Setting, list[Outcome]]) -> None:
     """Colour tells the sparsity, line and marker the setting; large ones were chosen by "auto"."""
+    from matplotlib import colormaps
+
     everything = [outcome for members in families.values() for outcome in members]
     targets = sorted({outcome.target for outcome in everything})
-    colours = import_extra("matplotlib").colormaps["viridis"]
+    colours = colormaps["viridis"]
     chosen_style = {"linestyle": "", "markersize": 11, "markeredgecolor": "black"}
     for place, (family, members) in enumerate(families.items()):
-        look = {"linestyle": _LINES[place % len(_LINES)], "marker": _MARKERS[place % len(_MARKERS)]}
+        look: dict[str, Any] = {
+            "linestyle": _LINES[place % len(_LINES)],
+            "marker": _MARKERS[place % len(_MARKERS)],
+        }
         for index, target in enumerate(targets):
             look["color"] = colours(0.85 * index / max(1, len(targets) - 1))
             here = [member for member in members if member.target == target]

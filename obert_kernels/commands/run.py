@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -13,7 +14,6 @@ from typing import Any
 import torch
 
 from ..deploy import checkpoints
-from ..extras import import_extra
 from ..files import REPORT_FILE, check_replaceable, whole_folder, write_json
 from ..fisher.estimators import estimators
 from ..fisher.memory import plan_passes
@@ -169,7 +169,7 @@ def _check(settings: Settings) -> dict[float, Path]:
                     f"{folder}, where the {what} is, would be replaced: choose another --output"
                 )
     for package in ("transformers", "tqdm", "matplotlib", "safetensors"):
-        import_extra(package)
+        importlib.import_module(package)  # one that is missing is an error now, not later
     return folders
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import time
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
@@ -11,7 +12,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..extras import import_extra
 from ..fisher.estimators import estimators
 from ..progress import Progress
 from ..tasks.digests import digest
@@ -56,7 +56,7 @@ def sweep_classifier(
     check_output(settings.output)
     estimators.find(settings.estimator)
     for package in ("transformers", "tqdm", "matplotlib"):
-        import_extra(package)
+        importlib.import_module(package)  # one that is missing is an error now, not later
     task = load_task(settings, progress=progress)
     model = task.model
     check_grid(

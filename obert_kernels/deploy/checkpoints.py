@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from ..extras import import_extra
 from ..files import REPORT_FILE, whole_folder, write_json
 
 MASKS_FILE = "masks.safetensors"
@@ -49,9 +48,10 @@ def save_pruned(
 
 def save_masks(masks: Mapping[str, torch.Tensor], folder: str | Path) -> None:
     """Write ``masks`` (name -> bool tensor, True = survives) to ``folder/masks.safetensors``."""
-    safetensors = import_extra("safetensors.torch")
+    from safetensors.torch import save_file
+
     tensors = {name: mask.detach().to("cpu").contiguous() for name, mask in masks.items()}
-    safetensors.save_file(tensors, Path(folder) / MASKS_FILE)
+    save_file(tensors, Path(folder) / MASKS_FILE)
 
 
 def load_masks(folder: str | Path) -> dict[str, torch.Tensor]:
@@ -60,11 +60,12 @@ def load_masks(folder: str | Path) -> dict[str, torch.Tensor]:
     Raises:
         FileNotFoundError: ``folder`` holds no masks.
     """
-    safetensors = import_extra("safetensors.torch")
+    from safetensors.torch import load_file
+
     path = Path(folder) / MASKS_FILE
     if not path.is_file():
         raise FileNotFoundError(
             f"{folder} holds no {MASKS_FILE}: give a folder that save_pruned wrote, or a "
             "sparsity-... folder that obert-prune run wrote into its output"
         )
-    return {name: mask.bool() for name, mask in safetensors.load_file(path).items()}
+    return {name: mask.bool() for name, mask in load_file(path).items()}

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from ..extras import import_extra
 from .loaders import Batch, collator, encode, make_loader
 from .text_data import TextData, Texts
 
@@ -75,7 +74,7 @@ def fisher_batches(
     """
     check_texts(samples_per_grad, texts)
     rows = encode(tokenizer, texts, max_length)
-    collate = collator(import_extra("transformers"), tokenizer)
+    collate = collator(tokenizer)
     draw = _Draw(rows, samples_per_grad, by_length, seed)
     batches: list[Rows] = []
     for _ in range(steps):

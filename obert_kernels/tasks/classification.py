@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from ..extras import import_extra
 from ..gradients.losses import LossFn
 from ..progress import Progress
 from ..sparsity.layers import find_weights
@@ -247,7 +246,8 @@ def load_classifier(
         FileNotFoundError: the model cannot be loaded.
         ValueError: it takes no texts of that length, or has no head for these classes.
     """
-    transformers = import_extra("transformers")
+    import transformers
+
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     name = demo_model_folder() if model == DEMO_MODEL else model

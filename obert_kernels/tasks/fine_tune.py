@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from ..extras import import_extra
 from ..gradients.batches import take_batches, to_device
 from ..progress import Progress
 from .loaders import Batch
@@ -51,7 +50,8 @@ def fine_tune(
     Raises:
         ValueError: the loss became NaN or infinite.
     """
-    transformers = import_extra("transformers")
+    import transformers
+
     steps = math.ceil(epochs * len(loader))
     if steps < 1:
         return

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ..extras import import_extra
 from .text_data import Texts
 
 Batch = dict[str, Tensor]
@@ -54,16 +53,14 @@ def make_loader(
             the batches stay random, without it the order is by length.
         seed: of the order.
     """
-    transformers = import_extra("transformers")
     rows = encode(tokenizer, texts, max_length)
     lengths = [len(row["input_ids"]) for row in rows]
     generator = torch.Generator().manual_seed(seed)
     sampler = None
     if by_length and shuffle:
-        trainer_utils = import_extra("transformers.trainer_pt_utils")
-        sampler = trainer_utils.LengthGroupedSampler(
-            batch_size, lengths=lengths, generator=generator
-        )
+        from transformers.trainer_pt_utils import LengthGroupedSampler
+
+        sampler = LengthGroupedSampler(batch_size, lengths=lengths, generator=generator)
     elif by_length:
         rows = [rows[index] for index in sorted(range(len(rows)), key=lengths.__getitem__)]
     return DataLoader(
@@ -72,11 +69,13 @@ def make_loader(
         shuffle=shuffle and sampler is None,
         sampler=sampler,
         generator=generator,
-        collate_fn=collator(transformers, tokenizer),
+        collate_fn=collator(tokenizer),
     )
 
 
-def collator(transformers: Any, tokenizer: Any) -> Callable[[list[dict[str, Any]]], Batch]:
+def collator(tokenizer: Any) -> Callable[[list[dict[str, Any]]], Batch]:
     """Return what makes a padded batch of the rows of :func:`encode`."""
-    pad = transformers.DataCollatorWithPadding(tokenizer)
+    from transformers import DataCollatorWithPadding
+
+    pad = DataCollatorWithPadding(tokenizer)
     return lambda rows: dict(pad(rows))

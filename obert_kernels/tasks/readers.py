@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..extras import import_extra
 from .demo_sets import DEMO_PREFIX, load_demo_set
 from .text_data import TextData, _assemble, _Example
 
@@ -25,7 +24,7 @@ _PAIR_NAMES = (
 _LABEL_NAMES = (
     "label", "labels", "class", "category", "target", "sentiment", "coarse_label", "intent",
 )  # fmt: skip
-_READERS = {
+_READERS: dict[str, tuple[str, dict[str, Any]]] = {
     ".csv": ("read_csv", {"keep_default_na": False}),
     ".tsv": ("read_csv", {"keep_default_na": False, "sep": "\t"}),
     ".jsonl": ("read_json", {"lines": True}),
@@ -59,11 +58,12 @@ def load_text_data(
         FileNotFoundError: ``source`` is neither an existing file nor a data set.
         ValueError: the columns are not found or do not hold a classification task.
         DownloadError: the demo's texts cannot be downloaded.
-        ImportError: a library of the ``cli`` extra is missing.
+        ModuleNotFoundError: a library of the ``cli`` extra is missing.
     """
     if source.startswith(DEMO_PREFIX):
         return load_demo_set(source.removeprefix(DEMO_PREFIX))
-    path, class_names = Path(source).expanduser(), {}
+    path = Path(source).expanduser()
+    class_names: dict[str, list[str]] = {}
     if path.is_file():
         frames = {"train": _read_file(path)}
     elif path.suffix.lower() in _READERS:
@@ -76,7 +76,8 @@ def load_text_data(
 
 
 def _read_file(path: Path) -> pandas.DataFrame:
-    pandas = import_extra("pandas")
+    import pandas
+
     try:
         reader, options = _READERS[path.suffix.lower()]
     except KeyError:
@@ -110,7 +111,8 @@ def _read_hub(source: str) -> tuple[dict[str, pandas.DataFrame], dict[str, list[
     Returns:
         Its parts, and for each column of classes their names, in its own order.
     """
-    datasets = import_extra("datasets")
+    import datasets
+
     name, _, configuration = source.partition(":")
     try:
         parts = datasets.load_dataset(name, configuration or None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +16,7 @@ pytest.importorskip("typer")
 
 from tiny_text import save_model
 
+import obert_kernels
 from obert_kernels import prune
 from obert_kernels.commands import cli, demo, options, run
 from obert_kernels.deploy import checkpoints
@@ -298,7 +300,7 @@ def test_other_folders_are_not_replaced(tmp_path: Path) -> None:
         with pytest.raises(FileExistsError, match="was not written by obert_kernels"):
             check_replaceable(tmp_path / name)
     with pytest.raises(FileNotFoundError, match="holds no masks"):
-        checkpoints.load_masks(tmp_path)
+        obert_kernels.load_masks(tmp_path)
 
 
 def test_the_model_to_prune_is_not_replaced(
@@ -398,3 +400,20 @@ def test_a_missing_core_is_one_line(
     code, _, stderr = command("run", model, data_file, "-s", 0.5, "-o", tmp_path / "out", *QUICK)
     assert code == 1
     assert stderr.splitlines()[-1] == "error: the native core could not be loaded. do: build it"
+
+
+@pytest.mark.parametrize("package", ["transformers", "matplotlib", "safetensors", "tqdm"])
+def test_a_missing_package_is_one_line_before_any_work(
+    tmp_path: Path,
+    command: Callable[..., tuple[int, str, str]],
+    monkeypatch: pytest.MonkeyPatch,
+    package: str,
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.setattr(run, "load_task", lambda *_, **__: pytest.fail("it has begun"))
+    code, _, stderr = command("run", "model", "data.csv", "-s", 0.5, "-o", tmp_path / "out")
+    assert code == 1
+    assert stderr == (
+        f"error: {package} is not installed; install it with `pip install '.[cli]'` in the folder "
+        "of obert_kernels' source\n"
+    )
