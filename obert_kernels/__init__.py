@@ -10,7 +10,8 @@ from importlib.metadata import version as _version
 
 from .deploy.checkpoints import load_masks, save_pruned
 from .fisher.base import Fisher
-from .fisher.estimate import FisherEstimate, estimate_fisher
+from .fisher.config import FisherConfig
+from .fisher.estimate import FisherEstimate
 from .fisher.estimators import register_fisher
 from .fisher.gram import GramFisher
 from .fisher.living import LiveFisher
@@ -21,9 +22,11 @@ from .gradients.per_batch import batch_gradients
 from .gradients.per_samples import GroupGradients
 from .ops.status import NumericalError
 from .plugins import load_plugin
-from .pruning.oneshot import PruneResult, prune
+from .pruning.config import PruningConfig
+from .pruning.oneshot import PruneResult, estimate_fisher, prune
+from .pruning.pruner import Pruner
 from .pruning.report import LayerReport, PruneReport
-from .pruning.saliencies import Problem, register_saliency
+from .pruning.saliencies import Problem, ScoringInputs, register_saliency
 from .sparsity.layers import find_weights
 from .sparsity.masks import magnitude_scores, select_masks
 from .sparsity.patterns import Pattern, register_pattern
@@ -35,6 +38,7 @@ __version__ = _version("obert-kernels")
 __all__ = [
     "EmpiricalBlockFisherInverse",
     "Fisher",
+    "FisherConfig",
     "FisherEstimate",
     "GramFisher",
     "GroupGradients",
@@ -45,6 +49,9 @@ __all__ = [
     "Problem",
     "PruneReport",
     "PruneResult",
+    "Pruner",
+    "PruningConfig",
+    "ScoringInputs",
     "WoodburyFisher",
     "batch_gradients",
     "estimate_fisher",

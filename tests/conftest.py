@@ -2,35 +2,20 @@
 
 from __future__ import annotations
 
-import functools
 import gc
-import shutil
 import sys
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
-import host_cuda_build
 import pytest
 import torch
+from devices import CUDA, CUDA_ON_HOST, INSTRUCTION_SETS, host_cuda
 from tiny_text import WORDS
 
+from obert_kernels import Pruner
 from obert_kernels.ops import native
-
-INSTRUCTION_SETS = native.core().instruction_sets()
-CUDA = "cuda"
-CUDA_ON_HOST = "cuda-on-host"  # the CUDA kernel sources, executed thread by thread on the CPU
-
-
-@functools.cache
-def host_cuda() -> ModuleType:
-    """The CUDA kernels compiled for the host; compiled when first asked for."""
-    if shutil.which("g++") is None:
-        pytest.skip("no g++ to compile the CUDA kernels for the host")
-    cache = Path(__file__).parent.parent / "build" / "host_cuda"
-    return host_cuda_build.load(host_cuda_build.build(cache))
 
 
 @pytest.fixture(autouse=True)
@@ -116,21 +101,20 @@ def command(
 @pytest.fixture
 def estimates(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, int]]:
     """m, g and B of the estimates a grid made; no two exist at the same time."""
-    from obert_kernels.trials import grid
-
     made: list[tuple[int, int, int]] = []
     alive: list[weakref.ref] = []
-    real = grid.estimate_fisher
+    real = Pruner.fisher
 
-    def counted(*arguments: Any, **options: Any) -> Any:
+    def counted(pruner: Pruner, batches: Any) -> Any:
         gc.collect()
         assert all(reference() is None for reference in alive), "the one before was not freed"
-        made.append((options["num_grads"], options["samples_per_grad"], options["block_size"]))
-        result = real(*arguments, **options)
+        config = pruner.config.fisher
+        made.append((config.num_grads, config.samples_per_grad, config.block_size))
+        result = real(pruner, batches)
         alive.append(weakref.ref(result))
         return result
 
-    monkeypatch.setattr(grid, "estimate_fisher", counted)
+    monkeypatch.setattr(Pruner, "fisher", counted)
     return made
 
 

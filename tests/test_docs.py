@@ -7,22 +7,23 @@ import pytest
 import torch
 from tiny import TinyEncoder, batches, snapshot, unchanged
 
-from obert_kernels import find_weights, load_plugin, model_loss, prune
+from obert_kernels import GramFisher, find_weights, load_plugin, model_loss, prune
+from obert_kernels.fisher.estimators import estimators
 from obert_kernels.plugins import Registry
 
 PAGE = Path(__file__).parent.parent / "docs" / "extending.md"
-DIAGONAL, WANDA, TILES = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+EXAMPLES = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
 
 
 @pytest.fixture(autouse=True)
 def plugins(tmp_path):
-    for number, source in enumerate((DIAGONAL, WANDA, TILES)):
+    for number, source in enumerate(EXAMPLES):
         path = tmp_path / f"plugin{number}.py"
         path.write_text(source)
         load_plugin(path)
 
 
-@pytest.mark.parametrize("source", [DIAGONAL, WANDA, TILES])
+@pytest.mark.parametrize("source", EXAMPLES)
 def test_under_thirty_lines(source):
     assert len([line for line in source.splitlines() if line.strip()]) < 30
 
@@ -63,6 +64,42 @@ def test_diagonal_fisher_scores_by_hand():
         loss_fn=model_loss,
     ).masks[name]  # fmt: skip
     assert cost[~mask].max() <= cost[mask].min()
+
+
+def test_refilled_blocks_are_full():
+    """Those of a dense model are the built-in ones; of a pruned one, of its remaining weights."""
+    g, weight = torch.randn(40, 60), torch.randn(60)
+    for alive in (torch.ones(60, dtype=torch.bool), torch.arange(60) % 3 == 0):
+        refilled = estimators.find("refilled").create(alive, 10, 1, dtype=torch.float64, name="w")
+        refilled.accumulate(g)
+        known = GramFisher(int(alive.sum()), 10)
+        known.accumulate(g[:, alive])
+        scores = refilled.greedy_scores(weight, alive, 1e-3)
+        left = alive[alive]
+        assert torch.equal(scores[alive], known.greedy_scores(weight[alive], left, 1e-3))
+        assert not scores[~alive].any() and refilled.mean_squares() == known.mean_squares()
+        assert torch.equal(refilled.scores(weight, 1e-3)[alive], known.scores(weight[alive], 1e-3))
+        keep = alive & (torch.arange(60) > 20)
+        new, increase = refilled.update(weight, keep, 1e-3)
+        expected = known.update(weight[alive], keep[alive], 1e-3)
+        assert torch.equal(new[alive], expected[0]) and increase == expected[1] > 0
+        assert not new[~keep].any()
+
+
+def test_sub_steps_with_refilled_blocks():
+    options = {"num_grads": 12, "steps": 3, "damping": 1e-3, "block_size": 20}
+    pruned = {}
+    for estimator in ("gram", "refilled"):
+        torch.manual_seed(0)
+        model = TinyEncoder()
+        result = prune(model, batches(), 0.8, estimator=estimator, **options)
+        assert result.report.sparsity == pytest.approx(0.8, abs=0.002)
+        for name, weight in find_weights(model).items():
+            assert torch.equal(weight != 0, result.masks[name])
+        pruned[estimator] = torch.cat([w.flatten() for w in find_weights(model).values()])
+    assert not torch.equal(pruned["gram"], pruned["refilled"])  # they had other company
+    with pytest.raises(ValueError, match="refilled blocks are for single weights"):
+        prune(model, batches(), 0.9, "block4", estimator="refilled", **options)
 
 
 def test_wanda():

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import INSTRUCTION_SETS
+from devices import INSTRUCTION_SETS
 
 import obert_kernels
 

@@ -118,15 +118,6 @@ def sweep(
     for then. The best is chosen on held-back texts.
     """
     load_plugins(plugin)
-    grid = make_grid(
-        texts=texts or [4096],
-        texts_per_grad=texts_per_grad or [16],
-        block_size=block_size or [None],
-        damping=[number_or_word(value) for value in damping or ["auto"]],
-        selection=selection or ["greedy"],
-        update=update or ["auto"],
-        pattern=pattern,
-    )
     settings = Settings(
         model=model,
         data=data,
@@ -146,6 +137,15 @@ def sweep(
         max_length=max_length,
         precision=precision,
         seed=seed,
+    )
+    grid = make_grid(
+        texts=texts or [4096],
+        texts_per_grad=texts_per_grad or [16],
+        block_size=block_size or [None],
+        damping=[number_or_word(value) for value in damping or ["auto"]],
+        selection=selection or ["greedy"],
+        update=update or ["auto"],
+        base=settings.pruning_config(),
     )
     try:
         with ProgressBars() as bars:

@@ -7,7 +7,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ..fisher.config import FisherConfig
 from ..progress import Progress
+from ..pruning.config import PruningConfig
 from ..tasks.classification import ClassificationTask
 from ..tasks.task import Task
 
@@ -46,6 +48,31 @@ class Settings:
     max_length: int = 128
     max_memory: int | None = None
     seed: int = 0
+
+    def pruning_config(self) -> PruningConfig:
+        """How the model is pruned.
+
+        Raises:
+            ValueError, TypeError: a value is out of range.
+        """
+        return PruningConfig(
+            pattern=self.pattern,
+            selection=self.selection,
+            update=self.update,
+            scope=self.scope,
+            damping=self.damping,
+            params=None if self.params is None else tuple(self.params),
+            steps=self.steps,
+            schedule=self.schedule,
+            fisher=FisherConfig(
+                num_grads=self.num_grads,
+                samples_per_grad=self.grad_batch_size,
+                block_size=self.block_size,
+                estimator=self.estimator,
+                dtype=self.fisher_dtype,
+                gradients_of=self.gradients_of,
+            ),
+        )
 
 
 def load_task(

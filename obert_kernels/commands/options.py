@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from ..plugins import load_plugin
-from ..sparsity.patterns import find_pattern
+from ..sparsity.patterns import NofM, find_pattern
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
 
@@ -39,7 +39,7 @@ def prescribed_sparsity(pattern: str) -> float:
         typer.BadParameter: it has none.
     """
     shape = find_pattern(pattern)
-    if shape.kept is None:
+    if not isinstance(shape, NofM):
         raise typer.BadParameter("is needed, for example --sparsity 0.8", param_hint="--sparsity")
     return 1 - shape.kept / shape.span
 
@@ -94,8 +94,7 @@ Scope = Annotated[
 EstimatorName = Annotated[
     str,
     typer.Option(
-        help="gram: the block Fisher; refilled: weights that are left are cut into full blocks "
-        "anew; or a plugin's estimate.",
+        help="gram: the block Fisher; or a plugin's estimate.",
         rich_help_panel="Fisher",
     ),
 ]

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..trials.outcome import Outcome, Setting, label
+from ..trials.outcome import GridPoint, Outcome, label
 
 # The palette of Okabe and Ito: distinct for every kind of colour vision and in grey.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
@@ -128,9 +127,9 @@ def plot_sweep(
 
 
 def _draw_sparsities(axes: Any, outcomes: Sequence[Outcome], dense: float) -> None:
-    curves: dict[Setting, Curve] = {}
+    curves: dict[GridPoint, Curve] = {}
     for outcome in outcomes:
-        curves.setdefault(outcome.setting, []).append(_percent(outcome.target, outcome))
+        curves.setdefault(outcome.point, []).append(_percent(outcome.target, outcome))
     settings = list(curves)
     kinds = list(dict.fromkeys(map(_kind, settings)))
     named = settings if len(settings) <= _MOST_NAMED else [_best(curves, kind) for kind in kinds]
@@ -157,14 +156,14 @@ def _draw_sparsities(axes: Any, outcomes: Sequence[Outcome], dense: float) -> No
     axes.legend(frameon=False, fontsize=8)
 
 
-def _kind(setting: Setting) -> tuple[str, str]:
+def _kind(setting: GridPoint) -> tuple[str, str]:
     return setting.selection, setting.update
 
 
-def _best(curves: Mapping[Setting, Curve], kind: tuple[str, str]) -> Setting:
+def _best(curves: Mapping[GridPoint, Curve], kind: tuple[str, str]) -> GridPoint:
     """The setting of a kind with the most points, and of these the highest on average."""
 
-    def merit(setting: Setting) -> tuple[int, float]:
+    def merit(setting: GridPoint) -> tuple[int, float]:
         points = curves[setting]
         return len(points), sum(accuracy for _, accuracy in points) / len(points)
 
@@ -176,16 +175,16 @@ def _percent(x: float, outcome: Outcome) -> tuple[float, float]:
     return 100 * x, 100 * (outcome.dev_accuracy or 0.0)
 
 
-def _by_damping(outcomes: Sequence[Outcome]) -> dict[Setting, list[Outcome]]:
+def _by_damping(outcomes: Sequence[Outcome]) -> dict[GridPoint, list[Outcome]]:
     """The outcomes of settings that differ in their damping alone: the best such of each kind."""
-    families: dict[Setting, list[Outcome]] = {}
+    families: dict[GridPoint, list[Outcome]] = {}
     for outcome in outcomes:
-        if outcome.setting.needs_fisher:
-            families.setdefault(replace(outcome.setting, damping=None), []).append(outcome)
+        if outcome.config.uses_fisher:
+            families.setdefault(outcome.point._replace(damping=None), []).append(outcome)
     families = {
         family: members
         for family, members in families.items()
-        if len({member.setting.damping for member in members}) > 1
+        if len({member.point.damping for member in members}) > 1
     }
     curves = {
         family: [_percent(member.target, member) for member in members]
@@ -195,7 +194,7 @@ def _by_damping(outcomes: Sequence[Outcome]) -> dict[Setting, list[Outcome]]:
     return {best: families[best] for best in (_best(curves, kind) for kind in kinds)}
 
 
-def _draw_dampings(axes: Any, families: Mapping[Setting, list[Outcome]]) -> None:
+def _draw_dampings(axes: Any, families: Mapping[GridPoint, list[Outcome]]) -> None:
     """Colour tells the sparsity, line and marker the setting; large ones were chosen by "auto"."""
     from matplotlib import colormaps
 
@@ -211,15 +210,15 @@ def _draw_dampings(axes: Any, families: Mapping[Setting, list[Outcome]]) -> None
         for index, target in enumerate(targets):
             look["color"] = colours(0.85 * index / max(1, len(targets) - 1))
             here = [member for member in members if member.target == target]
-            fixed = sorted(_at_damping(m) for m in here if m.setting.damping != "auto")
-            chosen = [_at_damping(m) for m in here if m.setting.damping == "auto"]
+            fixed = sorted(_at_damping(m) for m in here if m.point.damping != "auto")
+            chosen = [_at_damping(m) for m in here if m.point.damping == "auto"]
             name: str | None = f"{100 * target:g} % {label(family, list(families))}"
             if fixed:
                 axes.plot(*zip(*fixed, strict=True), **look, markersize=4, label=name)
             if chosen:
                 name = None if fixed else name
                 axes.plot(*zip(*chosen, strict=True), **{**look, **chosen_style}, label=name)
-    if any(outcome.setting.damping == "auto" for outcome in everything):
+    if any(outcome.point.damping == "auto" for outcome in everything):
         axes.plot([], [], marker="o", color="0.7", **chosen_style, label="chosen automatically")
     axes.set_xscale("log")
     axes.set_xlabel("damping")

@@ -6,25 +6,23 @@ import importlib
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..deploy import checkpoints
 from ..files import REPORT_FILE, check_replaceable, whole_folder, write_json
-from ..fisher.estimators import estimators
-from ..fisher.memory import plan_passes
-from ..progress import Progress
-from ..pruning.oneshot import PruneResult, prune
-from ..pruning.saliencies import own_update, uses_fisher
-from ..sparsity.layers import find_weights
+from ..ops.status import NumericalError
+from ..progress import Progress, silent
+from ..pruning.config import PruningConfig
+from ..pruning.oneshot import PruneResult
 from ..sparsity.masks import check_sparsity
-from ..sparsity.patterns import find_pattern
 from ..tasks.task import Task
-from ..trials.comparison import Measurement, compare
+from ..trials.grid import TrialLoop
+from ..trials.outcome import Outcome, Scores
 from .config import Settings, check_output, load_task, plain
 from .plots import plot_accuracy
 
@@ -49,94 +47,65 @@ def prune_classifier(
             about the settings, files or installation; the message names it and the remedy.
     """
     started = time.perf_counter()
-    update = settings.update
-    if update == "auto":
-        update = own_update(settings.selection)
-    estimators.find(settings.estimator)
-    shape = find_pattern(settings.pattern)
-    shape.check_steps(settings.steps)
-    block_size = shape.block_size(settings.block_size)
+    config = settings.pruning_config()
     for sparsity in settings.sparsity:
-        shape.prescribed(sparsity)
+        config.shape.target_sparsity(sparsity)
     folders = _check(settings)
-    chooses_damping = settings.damping == "auto" and uses_fisher(settings.selection, update)
+    chooses_damping = config.damping == "auto" and config.uses_fisher
     task = load_task(settings, hold_back=chooses_damping, progress=progress)
     model = task.model
     task.check_samples(settings.grad_batch_size, "--grad-batch-size")
-    options: dict[str, Any] = {
-        "pattern": settings.pattern,
-        "damping": settings.damping,
-        "scope": settings.scope,
-        "params": settings.params,
-        "steps": settings.steps,
-        "schedule": settings.schedule,
-    }
-    # Removes nothing, but finds fault with the options before the long work does.
-    prune(model, sparsity=0.0, selection="magnitude", **{**options, "pattern": "unstructured"})
-    weights = find_weights(model, settings.params)
-    for name, weight in weights.items():
-        shape.check(name, weight)
-    fisher_dtype = getattr(torch, settings.fisher_dtype)
-    if uses_fisher(settings.selection, update):  # is there room for it?
-        plan_passes(
-            weights,
-            block_size,
-            fisher_dtype,
-            settings.max_memory,
-            settings.num_grads,
-            streamed=True,
-            pattern=shape,
-            estimator=estimators.find(settings.estimator),
-            keeps_weights=settings.steps > 1,
-        )
-    echo(task.describe(settings.params))
-    _fine_tune(settings, task)
-    dense = task.evaluate(model, "test").accuracy
-    echo(f"dense accuracy {dense:.1%}\n\nsparsity  magnitude  obert_kernels  damping")
-    rows: list[Measurement] = []
+    rows: list[tuple[str, Outcome]] = []
 
-    def on_result(row: Measurement, result: PruneResult) -> None:
-        rows.append(row)
-        if row.method == "obert_kernels":
-            magnitude = rows[-2].accuracy
-            damping = "" if row.damping is None else f"{row.damping:.2g}"
-            echo(f"{row.sparsity:8.1%}  {magnitude:9.1%}  {row.accuracy:13.1%}  {damping:>7}")
-            extra = {
-                "model": settings.model,
-                "data": settings.data,
-                "accuracy": row.accuracy,
-                "dense_accuracy": dense,
-                "precision": task.facts()["precision"],
-            }
-            checkpoints.save_pruned(result, task.tokenizer, folders[row.target], extra)
-            # Each time: what a run that stops here leaves behind is described.
-            _write_summary(settings, task, dense, rows, time.perf_counter() - started)
+    def evaluate(pruned: nn.Module) -> Scores:
+        return Scores(None, None, task.evaluate(pruned, "test").accuracy)
 
     def recover(result: PruneResult) -> None:
         _train(settings, task, settings.recovery_epochs, result.masks)
 
-    compare(
+    def on_outcome(row: Outcome, result: PruneResult | None) -> None:
+        if result is None:
+            raise NumericalError(row.error)
+        method = "magnitude" if row.config is magnitude else "obert_kernels"
+        rows.append((method, row))
+        if method == "magnitude":
+            return
+        beside = next(known.test_accuracy for _, known in rows if known.target == row.target)
+        damping = "" if row.damping_used is None else f"{row.damping_used:.2g}"
+        echo(f"{row.sparsity:8.1%}  {beside:9.1%}  {row.test_accuracy:13.1%}  {damping:>7}")
+        extra = {
+            "model": settings.model,
+            "data": settings.data,
+            "accuracy": row.test_accuracy,
+            "dense_accuracy": dense,
+            "precision": task.facts()["precision"],
+        }
+        checkpoints.save_pruned(result, task.tokenizer, folders[row.target], extra)
+        # Each time: what a run that stops here leaves behind is described.
+        _write_summary(settings, task, dense, rows, time.perf_counter() - started)
+
+    loop = TrialLoop(
         model,
-        task.fisher_batches(settings.num_grads, settings.grad_batch_size, settings.steps),
-        lambda pruned: task.evaluate(pruned, "test").accuracy,
-        list(folders),
-        {
-            **options,
-            "selection": settings.selection,
-            "update": update,
-            "estimator": settings.estimator,
-        },
-        num_grads=settings.num_grads,
-        calibration=task.damping_batches() if chooses_damping else (),
-        samples_per_grad=settings.grad_batch_size,
-        block_size=block_size,
-        loss_fn=task.loss_fn,
-        fisher_dtype=fisher_dtype,
-        max_memory=settings.max_memory,
-        recover=recover if settings.recovery_epochs else None,
-        on_result=on_result,
-        progress=progress,
+        lambda num_grads, samples: task.fisher_batches(num_grads, samples, settings.steps),
+        evaluate,
+        task.damping_batches() if chooses_damping else (),
+        task.loss_fn,
+        settings.max_memory,
+        recover if settings.recovery_epochs else None,
+        on_outcome,
+        one_damping=True,
+        progress=progress or silent,
     )
+    magnitude = PruningConfig(
+        pattern=config.pattern, scope=config.scope, params=config.params, selection="magnitude"
+    )
+    trials = [(how, target) for how in (magnitude, config) for target in sorted(folders)]
+    loop.check(trials)
+    echo(task.describe(settings.params))
+    _fine_tune(settings, task)
+    dense = task.evaluate(model, "test").accuracy
+    echo(f"dense accuracy {dense:.1%}\n\nsparsity  magnitude  obert_kernels  damping")
+    loop.run(trials)
     seconds = time.perf_counter() - started
     report = _write_summary(settings, task, dense, rows, seconds)
     echo(
@@ -211,12 +180,17 @@ def _train(
 
 
 def _write_summary(
-    settings: Settings, task: Task, dense: float, table: Sequence[Measurement], seconds: float
+    settings: Settings,
+    task: Task,
+    dense: float,
+    rows: Sequence[tuple[str, Outcome]],
+    seconds: float,
 ) -> dict[str, Any]:
     """Write ``report.json`` and ``accuracy.png`` on top of the output folder."""
     curves: dict[str, list[tuple[float, float]]] = {"obert_kernels": [], "magnitude": []}
+    table = sorted((_row(*row) for row in rows), key=lambda row: (row["target"], row["method"]))
     for row in table:
-        curves[row.method].append((row.sparsity, row.accuracy))
+        curves[row["method"]].append((row["sparsity"], row["accuracy"]))
     how = "in one shot" if settings.steps == 1 else f"in {settings.steps} steps"
     title = f"{task.title}, pruned {how}"
     if settings.recovery_epochs:
@@ -225,10 +199,22 @@ def _write_summary(
         "settings": plain(settings),
         **task.facts(),
         "dense_accuracy": dense,
-        "results": [asdict(row) for row in table],
+        "results": table,
         "seconds": seconds,
         "versions": {name: version(name) for name in ("obert-kernels", "torch", "transformers")},
     }
     write_json(settings.output / REPORT_FILE, report)
     plot_accuracy(curves, dense, settings.output / PLOT_FILE, title)
     return report
+
+
+def _row(method: str, outcome: Outcome) -> dict[str, Any]:
+    """A line of ``report.json``."""
+    return {
+        "method": method,
+        "target": outcome.target,
+        "sparsity": outcome.sparsity,
+        "accuracy": outcome.test_accuracy,
+        "predicted_increase": outcome.predicted_increase,
+        "damping": outcome.damping_used,
+    }

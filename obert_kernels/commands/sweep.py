@@ -6,18 +6,20 @@ import importlib
 import time
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
+from itertools import product
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
-from ..fisher.estimators import estimators
-from ..progress import Progress
+from ..progress import Progress, silent
+from ..pruning.config import PruningConfig
+from ..pruning.oneshot import PruneResult
 from ..tasks.digests import digest
 from ..tasks.task import Task
-from ..trials.grid import check_grid, run_grid
-from ..trials.outcome import Outcome, Scores, Setting, label
+from ..trials.budget import Budget
+from ..trials.grid import TrialLoop
+from ..trials.outcome import Outcome, Scores, label, point_of
 from ..trials.table import CSV_FILE, TABLE_FILE, TrialTable, check_basis, format_table, write_basis
 from .config import Settings, check_output, load_task
 from .plots import plot_sweep
@@ -27,7 +29,7 @@ PLOT_FILE = "sweep.png"
 
 def sweep_classifier(
     settings: Settings,
-    grid: Sequence[Setting],
+    grid: Sequence[PruningConfig],
     budget: float | None = None,
     progress: Progress | None = None,
     echo: Callable[[str], object] = print,
@@ -54,28 +56,30 @@ def sweep_classifier(
     """
     started = clock()
     check_output(settings.output)
-    estimators.find(settings.estimator)
     for package in ("transformers", "tqdm", "matplotlib"):
         importlib.import_module(package)  # one that is missing is an error now, not later
     task = load_task(settings, progress=progress)
     model = task.model
-    check_grid(
-        model,
-        grid,
-        settings.sparsity,
-        pattern=settings.pattern,
-        scope=settings.scope,
-        params=settings.params,
-    )
-    most = max((setting.texts_per_grad or 0 for setting in grid), default=0)
+    most = max((point_of(config).texts_per_grad or 0 for config in grid), default=0)
     task.check_samples(most, "--texts-per-grad")
-    basis = {**task.basis(), **_basis(settings)}
-    known = check_basis(settings.output, basis)
-    echo(task.describe(settings.params))
 
     def evaluate(model: nn.Module) -> Scores:
         return Scores(*task.evaluate(model, "dev"), task.evaluate(model, "test").accuracy)
 
+    loop = TrialLoop(
+        model,
+        task.fisher_batches,
+        evaluate,
+        task.damping_batches(),
+        task.loss_fn,
+        settings.max_memory,
+        progress=progress or silent,
+    )
+    trials = list(product(grid, dict.fromkeys(settings.sparsity)))
+    loop.check(trials)
+    basis = {**task.basis(), **_basis(settings)}
+    known = check_basis(settings.output, basis)
+    echo(task.describe(settings.params))
     dense = evaluate(model) if known is None else Scores(**known["dense"])
     echo(f"dense accuracy {dense.dev_accuracy:.1%} on held-back texts, {_test(dense)}\n")
 
@@ -84,28 +88,14 @@ def sweep_classifier(
             source = {"model": settings.model, "data": settings.data}
             write_basis(settings.output, basis, dense=dense._asdict(), source=source)
 
-    table = TrialTable(settings.output / CSV_FILE)
+    table = TrialTable(settings.output / CSV_FILE, settings.pruning_config())
     report = _Reporter(table, grid, settings.sparsity, echo, with_the_first_trial)
-    left_out = run_grid(
-        model,
-        task.fisher_batches,
-        evaluate,
-        grid,
-        settings.sparsity,
-        pattern=settings.pattern,
-        scope=settings.scope,
-        params=settings.params,
-        estimator=settings.estimator,
-        calibration=task.damping_batches(),
-        loss_fn=task.loss_fn,
-        fisher_dtype=getattr(torch, settings.fisher_dtype),
-        max_memory=settings.max_memory,
-        finished=table.outcomes,
-        budget=None if budget is None else budget - (clock() - started) / 60,
-        clock=clock,
-        on_outcome=report,
-        progress=progress,
-    ).left_out
+    loop.on_outcome = report
+    loop.budget = Budget(None if budget is None else budget - (clock() - started) / 60, clock)
+    done = {outcome.key for outcome in table.outcomes}
+    left_out = loop.run(
+        (config, target) for config, target in trials if (point_of(config), target) not in done
+    )
     _write_summary(settings, task, table.outcomes, dense, echo)
     if left_out:
         echo(_left_out(left_out, grid, budget, report.new))
@@ -137,12 +127,12 @@ class _Reporter:
     def __init__(
         self,
         table: TrialTable,
-        grid: Sequence[Setting],
+        grid: Sequence[PruningConfig],
         sparsities: Sequence[float],
         echo: Callable[[str], object],
         at_first: Callable[[], None],
     ) -> None:
-        wanted = {(setting, target) for setting in grid for target in sparsities}
+        wanted = {(point_of(config), target) for config in grid for target in sparsities}
         self.done = len(wanted & {outcome.key for outcome in table.outcomes})
         self.count = len(wanted)
         self.new = 0
@@ -150,13 +140,13 @@ class _Reporter:
         if self.done:
             echo(f"{self.done} of {self.count} trials are in {table.path} and not done again")
 
-    def __call__(self, outcome: Outcome) -> None:
+    def __call__(self, outcome: Outcome, result: PruneResult | None) -> None:
         if self.new == 0:
             self._at_first()
         self._table.append(outcome)
         self.done += 1
         self.new += 1
-        name = f"[{self.done}/{self.count}] {_name((outcome.setting, outcome.target), self._grid)}"
+        name = f"[{self.done}/{self.count}] {_name((outcome.config, outcome.target), self._grid)}"
         if outcome.error:
             self._echo(f"{name}: failed, {outcome.error}")
         else:
@@ -168,8 +158,8 @@ def _test(scores: Scores | Outcome) -> str:
     return f"{scores.test_accuracy:.1%} on test"
 
 
-def _name(trial: tuple[Setting, float], grid: Sequence[Setting]) -> str:
-    return f"{trial[1]:.1%} {label(trial[0], grid)}"
+def _name(trial: tuple[PruningConfig, float], grid: Sequence[PruningConfig]) -> str:
+    return f"{trial[1]:.1%} {label(point_of(trial[0]), [point_of(config) for config in grid])}"
 
 
 def _write_summary(
@@ -193,8 +183,8 @@ def _write_summary(
 
 
 def _left_out(
-    left_out: Sequence[tuple[Setting, float]],
-    grid: Sequence[Setting],
+    left_out: Sequence[tuple[PruningConfig, float]],
+    grid: Sequence[PruningConfig],
     budget: float | None,
     new: int,
 ) -> str:

@@ -20,13 +20,14 @@ def as_rows(gradients: Tensor, num_weights: int) -> Tensor:
     return rows
 
 
-def _is_joint(rule: str) -> bool:
+def is_joint(rule: str) -> bool:
+    """Return whether an update rule is "joint"; raise ValueError for what is none."""
     if rule not in ("sum", "joint"):
         raise ValueError(f"update rule must be 'sum' or 'joint', got {rule!r}")
     return rule == "joint"
 
 
-def _wide(weight: Tensor) -> Tensor:
+def wide(weight: Tensor) -> Tensor:
     """Half-precision weights as float32; the operators take float32 and float64."""
     weight = weight.detach()
     return weight if weight.dtype in (torch.float32, torch.float64) else weight.float()
@@ -46,29 +47,23 @@ class Fisher(ABC):
     type of the matrix, gradients as well, or under autocast in that of its products; scores are
     float32, new weights have the type of the old ones.
 
-    Args:
-        alive: bool ``[n]``, the weights that are left.  Others are never asked for.
-        block_size: B.
-        group_size: consecutive weights that belong together in some way.
-        dtype: the Gram's, or whatever is wide enough for sums over gradients.
-        name: used in error messages.
+    One is made by the factory that :func:`register_fisher` was given, which may be the class:
+    ``factory(alive, block_size, group_size, dtype=, name=)`` with
+
+    - ``alive``: bool ``[n]``, the remaining weights; others are never asked for;
+    - ``block_size``: B; ``group_size``: consecutive weights that belong together in some way;
+    - ``dtype``: of the Gram, or whatever is wide enough for sums over gradients;
+    - ``name``: used in error messages.
+
+    Attributes:
+        num_weights: n.
+        num_gradients: m, gradients seen so far.
+        looks_at_pruned: gradients of pruned weights are set to zero before it gets them.
     """
 
-    num_weights: int  # n; set by __init__
-    num_gradients: float  # m, gradients seen so far
-    # Gradients of pruned weights are set to zero before it gets them.
+    num_weights: int
+    num_gradients: float
     looks_at_pruned = True
-
-    @abstractmethod
-    def __init__(
-        self,
-        alive: Tensor,
-        block_size: int,
-        group_size: int,
-        *,
-        dtype: torch.dtype,
-        name: str,
-    ) -> None: ...
 
     @abstractmethod
     def accumulate(self, gradients: Tensor) -> None:

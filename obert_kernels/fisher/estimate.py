@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..gradients.buffers import gradient_buffers
-from ..gradients.losses import LossFn, default_loss
+from ..gradients.losses import LossFn
 from ..gradients.per_batch import batch_gradients
-from ..gradients.per_samples import GroupGradients
-from ..gradients.source import Source, open_source
-from ..ops.checks import WIDE
-from ..progress import Clock, Progress, silent
-from ..sparsity.layers import find_weights
-from ..sparsity.patterns import UNSTRUCTURED, Pattern, find_pattern
+from ..gradients.per_samples import GroupGradients, NotServed
+from ..gradients.source import BatchSource
+from ..progress import Clock, Progress
+from ..sparsity.patterns import UNSTRUCTURED, Pattern
 from .base import Fisher
-from .estimators import Estimator, estimators
-from .memory import Plan, plan_passes
+from .config import FisherConfig
+from .estimators import estimators
+from .memory import MemoryPlan
 
 
 @dataclass
@@ -38,13 +36,13 @@ class FisherEstimate:
         pattern: the order of the weights in a block, and the groups that can be scored.
         block_size: B.
         dead: weights that were zero then, flat in the order of the pattern, of matrices that had
-            some; a Fisher of the living weights alone knows itself.
+            some; a Fisher of the remaining weights alone knows itself.
     """
 
     fishers: dict[str, Fisher]
     num_grads: int
     seconds: dict[str, float]
-    plan: Plan
+    plan: MemoryPlan
     notes: list[str]
     samples_per_grad: int | None = None
     pattern: Pattern = UNSTRUCTURED
@@ -52,202 +50,160 @@ class FisherEstimate:
     dead: dict[str, Tensor] = field(default_factory=dict)
 
 
-def check_request(
-    batches: Any, num_grads: int, samples_per_grad: int | None, fisher_dtype: torch.dtype
-) -> None:
-    """Find fault with what is asked of an estimate.
+class Estimation:
+    """How Fishers are estimated from batches; found out on the first of them.
+
+    Args:
+        model: the model, in any mode.
+        source: of batches, which are taken from where it stands.
+        weights: name to matrix.
+        config: of the Fisher, with a block size.
+        pattern: the order of the weights in a gradient.
+        loss_fn: ``loss_fn(model, batch)``, what gradients are taken of.
+
+    Attributes:
+        samples: of each gradient where one backward pass gives many; None: a batch gives one.
 
     Raises:
-        ValueError: a number of gradients or samples is out of range.
-        TypeError: one batch in place of several, or no type a Gram can have.
+        ValueError: batches are needed and cannot be cut into samples, or give no loss.
     """
-    if isinstance(batches, Mapping):
-        raise TypeError("batches must be an iterable of batches, got a mapping: pass [batch]")
-    if fisher_dtype not in WIDE:
-        raise TypeError(
-            f"fisher_dtype must be torch.float64 or torch.float32, got {fisher_dtype!r}"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        source: BatchSource,
+        weights: Mapping[str, nn.Parameter],
+        config: FisherConfig,
+        pattern: Pattern,
+        loss_fn: LossFn,
+    ) -> None:
+        self.model, self.source, self.config = model, source, config
+        self.pattern, self.loss_fn = pattern, loss_fn
+        self.samples = config.samples_per_grad
+        if self.samples is None:
+            return
+        try:
+            groups = GroupGradients(model, weights, self.samples, loss_fn, pattern=pattern)
+            where, batch = source.look_at_several_samples()
+            groups.check(batch, where)
+        except NotServed as error:
+            source.notes.append(f"every gradient took a backward pass of its own: {error}")
+            source.cut(self.samples)
+            self.samples = None
+
+    def accumulate(
+        self,
+        weights: Mapping[str, nn.Parameter],
+        plan: MemoryPlan,
+        clock: Clock,
+        progress: Progress,
+        source: BatchSource | None = None,
+    ) -> dict[str, Fisher]:
+        """Add the gradients of some matrices to Fishers of the weights that are left in them.
+
+        Args:
+            weights: name to matrix, those of a pass of the plan.
+            plan: memory and passes.
+            clock: gets the seconds of "gradients" and "fisher".
+            progress: called as ``progress(stage, done, total)``.
+            source: of batches, in place of its own.
+        """
+        create = estimators.find(self.config.estimator).create
+        assert self.config.block_size is not None
+        fishers: dict[str, Fisher] = {}
+        for name, weight in weights.items():
+            alive = self.pattern.flat(weight.detach() != 0)
+            fishers[name] = create(
+                alive, self.config.block_size, self.pattern.span,
+                dtype=self.config.torch_dtype, name=name,
+            )  # fmt: skip
+        # Of a pruned weight no gradient is added: its rows and columns stay zero.
+        dead = zero_weights(fishers, weights, self.pattern)
+        add_all = self._gather if self.samples is None else self._stream
+        progress("gradients", 0, self.config.num_grads)
+        add_all(weights, plan, fishers, dead, clock, progress, source or self.source)
+        return fishers
+
+    def _gather(
+        self,
+        weights: Mapping[str, nn.Parameter],
+        plan: MemoryPlan,
+        fishers: Mapping[str, Fisher],
+        dead: Mapping[str, Tensor],
+        clock: Clock,
+        progress: Progress,
+        source: BatchSource,
+    ) -> None:
+        """One gradient a batch, k of them gathered before they are added."""
+        k, num_grads = plan.gradients_per_update, self.config.num_grads
+        buffers = gradient_buffers(k, weights)
+        gathered = 0
+        is_part = len(plan.passes) > 1
+        with closing(
+            batch_gradients(self.model, source, weights, num_grads, self.loss_fn, is_part=is_part)
+        ) as gradients:
+            for index in range(num_grads):
+                with clock.stage("gradients"):
+                    for name, gradient in next(gradients).items():
+                        row = buffers[name][gathered].copy_(self.pattern.flat(gradient))
+                        if name in dead:
+                            row.masked_fill_(dead[name], 0)
+                gathered += 1
+                if gathered == k or index == num_grads - 1:
+                    with clock.stage("fisher"):
+                        for name, fisher in fishers.items():
+                            fisher.accumulate(buffers[name][:gathered])
+                    gathered = 0
+                progress("gradients", index + 1, num_grads)
+
+    def _stream(
+        self,
+        weights: Mapping[str, nn.Parameter],
+        plan: MemoryPlan,
+        fishers: Mapping[str, Fisher],
+        dead: Mapping[str, Tensor],
+        clock: Clock,
+        progress: Progress,
+        source: BatchSource,
+    ) -> None:
+        """Many gradients a batch, added matrix by matrix while its backward pass runs."""
+
+        def add(name: str, gradients: Tensor) -> None:
+            if name in dead:
+                gradients.masked_fill_(dead[name], 0)
+            with clock.stage("fisher"):
+                fishers[name].accumulate(gradients)
+
+        assert self.samples is not None
+        groups = GroupGradients(
+            self.model,
+            weights,
+            self.samples,
+            self.loss_fn,
+            plan.gradients_per_update,
+            self.pattern,
+            is_part=len(plan.passes) > 1,
         )
-    if num_grads < 1:
-        raise ValueError(f"num_grads must be at least 1, got {num_grads}")
-    if samples_per_grad is not None and samples_per_grad < 1:
-        raise ValueError(f"samples_per_grad must be at least 1, or None, got {samples_per_grad}")
+        run = groups.run(source, self.config.num_grads, add)
+        with closing(run), clock.stage_without("gradients", "fisher"):
+            for done in run:
+                progress("gradients", done, self.config.num_grads)
+        if groups.split:
+            self.source.notes.append(
+                "some batches took a backward pass for every gradient: samples are left out of the "
+                "loss, or cannot be told apart in the input of a layer"
+            )
+        if groups.largest < self.samples:
+            self.source.notes.append(
+                f"the batches have fewer than {self.samples} samples, and gradients are of so "
+                "many: pass larger ones"
+            )
 
 
-def accumulate(
-    source: Source,
-    weights: Mapping[str, nn.Parameter],
-    plan: Plan,
-    *,
-    block_size: int,
-    dtype: torch.dtype,
-    clock: Clock,
-    progress: Progress,
-    estimator: Estimator,
-) -> dict[str, Fisher]:
-    """Add the gradients of some matrices to Fishers of the weights that are left in them."""
-    fishers: dict[str, Fisher] = {}
-    for name, weight in weights.items():
-        alive = source.pattern.flat(weight.detach() != 0)
-        fishers[name] = estimator.create(
-            alive, block_size, source.pattern.span, dtype=dtype, name=name
-        )
-    dead = _dead(fishers, weights, source.pattern)  # no gradient: rows and columns stay zero
-    add_all = _gather if source.group is None else _stream
-    progress("gradients", 0, source.num_grads)
-    add_all(source, weights, plan, fishers, dead, clock, progress)
-    return fishers
-
-
-def _dead(
+def zero_weights(
     fishers: Mapping[str, Fisher], weights: Mapping[str, nn.Parameter], pattern: Pattern
 ) -> dict[str, Tensor]:
     """Weights that are zero, where there are some and the Fisher would look at them."""
     looked_at = (name for name, fisher in fishers.items() if fisher.looks_at_pruned)
     zero = ((name, pattern.flat(weights[name].detach() == 0)) for name in looked_at)
-    return {name: dead for name, dead in zero if bool(dead.any())}
-
-
-def _gather(
-    source: Source,
-    weights: Mapping[str, nn.Parameter],
-    plan: Plan,
-    fishers: Mapping[str, Fisher],
-    dead: Mapping[str, Tensor],
-    clock: Clock,
-    progress: Progress,
-) -> None:
-    """One gradient a batch, k of them gathered before they are added."""
-    k = plan.gradients_per_update
-    buffers = gradient_buffers(k, weights)
-    gathered = 0
-    with closing(
-        batch_gradients(
-            source.model,
-            source.batches,
-            weights,
-            source.num_grads,
-            source.loss_fn,
-            first=source.next_batch,
-            unit=source.unit,
-            is_part=len(plan.passes) > 1,
-        )
-    ) as gradients:
-        for index in range(source.num_grads):
-            with clock.stage("gradients"):
-                for name, gradient in next(gradients).items():
-                    row = buffers[name][gathered].copy_(source.pattern.flat(gradient))
-                    if name in dead:
-                        row.masked_fill_(dead[name], 0)
-            gathered += 1
-            if gathered == k or index == source.num_grads - 1:
-                with clock.stage("fisher"):
-                    for name, fisher in fishers.items():
-                        fisher.accumulate(buffers[name][:gathered])
-                gathered = 0
-            progress("gradients", index + 1, source.num_grads)
-    if not source.held:
-        source.used += source.num_grads
-
-
-def _stream(
-    source: Source,
-    weights: Mapping[str, nn.Parameter],
-    plan: Plan,
-    fishers: Mapping[str, Fisher],
-    dead: Mapping[str, Tensor],
-    clock: Clock,
-    progress: Progress,
-) -> None:
-    """Many gradients a batch, added matrix by matrix while its backward pass runs."""
-
-    def add(name: str, gradients: Tensor) -> None:
-        if name in dead:
-            gradients.masked_fill_(dead[name], 0)
-        with clock.stage("fisher"):
-            fishers[name].accumulate(gradients)
-
-    assert source.group is not None
-    groups = GroupGradients(
-        source.model,
-        weights,
-        source.group,
-        source.loss_fn,
-        plan.gradients_per_update,
-        source.pattern,
-        is_part=len(plan.passes) > 1,
-    )
-    run = groups.run(source.batches, source.num_grads, add, first=source.next_batch)
-    with closing(run), clock.stage_without("gradients", "fisher"):
-        for done in run:
-            source.used += not source.held
-            progress("gradients", done, source.num_grads)
-    if groups.split:
-        source.notes.append(
-            "some batches took a backward pass for every gradient: samples are left out of the "
-            "loss, or cannot be told apart in the input of a layer"
-        )
-    if groups.largest < source.group:
-        source.notes.append(
-            f"the batches have fewer than {source.group} samples, and gradients are of so many: "
-            "pass larger ones"
-        )
-
-
-def estimate_fisher(
-    model: nn.Module,
-    batches: Iterable[Any],
-    *,
-    num_grads: int = 1024,
-    samples_per_grad: int | None = None,
-    block_size: int | None = None,
-    params: str | Iterable[str] | None = None,
-    loss_fn: LossFn | None = None,
-    fisher_dtype: torch.dtype = torch.float64,
-    pattern: str = "unstructured",
-    estimator: str = "gram",
-    progress: Progress | None = None,
-) -> FisherEstimate:
-    """Estimate the block Fisher of a model's weight matrices from mini-batch gradients.
-
-    The result serves :func:`prune` for several sparsities, dampings and rules; that of a dense
-    model also for all patterns whose groups run along the same dimension (N:M ones if
-    ``block_size`` is a multiple of M).
-
-    Args: as for :func:`prune`.
-
-    Raises:
-        ValueError, TypeError, MemoryError: as for :func:`prune`.
-    """
-    loss_fn = loss_fn or default_loss
-    check_request(batches, num_grads, samples_per_grad, fisher_dtype)
-    shape = find_pattern(pattern)
-    block_size = shape.block_size(block_size)
-    kind = estimators.find(estimator)
-    weights = find_weights(model, params)
-    source = open_source(model, batches, weights, num_grads, samples_per_grad, loss_fn, shape)
-    plan = plan_passes(
-        weights,
-        block_size,
-        fisher_dtype,
-        None,
-        num_grads,
-        pattern=shape,
-        estimator=kind,
-        streamed=source.group is not None,
-        can_split=False,
-    )
-    clock = Clock()
-    fishers = accumulate(
-        source,
-        weights,
-        plan,
-        block_size=block_size,
-        dtype=fisher_dtype,
-        clock=clock,
-        progress=progress or silent,
-        estimator=kind,
-    )
-    return FisherEstimate(
-        fishers, num_grads, clock.seconds, plan, source.all_notes(), samples_per_grad, shape,
-        block_size, _dead(fishers, weights, shape),
-    )  # fmt: skip
+    return {name: dead for name, dead in zero if bool(torch.any(dead))}

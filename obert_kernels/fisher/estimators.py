@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -53,6 +52,3 @@ def register_fisher(
 
 
 register_fisher("gram", num_bytes=fisher_bytes)(block_fisher)
-register_fisher("refilled", num_bytes=partial(fisher_bytes, refill=True))(
-    partial(block_fisher, refill=True)
-)

@@ -16,7 +16,7 @@ from torch import Tensor
 from .. import ops
 from ..ops.checks import check_block_size
 from ..ops.packing import gram_shape, unpack_inverse
-from .base import Fisher, _is_joint, _wide, as_rows
+from .base import Fisher, as_rows, is_joint, wide
 
 
 def gram_bytes(num_weights: int, block_size: int, dtype: torch.dtype = torch.float64) -> int:
@@ -54,11 +54,26 @@ class GramFisher(Fisher):
         check_block_size(block_size)
         if dtype not in (torch.float32, torch.float64):
             raise TypeError(f"dtype must be float32 or float64, got {dtype}")
+        gram = torch.zeros(gram_shape(num_weights, block_size), dtype=dtype, device=device)
+        self._hold(gram, num_weights, block_size, 0, name)
+
+    def _hold(
+        self, gram: Tensor, num_weights: int, block_size: int, num_gradients: float, name: str
+    ) -> None:
+        self.gram = gram
         self.num_weights = num_weights
         self.block_size = block_size
+        self.num_gradients = num_gradients
         self.name = name
-        self.num_gradients: float = 0
-        self.gram = torch.zeros(gram_shape(num_weights, block_size), dtype=dtype, device=device)
+
+    @classmethod
+    def on(
+        cls, gram: Tensor, num_weights: int, block_size: int, num_gradients: float, name: str
+    ) -> GramFisher:
+        """Return a Fisher on a Gram that is there, ``[blocks, B(B+1)/2]``; it is not copied."""
+        fisher = cls.__new__(cls)
+        fisher._hold(gram, num_weights, block_size, num_gradients, name)
+        return fisher
 
     def accumulate(self, gradients: Tensor) -> None:
         """Add gradients ``[n]`` or ``[k, n]``, any floating type; many at once are cheaper."""
@@ -126,7 +141,7 @@ class GramFisher(Fisher):
     def solve(self, vector: Tensor, damping: float) -> Tensor:
         """``F^-1 v`` for ``v`` of ``[n]``."""
         problem = self._problem(damping)
-        out = ops.gram_solve(self.gram, _wide(vector), *problem)
+        out = ops.gram_solve(self.gram, wide(vector), *problem)
         self._checked(problem[-1], damping)
         return out
 
@@ -137,7 +152,7 @@ class GramFisher(Fisher):
         weights: the loss increase when Q alone is removed and the rest of its block adapts.
         """
         problem = self._problem(damping)
-        out = ops.gram_scores(self.gram, _wide(weight), group_size, *problem)
+        out = ops.gram_scores(self.gram, wide(weight), group_size, *problem)
         self._checked(problem[-1], damping)
         return out
 
@@ -157,7 +172,7 @@ class GramFisher(Fisher):
             group_size: c, consecutive weights that go together.
         """
         problem = self._problem(damping)
-        out = ops.gram_greedy_scores(self.gram, _wide(weight), keep, group_size, *problem)
+        out = ops.gram_greedy_scores(self.gram, wide(weight), keep, group_size, *problem)
         self._checked(problem[-1], damping)
         return out
 
@@ -178,7 +193,7 @@ class GramFisher(Fisher):
             ``[n]`` bool.
         """
         problem = self._problem(damping)
-        out = ops.gram_n_of_m(self.gram, _wide(weight), keep, kept, group, *problem)
+        out = ops.gram_n_of_m(self.gram, wide(weight), keep, kept, group, *problem)
         self._checked(problem[-1], damping)
         return out
 
@@ -202,7 +217,7 @@ class GramFisher(Fisher):
         """
         problem = self._problem(damping)
         new, increase = ops.gram_update(
-            self.gram, _wide(weight), keep, group_size, _is_joint(rule), *problem
+            self.gram, wide(weight), keep, group_size, is_joint(rule), *problem
         )
         self._checked(problem[-1], damping)
         return new.to(weight.dtype), float(increase.sum())

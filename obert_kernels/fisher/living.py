@@ -4,17 +4,11 @@ The gradient of a pruned weight does not matter any more, and its row of the Fis
 zero but for the damping.  So the blocks keep their borders and hold only the weights that are
 left; what comes out is the same.  Blocks are sorted into a few sizes by what is left of them,
 and each size is a :class:`GramFisher` of its own on its part of the Gram.
-
-Or the living weights are cut into full blocks anew ("refilled"), so that each has as many others to
-make up for it as before.  Full blocks want more gradients than what is left of blocks: at 90 %, in
-four sub-steps, that was 1.2 points better with 256 gradients of 4 texts in each, and 2.1 worse with
-64 of them (benchmarks/results/recomputation_gradients.md).
 """
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -35,14 +29,14 @@ _MOST_WEIGHTS = 2**31 - 1  # int32 says which weight stands at a place
 
 
 def _size(
-    alive: Tensor, block_size: int, group_size: int, dtype: torch.dtype, refill: bool
+    alive: Tensor, block_size: int, group_size: int, dtype: torch.dtype
 ) -> tuple[int, _Living | None]:
     """Memory of a Fisher, and the living weights if it is one of them alone."""
     full = gram_bytes(alive.numel(), block_size, dtype)
     if alive.numel() <= _MOST_WEIGHTS and not bool(alive.all()):
-        living = _living(alive, block_size, group_size, refill)
+        living = _living(alive, block_size, group_size)
         live = _live_bytes(living, group_size, dtype)
-        if live < (math.inf if refill else _WORTHWHILE * full):
+        if live < _WORTHWHILE * full:
             return int(live), living
     return full, None
 
@@ -52,11 +46,9 @@ def fisher_bytes(
     block_size: int,
     group_size: int = 1,
     dtype: torch.dtype = torch.float64,
-    *,
-    refill: bool = False,
 ) -> int:
     """Memory that :func:`block_fisher` will take."""
-    return _size(alive, block_size, group_size, dtype, refill)[0]
+    return _size(alive, block_size, group_size, dtype)[0]
 
 
 def block_fisher(
@@ -66,16 +58,14 @@ def block_fisher(
     *,
     dtype: torch.dtype = torch.float64,
     name: str = "weights",
-    refill: bool = False,
 ) -> GramFisher | LiveFisher:
     """Return a Fisher of the living weights alone if that is worthwhile, else of all weights.
 
     Args:
         alive: bool, the weights that are left.
         block_size, group_size, dtype, name: as for :class:`LiveFisher`.
-        refill: cut the living weights, where some are gone, into full blocks anew.
     """
-    living = _size(alive, block_size, group_size, dtype, refill)[1]
+    living = _size(alive, block_size, group_size, dtype)[1]
     if living is not None:
         return LiveFisher(alive, block_size, group_size, dtype=dtype, name=name, living=living)
     return GramFisher(alive.numel(), block_size, dtype=dtype, device=alive.device, name=name)
@@ -83,11 +73,11 @@ def block_fisher(
 
 @dataclass
 class _Part:
-    """The blocks of one size; its places are a slice of those by part."""
+    """The blocks of one size; its places are a slice of those by part, its Gram one of all."""
 
     size: int
     places: slice
-    fisher: GramFisher = field(repr=False)
+    gram: slice
 
 
 class LiveFisher(Fisher):
@@ -126,7 +116,7 @@ class LiveFisher(Fisher):
         self.group_size = group_size
         self.name = name
         self.device = alive.device
-        self._num_gradients: float = 0
+        self.num_gradients = 0
         if living is None:
             living = _living(alive, block_size, group_size)
         places = {size: p for size, p in _places(living.needed, group_size).items() if p}
@@ -164,34 +154,12 @@ class LiveFisher(Fisher):
             self._gram_start[mine] = starts[index] + rank * triangle[index]
             within = torch.arange(s, device=self.device)
             source = self._source[self._first_place[mine][:, None] + within].flatten()
-            # Without memory of its own: its Gram is a part of that of all.
-            fisher = GramFisher(len(source), s, dtype=dtype, device="meta", name=self.name)
-            entries = len(mine) * int(triangle[index])
-            fisher.gram = self._gram[starts[index] :][:entries].view(len(mine), -1)
+            gram = slice(starts[index], starts[index] + len(mine) * int(triangle[index]))
             here = slice(begin, begin + len(source))
             torch.clamp_min(source, 0, out=self._index[here])
             torch.lt(source, 0, out=self._empty[here])
-            self._parts.append(_Part(s, here, fisher))
+            self._parts.append(_Part(s, here, gram))
             begin = here.stop
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """After unpickling, which gives every part a Gram of its own."""
-        self.__dict__.update(state)
-        grams = [part.fisher.gram for part in self._parts]
-        pieces = self._gram.split([gram.numel() for gram in grams])
-        for part, piece in zip(self._parts, pieces, strict=True):
-            part.fisher.gram = piece.view_as(part.fisher.gram)
-
-    @property
-    def num_gradients(self) -> float:
-        """m, gradients seen so far; may be set to give the sum another weight."""
-        return self._num_gradients
-
-    @num_gradients.setter
-    def num_gradients(self, m: float) -> None:
-        self._num_gradients = m
-        for part in self._parts:
-            part.fisher.num_gradients = m
 
     @property
     def num_bytes(self) -> int:
@@ -220,7 +188,13 @@ class LiveFisher(Fisher):
 
     def mean_squares(self) -> float:
         """Sum over the weights of the mean square of their gradients."""
-        return sum(part.fisher.mean_squares() for part in self._parts)
+        return sum(self._fisher(part).mean_squares() for part in self._parts)
+
+    def _fisher(self, part: _Part) -> GramFisher:
+        """The Fisher of the blocks of one size, on its part of the Gram."""
+        gram = self._gram[part.gram].view(-1, part.size * (part.size + 1) // 2)
+        count = part.places.stop - part.places.start
+        return GramFisher.on(gram, count, part.size, self.num_gradients, self.name)
 
     def _ask(self, method: str, vectors: tuple[Tensor, ...], *args: Any) -> list[Any]:
         """Call a method of every part's Fisher with its places of some vectors ``[places]``."""
@@ -228,11 +202,12 @@ class LiveFisher(Fisher):
         for part in self._parts:
             here = (vector[part.places] for vector in vectors)
             try:
-                found.append(getattr(part.fisher, method)(*here, *args))
+                found.append(getattr(self._fisher(part), method)(*here, *args))
             except NumericalError as error:
+                if error.block is None:
+                    raise
                 block = self._block_in_matrix(part, error.block)
-                text = str(error).replace(f"block {error.block} ", f"block {block} ", 1)
-                raise NumericalError(text, block) from None
+                raise NumericalError.of_block(self.name, block, error.remedy) from None
         return found
 
     def _block_in_matrix(self, part: _Part, block: int) -> int:

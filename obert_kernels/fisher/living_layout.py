@@ -38,10 +38,8 @@ def _changes(x: Tensor) -> Tensor:
     return torch.cat([x.new_ones(min(1, len(x)), dtype=torch.bool), x[1:] != x[:-1]])
 
 
-def _living(alive: Tensor, block_size: int, group_size: int, refill: bool = False) -> _Living:
+def _living(alive: Tensor, block_size: int, group_size: int) -> _Living:
     weight = alive.flatten().nonzero().flatten()
-    if refill:
-        return _refilled(weight, block_size, group_size)
     new_block = _changes(weight // block_size)
     new_group = new_block | _changes(weight // group_size)
     block = torch.cumsum(new_block, 0) - 1
@@ -50,17 +48,6 @@ def _living(alive: Tensor, block_size: int, group_size: int, refill: bool = Fals
     first_group = torch.cumsum(groups, 0) - groups
     place = (group - first_group[block]) * group_size + weight % group_size
     return _Living(weight, block, place, groups * group_size)
-
-
-def _refilled(weight: Tensor, block_size: int, group_size: int) -> _Living:
-    """One group after the other, as many in a block as it has places for."""
-    new_group = _changes(weight // group_size)
-    group = torch.cumsum(new_group, 0) - 1
-    fit = max(1, block_size // group_size)
-    place = group % fit * group_size + weight % group_size
-    return _Living(
-        weight, group // fit, place, torch.bincount(group[new_group] // fit) * group_size
-    )
 
 
 def _sizes(needed: Tensor, group_size: int) -> list[int]:

@@ -10,9 +10,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..gradients.buffers import GRADIENTS_PER_UPDATE, STREAMED_PER_UPDATE, _row_bytes
+from ..gradients.buffers import GRADIENTS_PER_UPDATE, STREAMED_PER_UPDATE, row_bytes
 from ..sparsity.patterns import Pattern
-from .estimators import Estimator
+from .config import FisherConfig
+from .estimators import estimators
 
 # Of a weight while masks are chosen: its score, the key it is sorted by, and whether it is there,
 # its group is, it goes, and it stays.  (Later, new weights in place of scores and keys.)
@@ -22,7 +23,7 @@ _CONTAINER = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True)
-class Plan:
+class MemoryPlan:
     """Which matrices are worked on together, and the memory of the largest pass in bytes.
 
     Attributes:
@@ -40,6 +41,15 @@ class Plan:
     buffer_bytes: int
     other_bytes: int
     gradients_per_update: int
+
+    def to_dict(self) -> dict[str, int]:
+        """As reports have it."""
+        return {
+            "gram": self.gram_bytes,
+            "gathered gradients": self.buffer_bytes,
+            "other": self.other_bytes,
+            "passes": len(self.passes),
+        }
 
     @property
     def total_bytes(self) -> int:
@@ -81,31 +91,25 @@ def _readable(size: float) -> str:
 
 def plan_passes(
     weights: Mapping[str, nn.Parameter],
-    block_size: int,
-    dtype: torch.dtype,
-    max_memory: int | None,
-    num_grads: int,
-    *,
+    config: FisherConfig,
     pattern: Pattern,
-    estimator: Estimator,
+    max_memory: int | None,
+    *,
     streamed: bool,
     can_split: bool = True,
     keeps_weights: bool = False,
-) -> Plan:
+) -> MemoryPlan:
     """Split the matrices into passes that fit.
 
     Args:
         weights: the matrices to prune.
-        block_size: B.
-        dtype: type of the Gram.
+        config: of the Fisher, with a block size.
+        pattern: whose groups the Fisher is to score.
         max_memory: bytes the call may use on top of the model; None: one pass, if that fits
             what is free now.
-        num_grads: m; no more than these are gathered.
-        pattern: whose groups the Fisher is to score.
-        estimator: of the Fisher.
         streamed: gradients come one matrix at a time and need not be gathered.
+        can_split: there may be several passes.
         keeps_weights: those of before are kept, to be put back if a later sub-step fails.
-        can_split: the caller knows ``max_memory`` and several passes.
 
     Raises:
         MemoryError: it does not fit; the message gives the figures and the remedies.
@@ -113,18 +117,21 @@ def plan_passes(
     budget = max_memory
     if budget is None:
         budget = available_memory(next(iter(weights.values())).device)
-    k = min(STREAMED_PER_UPDATE if streamed else GRADIENTS_PER_UPDATE, num_grads)
+    k = min(STREAMED_PER_UPDATE if streamed else GRADIENTS_PER_UPDATE, config.num_grads)
+    num_bytes = estimators.find(config.estimator).num_bytes
+    assert config.block_size is not None
+    size, dtype = config.block_size, config.torch_dtype
     gram = {
-        name: estimator.num_bytes(pattern.flat(w.detach() != 0), block_size, pattern.span, dtype)
+        name: num_bytes(pattern.flat(w.detach() != 0), size, pattern.span, dtype)
         for name, w in weights.items()
     }
 
-    def plan(k: int) -> Plan:
+    def plan(k: int) -> MemoryPlan:
         # Gathered, one gradient of the batch at hand stands beside the buffer of k.
         held = {
             name: w.numel() * w.element_size() * k
             if streamed
-            else k * _row_bytes(w.numel(), w.element_size()) + w.numel() * w.element_size()
+            else k * row_bytes(w.numel(), w.element_size()) + w.numel() * w.element_size()
             for name, w in weights.items()
         }
         together = max if streamed else sum
@@ -132,11 +139,11 @@ def plan_passes(
             w.numel() * (_SELECTION_BYTES + keeps_weights * w.element_size())
             for w in weights.values()
         )
-        if max_memory is None:
+        if max_memory is None or not can_split:
             passes = [list(weights)]
         else:
             passes = _fill(gram, held, together, max_memory - other)
-        return Plan(
+        return MemoryPlan(
             passes,
             max(sum(gram[name] for name in names) for names in passes),
             max(together(held[name] for name in names) for names in passes),
@@ -149,7 +156,7 @@ def plan_passes(
         k //= 2  # slower, but it may fit
         found = plan(k)
     if budget is not None and found.total_bytes > budget:
-        remedies = _remedies(found, max_memory is None, can_split, block_size, dtype)
+        remedies = _remedies(found, max_memory is None, can_split, size, dtype)
         raise MemoryError(
             f"pruning needs {_readable(found.total_bytes)} (Gram {_readable(found.gram_bytes)}, "
             f"gathered gradients {_readable(found.buffer_bytes)}, the rest "
@@ -179,7 +186,7 @@ def _fill(
 
 
 def _remedies(
-    plan: Plan, is_free: bool, can_split: bool, block_size: int, dtype: torch.dtype
+    plan: MemoryPlan, is_free: bool, can_split: bool, block_size: int, dtype: torch.dtype
 ) -> list[str]:
     """What can be done about a plan that does not fit, in words for Python and command line."""
     remedies = []

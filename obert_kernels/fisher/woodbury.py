@@ -8,7 +8,7 @@ from torch import Tensor
 from .. import ops
 from ..ops.checks import check_block_size, check_positive
 from ..ops.packing import gram_shape, unpack_inverse
-from .base import _is_joint, _wide, as_rows
+from .base import as_rows, is_joint, wide
 
 
 class WoodburyFisher:
@@ -80,7 +80,7 @@ class WoodburyFisher:
 
     def scores(self, weight: Tensor, group_size: int = 1) -> Tensor:
         """Like :meth:`GramFisher.scores`."""
-        out = ops.inverse_scores(self.packed, _wide(weight), group_size, self._status)
+        out = ops.inverse_scores(self.packed, wide(weight), group_size, self._status)
         self._checked()
         return out
 
@@ -89,7 +89,7 @@ class WoodburyFisher:
     ) -> tuple[Tensor, float]:
         """Like :meth:`GramFisher.update`."""
         new, increase = ops.inverse_update(
-            self.packed, _wide(weight), keep, group_size, _is_joint(rule), True, self._status
+            self.packed, wide(weight), keep, group_size, is_joint(rule), True, self._status
         )
         self._checked()
         return new.to(weight.dtype), float(increase.sum())

@@ -1,9 +1,8 @@
-"""What is done with batches, whatever they are: mappings, tuples, lists or tensors."""
+"""Helpers for batches of any structure: mappings, tuples, lists or tensors."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
-from itertools import islice
+from collections.abc import Callable, Iterable, Mapping, Sized
 from typing import Any
 
 import torch
@@ -46,30 +45,6 @@ def how_many(batches: Iterable[Any]) -> int | None:
         return None
 
 
-def take_batches(batches: Iterable[Any], count: int | None = None) -> Iterator[Any]:
-    """Yield ``count`` batches (None: without end), starting over when the iterable ends early.
-
-    Raises:
-        ValueError: there are none, or a one-shot iterator ends too early.
-    """
-    done = 0
-    while done != count:
-        before = done
-        for batch in islice(iter(batches), None if count is None else count - done):
-            done += 1
-            yield batch
-        if done == count:
-            return
-        if done == before == 0:
-            raise ValueError("batches is empty: no gradient can be computed")
-        if done == before or iter(batches) is batches:
-            wanted = "" if count is None else f" of num_grads={count}"
-            raise ValueError(
-                f"batches ended after {done}{wanted}: pass a list or a DataLoader, which can be "
-                "iterated again, or a smaller num_grads"
-            )
-
-
 def samples_in(batch: Any) -> int | None:
     """Return the common first dimension of a batch's tensors, None if they have none."""
     sizes = {tensor.shape[0] if tensor.dim() else None for tensor in tensors_in(batch)}
@@ -92,15 +67,3 @@ def split_batch(batch: Any, size: int) -> list[Any]:
         map_tensors(batch, lambda tensor, i=i: tensor[i : i + size])
         for i in range(0, samples, size)
     ]
-
-
-class SplitBatches:
-    """The pieces of ``size`` samples of every batch of an iterable."""
-
-    def __init__(self, batches: Iterable[Any], size: int) -> None:
-        self.batches = batches
-        self.size = size
-
-    def __iter__(self) -> Iterator[Any]:
-        for batch in self.batches:
-            yield from split_batch(batch, self.size)

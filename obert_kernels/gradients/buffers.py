@@ -18,7 +18,7 @@ STREAMED_PER_UPDATE = 32
 _PAGE = 4096
 
 
-def _row_bytes(num_weights: int, itemsize: int) -> int:
+def row_bytes(num_weights: int, itemsize: int) -> int:
     """Distance of two gathered gradients: an odd number of pages and five cache lines."""
     size = num_weights * itemsize
     if size < 64 * _PAGE:
@@ -40,7 +40,7 @@ def gradient_buffer(
     sets of the caches and of the table of pages; these lie an odd number of pages apart, which
     makes the Gram a quarter faster.
     """
-    distance = _row_bytes(num_weights, dtype.itemsize) // dtype.itemsize
+    distance = row_bytes(num_weights, dtype.itemsize) // dtype.itemsize
     return torch.empty((count, distance), dtype=dtype, device=device)[:, :num_weights]
 
 
@@ -53,7 +53,7 @@ def gradient_buffers(count: int, weights: Mapping[str, Tensor]) -> dict[str, Ten
     buffers = {}
     for device in dict.fromkeys(w.device for w in weights.values()):
         here = {name: w for name, w in weights.items() if w.device == device}
-        sizes = [count * _row_bytes(w.numel(), w.itemsize) for w in here.values()]
+        sizes = [count * row_bytes(w.numel(), w.itemsize) for w in here.values()]
         pages = [-(-size // _PAGE) * _PAGE for size in sizes]
         room = torch.empty(sum(pages), dtype=torch.uint8, device=device)
         for (name, w), piece, size in zip(here.items(), room.split(pages), sizes, strict=True):

@@ -41,6 +41,10 @@ def default_loss(model: nn.Module, batch: Any) -> Tensor:
     return _of_predictions(output, logits, batch)
 
 
+# What a configuration's ``gradients_of`` stands for.
+LOSSES: dict[str, LossFn] = {"predictions": default_loss, "labels": model_loss}
+
+
 def prediction_loss(model: nn.Module, batch: Any) -> Tensor:
     """Return a loss whose gradients are those of the model's predictions: no labels are needed.
 

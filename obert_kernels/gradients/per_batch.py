@@ -9,20 +9,19 @@ import torch
 from torch import Tensor, nn
 
 from .backward import backward, evaluation, grads_of
-from .batches import take_batches, to_device
+from .batches import to_device
 from .ignored_labels import check_any_counts, is_left_out
 from .losses import LossFn, model_loss
+from .source import BatchSource
 
 
 def batch_gradients(
     model: nn.Module,
-    batches: Iterable[Any],
+    batches: Iterable[Any] | BatchSource,
     weights: Mapping[str, nn.Parameter],
     num_grads: int,
     loss_fn: LossFn | None = None,
     *,
-    first: int = 0,
-    unit: str = "batch",
     is_part: bool = False,
 ) -> Iterator[dict[str, Tensor]]:
     """Yield one gradient of the mean batch loss per batch, ``num_grads`` in all.
@@ -37,8 +36,6 @@ def batch_gradients(
         num_grads: how many gradients.
         loss_fn: ``loss_fn(model, batch)`` returning a scalar; None: :func:`model_loss` (where
             :func:`obert_kernels.prune` takes :func:`prediction_loss` for classifiers).
-        first: number of the first batch, for messages.
-        unit: what they call a batch.
         is_part: there are other weights, so that a batch may reach none of these.
 
     Yields:
@@ -55,8 +52,7 @@ def batch_gradients(
     device = next(iter(weights.values())).device
     any_counts = False
     with evaluation(model):  # also while the caller makes a batch, maybe with this model
-        for index, batch in enumerate(take_batches(batches, num_grads)):
-            where = f"{unit} {first + index}"
+        for index, (where, batch) in enumerate(BatchSource.of(batches).take(num_grads)):
             with grads_of(model, weights):
                 loss = loss_fn(model, to_device(batch, device))
                 counts = not is_left_out(batch, loss)

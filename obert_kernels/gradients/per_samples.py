@@ -18,11 +18,12 @@ from torch import Tensor, nn
 
 from ..sparsity.patterns import UNSTRUCTURED, Pattern
 from .backward import Tap, anchor_of, backward, frozen, grads_of, removed
-from .batches import samples_in, split_batch, take_batches, tensors_in, to_device
+from .batches import samples_in, split_batch, tensors_in, to_device
 from .buffers import STREAMED_PER_UPDATE
 from .ignored_labels import check_any_counts, counted, is_left_out, leaves_out
 from .losses import LossFn, model_loss
 from .per_batch import check_loss, check_reached
+from .source import BatchSource
 
 Receive = Callable[[str, Tensor], None]
 
@@ -219,7 +220,7 @@ class GroupGradients:
         self.device = next(iter(weights.values())).device
 
     def run(
-        self, batches: Iterable[Any], num_grads: int, receive: Receive, *, first: int = 0
+        self, batches: Iterable[Any] | BatchSource, num_grads: int, receive: Receive
     ) -> Iterator[int]:
         """Hand on ``num_grads`` gradients; yield how many there are after each batch.
 
@@ -228,7 +229,6 @@ class GroupGradients:
             num_grads: groups in all.
             receive: called as ``receive(name, gradients)`` with ``[k, n]`` for each weight, k
                 groups of a batch at a time; it may change them in place.
-            first: number of the first batch, for messages.
 
         Raises:
             ValueError: as for :func:`batch_gradients`, or a batch cannot be cut into samples.
@@ -236,8 +236,8 @@ class GroupGradients:
         """
         done, self.any_counts = 0, False
         with self._recording(receive) as recorder:
-            for index, batch in enumerate(take_batches(batches), first):
-                done += self._gradients_of(recorder, batch, num_grads - done, f"batch {index}")
+            for where, batch in BatchSource.of(batches).take():
+                done += self._gradients_of(recorder, batch, num_grads - done, where)
                 if done == num_grads:
                     check_any_counts(self.any_counts)
                 yield done

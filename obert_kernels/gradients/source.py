@@ -1,234 +1,193 @@
-"""Where gradients come from: batches with a position, some of them kept back."""
+"""Batches with a position: taken one after the other, kept back, started over when they end."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from itertools import chain, islice
+from collections import deque
+from collections.abc import Iterable, Iterator
+from itertools import count as numbers
 from typing import Any
 
 import torch
-from torch import nn
 
-from ..sparsity.patterns import UNSTRUCTURED, Pattern
-from .batches import SplitBatches, how_many, samples_in, split_batch, take_batches, tensors_in
-from .losses import LossFn
-from .per_samples import GroupGradients, NotServed
+from .batches import how_many, samples_in, split_batch, tensors_in
 
-# Batches, to find one with several samples.
+# Samples kept back to choose the damping on, unless there are fewer than four times that.
+_KEPT_BACK_SAMPLES = 256
+# At most this many batches are read to find one with more than one sample.
 _LOOKED_AT = 16
 
+_END = object()
 
-@dataclass
-class Source:
-    """Where gradients come from.
+
+class BatchSource:
+    """Batches that are taken one after the other, and started over when they end.
+
+    Args:
+        batches: an iterable; an iterator cannot be started over.
+        first: number of the first batch, for messages.
+        unit: what messages call a batch.
 
     Attributes:
-        model: the model, in any mode.
-        batches: iterable of batches.
-        num_grads: m, gradients in all.
-        loss_fn: as for :func:`prune`.
-        pattern: the order of the weights in a gradient.
-        group: samples per gradient where hooks give many gradients a batch; None: a batch gives
-            one.
+        taken: how many have been taken.
         notes: what the user should know about the batches.
-        origin: the batches as they were given.
-        used: batches taken so far.
-        held: the batches are kept for several passes, and counted.
-        kept_back: batches before them, which the damping is chosen on.
-        unit: what messages call a batch.
     """
 
-    model: nn.Module
-    batches: Iterable[Any]
-    num_grads: int
-    loss_fn: LossFn | None
-    pattern: Pattern
-    group: int | None
-    notes: list[str]
-    origin: Iterable[Any]
-    used: int = 0
-    held: bool = False
-    kept_back: int = 0
-    unit: str = "batch"
-    given: Iterable[Any] = field(init=False)
+    def __init__(self, batches: Iterable[Any], *, first: int = 0, unit: str = "batch") -> None:
+        self.taken = 0
+        self.notes: list[str] = []
+        self._batches = batches
+        self._under_way: Iterator[Any] | None = None
+        self._ahead: deque[Any] = deque()  # looked at and not taken yet
+        self._pieces: deque[Any] = deque()  # of the batch at hand
+        self._size: int | None = None
+        self._kept_back: list[Any] = []
+        self._has_new_order = False
+        self._first = first
+        self._unit = unit
 
-    def __post_init__(self) -> None:
-        self.given = self.origin  # which is the pieces of the batches later, if they are cut
+    @classmethod
+    def of(cls, batches: Iterable[Any] | BatchSource) -> BatchSource:
+        """Return batches as a source, a source as it is."""
+        return batches if isinstance(batches, BatchSource) else cls(batches)
 
-    def with_held_batches(self) -> Source:
-        """The same for several passes, which see the same batches."""
+    def take(self, count: int | None = None) -> Iterator[tuple[str, Any]]:
+        """Yield the next ``count`` batches (None: without end), each with its name for messages.
+
+        Raises:
+            ValueError: there are none, or they cannot be started over and end too early.
+        """
+        wanted = "" if count is None else f" of num_grads={count}"
+        for _ in numbers() if count is None else range(count):
+            if not self._pieces:
+                batch = self._ahead.popleft() if self._ahead else self._next_of_pass()
+                if batch is _END:
+                    batch = self._next_after_restart(wanted)
+                self._pieces += [batch] if self._size is None else split_batch(batch, self._size)
+            where = f"{self._unit} {self._first + self.taken}"
+            self.taken += 1
+            yield where, self._pieces.popleft()
+
+    def _next_of_pass(self) -> Any:
+        if self._under_way is None:
+            self._under_way = iter(self._batches)
+        return next(self._under_way, _END)
+
+    def _next_after_restart(self, wanted: str) -> Any:
+        if not self.taken and not self._kept_back:
+            raise ValueError("batches is empty: no gradient can be computed")
+        fresh = iter(self._batches)
+        batch = _END
+        if fresh is not self._batches:
+            self._under_way = fresh
+            for index, known in enumerate(self._kept_back):
+                again = next(fresh, _END)
+                self._has_new_order |= index == 0 and not _are_equal(again, known)
+            batch = next(fresh, _END)
+        if batch is _END:
+            raise ValueError(
+                f"batches ended after {self.taken}{wanted}: pass a list or a DataLoader, which can "
+                "be iterated again, or a smaller num_grads"
+            )
+        return batch
+
+    def keep_back(self) -> list[Any]:
+        """Return the first batches, some 256 samples or a quarter, and never take them.
+
+        Where they are all there is, they are taken, too, and a note says so.
+
+        Raises:
+            ValueError: there are none, or none would be left and they cannot be started over.
+        """
+        available = how_many(self._batches)
+        most = _KEPT_BACK_SAMPLES if available is None else max(1, available // 4)
+        held: list[Any] = []
+        samples = 0
+        while samples < _KEPT_BACK_SAMPLES and len(held) < most:
+            if (batch := self._next_of_pass()) is _END:
+                break
+            held.append(batch)
+            samples += samples_in(batch) or 1
+        if not held:
+            raise ValueError("batches is empty: no gradient can be computed")
+        if (batch := self._next_of_pass()) is not _END:
+            self._ahead.append(batch)
+            self._kept_back = held
+            self._first += len(held)
+        elif isinstance(self._batches, Iterator):
+            raise ValueError(
+                f"all {len(held)} batches ({samples} samples) were kept back to choose the damping "
+                "on, and none is left for gradients: pass more batches, calibration= or a number "
+                "as damping"
+            )
+        else:
+            self._under_way = None
+            self.notes.append("the damping was chosen on the batches the Fisher was estimated from")
+        return held
+
+    def look_at_several_samples(self) -> tuple[str, Any]:
+        """Return the next batch with more than one sample, if there is one soon, and its name.
+
+        It is still to be taken, as are those before it: of a single sample nothing can be told
+        apart.
+
+        Raises:
+            ValueError: there are no batches.
+        """
+        if not self._ahead:
+            self._look_ahead()
+        while (samples_in(self._ahead[-1]) or 2) < 2 and len(self._ahead) < _LOOKED_AT:
+            if not self._look_ahead():
+                break
+        return f"{self._unit} {self._first + len(self._ahead) - 1}", self._ahead[-1]
+
+    def _look_ahead(self) -> bool:
+        batch = self._next_of_pass()
+        if batch is _END and not self._ahead:
+            raise ValueError("batches is empty: no gradient can be computed")
+        if batch is not _END:
+            self._ahead.append(batch)
+        return batch is not _END
+
+    def cut(self, size: int) -> None:
+        """From now on every batch is taken in pieces of ``size`` samples, which are numbered."""
+        self._size = size
+        self._first, self._unit = 0, f"{size} samples for the Fisher, number"
+
+    def hold(self, num_grads: int, size: int | None) -> list[Any]:
+        """Take as many batches as give ``num_grads`` gradients of ``size`` samples (None: one a
+        batch), to be gone through several times: see :meth:`again`."""
         held: list[Any] = []
         grads = 0
-        for batch in take_batches(self.batches):
+        for _, batch in self.take():
             held.append(batch)
-            grads += 1 if self.group is None else len(split_batch(batch, self.group))
-            if grads >= self.num_grads:
+            grads += 1 if size is None else len(split_batch(batch, size))
+            if grads >= num_grads:
                 break
-        self.used += len(held)
-        return replace(self, batches=held, held=True)
+        return held
 
-    @property
-    def next_batch(self) -> int:
-        """Number of the batch that comes next, for messages."""
-        taken = self.used
-        if self.held and isinstance(self.batches, list):
-            taken -= len(self.batches)
-        return self.kept_back + taken
+    def again(self, held: list[Any]) -> BatchSource:
+        """Return a source of the batches last taken, with the names they had."""
+        return BatchSource(held, first=self._first + self.taken - len(held), unit=self._unit)
 
-    def all_notes(self, estimates: int = 1) -> list[str]:
-        """Notes, also on batches that had to serve several times, after so many estimates."""
+    def all_notes(self, num_grads: int) -> list[str]:
+        """Notes, also on batches that had to serve several times for so many gradients."""
         notes = list(dict.fromkeys(self.notes))
-        if getattr(self.given, "reordered", False):
+        if self._has_new_order:
             notes.append(
                 "the batches come in another order every time, so that the Fisher has seen those "
                 "kept back for the damping: pass calibration, or a smaller num_grads"
             )
-        count = how_many(self.origin)
-        if not count or self.used <= count:
-            return notes
-        return [
-            *notes,
-            f"{self.num_grads * estimates} gradients were taken from {count} batches, gone through "
-            f"{self.used / count:.1f} times",
-        ]
-
-
-def open_source(
-    model: nn.Module,
-    batches: Iterable[Any],
-    weights: Mapping[str, nn.Parameter],
-    num_grads: int,
-    samples_per_grad: int | None,
-    loss_fn: LossFn | None,
-    pattern: Pattern = UNSTRUCTURED,
-    *,
-    goes_on: bool = False,
-    kept_back: int = 0,
-) -> Source:
-    """Find out, on a batch, how gradients of ``samples_per_grad`` samples can be had.
-
-    Args:
-        model, batches, weights, num_grads, samples_per_grad, loss_fn: as for :func:`prune`.
-        pattern: the order of the weights in a gradient.
-        goes_on: there will be several estimates, each of which takes up the batches where the
-            one before it left them.
-        kept_back: batches before them, which are not for the Fisher.
-
-    Raises:
-        ValueError: batches are needed and cannot be cut into samples, or give no loss.
-    """
-    origin, seen = batches, []
-    if samples_per_grad is not None:
-        seen = _up_to_several_samples(batches)
-        if isinstance(batches, Iterator):
-            batches = chain(seen, batches)
-    batches = take_batches(batches) if goes_on else batches
-    source = Source(
-        model, batches, num_grads, loss_fn, pattern, samples_per_grad, [], origin,
-        kept_back=kept_back,
-    )  # fmt: skip
-    if samples_per_grad is None:
-        return source
-    try:
-        groups = GroupGradients(model, weights, samples_per_grad, loss_fn, pattern=pattern)
-        groups.check(seen[-1], f"batch {kept_back + len(seen) - 1}")
-    except NotServed as error:
-        source.notes.append(f"every gradient took a backward pass of its own: {error}")
-        pieces = SplitBatches(source.batches, samples_per_grad)
-        source.batches = iter(pieces) if isinstance(batches, Iterator) else pieces
-        source.origin = pieces
-        source.group = None
-        source.unit, source.kept_back = f"{samples_per_grad} samples for the Fisher, number", 0
-    return source
-
-
-def _up_to_several_samples(batches: Iterable[Any]) -> list[Any]:
-    """The first batches, up to one of several samples: of one alone nothing is to be told apart."""
-    seen: list[Any] = []
-    for batch in islice(batches, min(_LOOKED_AT, how_many(batches) or _LOOKED_AT)):
-        seen.append(batch)
-        if (samples_in(batch) or 2) > 1:
-            break
-    return seen or [next(take_batches(batches))]  # which raises
-
-
-# Samples that a trial is judged on, unless the batches given are fewer than four times that.
-_SAMPLES = 256
-
-
-class _Rest(Iterator[Any]):
-    """The batches after those held out, without end: first what is left of the pass that these came
-    from, as a loader that shuffles has another order in the next.
-
-    Attributes:
-        reordered: it had.
-    """
-
-    def __init__(
-        self, batches: Iterable[Any], under_way: Iterator[Any], held: Sequence[Any]
-    ) -> None:
-        self._batches, self._held = batches, held
-        self._next = self._go_on(under_way)
-        self.reordered = False
-
-    def _go_on(self, under_way: Iterator[Any]) -> Iterator[Any]:
-        yield from under_way
-        while True:
-            some = False
-            for index, batch in enumerate(self._batches):
-                if index == 0:
-                    self.reordered |= not _are_equal(batch, self._held[0])
-                if index >= len(self._held):
-                    some = True
-                    yield batch
-            if not some:
-                return
-
-    def __next__(self) -> Any:
-        return next(self._next)
-
-    def __len__(self) -> int:
-        """Of one pass; raises TypeError where the batches have no length."""
-        return len(self._batches) - len(self._held)  # type: ignore[arg-type]
+        available = (how_many(self._batches) or 0) - len(self._kept_back)
+        if self._size is None and 0 < available < self.taken:
+            notes.append(
+                f"{num_grads} gradients were taken from {available} batches, gone through "
+                f"{self.taken / available:.1f} times"
+            )
+        return notes
 
 
 def _are_equal(first: Any, second: Any) -> bool:
+    if first is _END:
+        return False
     ours, theirs = tensors_in(first), tensors_in(second)
     return len(ours) == len(theirs) and all(map(torch.equal, ours, theirs))
-
-
-def hold_out(batches: Iterable[Any]) -> tuple[list[Any], Iterable[Any], list[str]]:
-    """Take the first batches, some 256 samples or a quarter, from those for the gradients.
-
-    Returns:
-        The batches held out, the rest, and notes.
-
-    Raises:
-        ValueError: there are no batches, or none would be left.
-    """
-    count = how_many(batches)
-    most = _SAMPLES if count is None else max(1, count // 4)
-    source = iter(batches)
-    held: list[Any] = []
-    samples = 0
-    for batch in source:
-        held.append(batch)
-        samples += samples_in(batch) or 1
-        if samples >= _SAMPLES or len(held) >= most:
-            break
-    if not held:
-        next(take_batches(batches))  # raises, with the reason
-    if isinstance(batches, Sequence):
-        if len(batches) > len(held):
-            return held, batches[len(held) :], []
-    elif (first := next(source, None)) is not None:
-        under_way = chain([first], source)
-        is_used_up = isinstance(batches, Iterator)
-        return held, under_way if is_used_up else _Rest(batches, under_way, held), []
-    elif isinstance(batches, Iterator):
-        raise ValueError(
-            f"all {len(held)} batches ({samples} samples) were kept back to choose the damping on, "
-            "and none is left for gradients: pass more batches, calibration= or a number as damping"
-        )
-    return held, batches, ["the damping was chosen on the batches the Fisher was estimated from"]

@@ -36,10 +36,6 @@ from .checks import (
     require,
 )
 from .registration import operator
-from .status import NumericalError, new_status, raise_for_status
-
-__all__ = ["NumericalError", "new_status", "raise_for_status"]
-
 
 _FISHER = "int block_size, float num_gradients, float damping, Tensor(a!) status"
 

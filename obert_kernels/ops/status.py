@@ -11,11 +11,23 @@ class NumericalError(ArithmeticError):
 
     Attributes:
         block: index of the first such block, None where it is not about blocks.
+        matrix: name of what the block is of.
+        remedy: what can be done about it.
     """
 
-    def __init__(self, message: str, block: int | None = None) -> None:
+    def __init__(
+        self, message: str, block: int | None = None, matrix: str = "", remedy: str = ""
+    ) -> None:
         super().__init__(message)
         self.block = block
+        self.matrix = matrix
+        self.remedy = remedy
+
+    @classmethod
+    def of_block(cls, matrix: str, block: int, remedy: str) -> NumericalError:
+        """Return the error of a block of a matrix."""
+        message = f"{matrix}: block {block} is not positive definite; {remedy}"
+        return cls(message, block, matrix, remedy)
 
 
 def new_status(device: torch.device | str | None = None) -> Tensor:
@@ -30,4 +42,4 @@ def raise_for_status(status: Tensor, what: str, remedy: str) -> None:
     """
     block = int(status.item())
     if block >= 0:
-        raise NumericalError(f"{what}: block {block} is not positive definite; {remedy}", block)
+        raise NumericalError.of_block(what, block, remedy)

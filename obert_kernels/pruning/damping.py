@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..fisher.base import Fisher
 from ..ops.status import NumericalError
-from .report import Trial
+from .report import DampingTrial
 
 # Damping over the mean diagonal of the Fisher: where to start, and the ends of the search.
 _START = 1e-2
@@ -36,7 +36,7 @@ def choose_damping(
     change_after: Callable[[float], tuple[float, float | None]],
     tried: Callable[[int], object],
     start: float | None = None,
-) -> tuple[float, list[Trial]]:
+) -> tuple[float, list[DampingTrial]]:
     """Find the damping with the least cost, downhill in steps of the root of 10.
 
     The divergence has one minimum there (seen on TREC, 60 to 90 % sparsity), for gradients of
@@ -56,7 +56,7 @@ def choose_damping(
     """
     scale = scale if 0 < scale < math.inf else 1.0
     start = min(max(start or _START, _LEAST), _MOST)
-    trials: dict[int, Trial] = {}  # by half-decades from the start
+    trials: dict[int, DampingTrial] = {}  # by half-decades from the start
     last_error: NumericalError | None = None
 
     def cost_at(step: int) -> float:
@@ -67,7 +67,7 @@ def choose_damping(
                 change = change_after(relative * scale)
             except NumericalError as error:
                 change, last_error = (math.inf, None), error
-            trials[step] = Trial(relative * scale, relative, *map(_or_infinite, change))
+            trials[step] = DampingTrial(relative * scale, relative, *map(_or_infinite, change))
             tried(len(trials))
         return trials[step].cost
 

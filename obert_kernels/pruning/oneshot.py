@@ -2,28 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from functools import partial
-from numbers import Real
+from collections.abc import Iterable, Mapping
+from dataclasses import fields, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ..fisher.estimate import FisherEstimate, check_request
-from ..fisher.estimators import estimators
-from ..gradients.losses import LossFn, default_loss
-from ..gradients.source import hold_out, open_source
-from ..ops.checks import check_positive
-from ..progress import Clock, Progress, silent
+from ..fisher.config import FisherConfig
+from ..fisher.estimate import FisherEstimate
+from ..gradients.losses import LossFn
+from ..ops.checks import WIDE
+from ..progress import Progress
 from ..sparsity.layers import find_weights, match_names
-from ..sparsity.masks import check_sparsity
-from ..sparsity.patterns import find_pattern
-from .passes import Limits, Step, from_estimate, in_steps, with_estimate, without_fisher
-from .report import LayerReport, PruneReport
-from .saliencies import own_update, uses_fisher
-from .step import Job
-from .weights import present_masks
+from .config import PruningConfig
+from .pruner import Pruner, check_batches
+from .report import PruneReport
 
 
 class PruneResult(NamedTuple):
@@ -61,6 +55,7 @@ def prune(
     estimator: str = "gram",
     fisher: FisherEstimate | None = None,
     fisher_dtype: torch.dtype = torch.float64,
+    config: PruningConfig | None = None,
     max_memory: int | None = None,
     progress: Progress | None = None,
 ) -> PruneResult:
@@ -109,14 +104,14 @@ def prune(
             a Fisher is asked anew.
         schedule: "geometric" takes the same share of what is left in each sub-step, "linear"
             the same number of weights.
-        estimator: "gram"; "refilled": the same, but where weights are gone already the others are
-            cut into full blocks anew (:mod:`obert_kernels.fisher.living` says when that is
-            better); or what :func:`register_fisher` was given.
+        estimator: "gram", or what :func:`register_fisher` was given.
         fisher: an :func:`estimate_fisher` of this model to use instead of batches; what belongs to
             the estimate (``num_grads``, ``samples_per_grad``, ``block_size``, ``estimator``,
             ``fisher_dtype``, ``max_memory``) is then the fisher's.  ``damping="auto"`` needs
             ``calibration`` with it.
         fisher_dtype: type of the Gram, float64 or float32.
+        config: all of these but ``sparsity``, ``calibration``, ``loss_fn``, ``fisher`` and what
+            follows, in place of the keywords.
         max_memory: bytes the call may use on top of the model; matrices are then worked on in
             several passes over the same batches.
         progress: called as ``progress(stage, done, total)``.
@@ -133,169 +128,108 @@ def prune(
         NumericalError: a Fisher block is not positive definite, or new weights (with damping
             "auto": what the model makes of the calibration batches) are not finite.
     """
-    loss_fn = loss_fn or default_loss
-    check_request(batches, num_grads, samples_per_grad, fisher_dtype)
-    kind = estimators.find(estimator)
-    if damping != "auto":
-        if isinstance(damping, str):
-            raise ValueError(f"damping must be a positive number or 'auto', got {damping!r}")
-        if not isinstance(damping, Real):
-            raise TypeError(f"damping must be a positive number or 'auto', got {damping!r}")
-        damping = float(damping)
-        check_positive("damping", damping)
-    update = own_update(selection) if update is None else update
-    needs_fisher = uses_fisher(selection, update)
-    if update not in ("sum", "joint", "none"):
-        raise ValueError(f"update must be 'sum', 'joint' or 'none', got {update!r}")
-    if scope not in ("global", "layer"):
-        raise ValueError(f"scope must be 'global' or 'layer', got {scope!r}")
-    shape = find_pattern(pattern)
-    if fisher is not None:
-        block_size = fisher.block_size
-    block_size = shape.block_size(block_size)
-    sparsity = shape.prescribed(sparsity)
-    weights, targets = _targets(model, sparsity, params, fisher)
-    for name, weight in weights.items():
-        shape.check(name, weight)
-    job = Job(
-        model=model,
-        weights=weights,
-        keep=present_masks(weights, shape),
-        sparsity=targets,
-        pattern=shape,
-        damping=damping if isinstance(damping, float) else 0.0,
+    check_batches(batches)
+    keywords = PruningConfig(
+        pattern=pattern,
         selection=selection,
         update=update,
         scope=scope,
-        clock=Clock(),
-        progress=progress or silent,
-        batches=batches,
-        loss_fn=loss_fn,
+        damping=damping,
+        params=names_of(params),
+        steps=steps,
+        schedule=schedule,
+        fisher=FisherConfig(
+            num_grads=num_grads,
+            samples_per_grad=samples_per_grad,
+            block_size=block_size if fisher is None or config is not None else fisher.block_size,
+            estimator=estimator,
+            dtype=dtype_name(fisher_dtype),
+        ),
     )
-    job.sub_sparsities(steps, schedule)  # finds fault with them
-    notes: list[str] = []
-    if not job.prunes_anything:
-        done = [without_fisher(job)]
-    elif not needs_fisher:
-        if steps > 1 and isinstance(batches, Iterator):
-            job.batches = list(batches)  # which every step may look at
-        done = in_steps(job, steps, schedule, without_fisher)
-    elif fisher is not None:
-        if steps != 1:
-            raise ValueError("steps needs batches for a new Fisher in each; leave fisher out")
-        if fisher.pattern.order != shape.order:
-            raise ValueError(
-                f"the blocks of fisher have their weights in another order than pattern {pattern}; "
-                f"call estimate_fisher with pattern={pattern!r}"
-            )
-        if damping == "auto":
-            if calibration is None:
-                raise ValueError(
-                    "damping='auto' needs calibration batches (which the Fisher has not seen) "
-                    "beside a fisher: pass calibration, or a number"
-                )
-            job.calibration = _calibration(calibration)
-        done, notes = [from_estimate(job, fisher)], fisher.notes
-    else:
-        if batches is None:
-            raise ValueError("batches is needed: an iterable of batches, or fisher=an estimate")
-        held_notes: list[str] = []
-        kept_back = 0
-        if damping == "auto":
-            if calibration is not None:
-                job.calibration = _calibration(calibration)
-            else:
-                job.calibration, batches, held_notes = hold_out(batches)
-                kept_back = 0 if held_notes else len(job.calibration)
-        source = open_source(
-            model, batches, weights, num_grads, samples_per_grad, loss_fn, shape,
-            goes_on=steps > 1, kept_back=kept_back,
-        )  # fmt: skip
-        source.notes += held_notes
-        limits = Limits(kind, block_size, fisher_dtype, max_memory, steps > 1)
-        done = in_steps(job, steps, schedule, partial(with_estimate, source=source, limits=limits))
-        notes = source.all_notes(len(done))
-    settings = {
-        "sparsity": dict(sparsity) if isinstance(sparsity, Mapping) else sparsity,
-        "pattern": pattern,
-        "num_grads": fisher.num_grads if fisher else num_grads,
-        "samples_per_grad": fisher.samples_per_grad if fisher else samples_per_grad,
-        "block_size": block_size,
-        "damping": done[-1].damping,
-        "selection": selection,
-        "update": update,
-        "scope": scope,
-        "steps": steps,
-        "schedule": schedule if steps > 1 else None,
-    }
-    masks = {name: shape.matrix(done[-1].masks[name], w) for name, w in weights.items()}
-    return PruneResult(model, masks, _report(job, done, settings, notes))
-
-
-def _calibration(batches: Iterable[Any]) -> list[Any]:
-    found = list(batches)
-    if not found:
-        raise ValueError(
-            "calibration is empty: pass batches to choose the damping on (an iterator may be used "
-            "up), or a number as damping"
-        )
-    return found
-
-
-def _targets(
-    model: nn.Module,
-    sparsity: float | Mapping[str, float],
-    params: str | Iterable[str] | None,
-    fisher: FisherEstimate | None,
-) -> tuple[dict[str, nn.Parameter], float | dict[str, float]]:
-    """Return the matrices to prune and the sparsity of all, or of each."""
-    if params is None and fisher is not None:
-        params = list(fisher.fishers)
-    if isinstance(sparsity, Mapping):
-        everything = find_weights(model, params if params is not None else list(sparsity))
-        targets: dict[str, float] = {}
-        for pattern, value in sparsity.items():
-            for name in match_names(everything, [pattern]):
-                if targets.setdefault(name, check_sparsity(value)) != value:
-                    raise ValueError(f"sparsity: {name} is matched twice, with different values")
-        weights = {name: everything[name] for name in everything if name in targets}
-        result: float | dict[str, float] = targets
-    else:
-        weights = find_weights(model, params)
-        result = check_sparsity(sparsity)
-    if fisher is not None:
-        for name, weight in weights.items():
-            known = fisher.fishers.get(name)
-            if known is None or known.num_weights != weight.numel():
-                raise ValueError(f"fisher has no estimate for {name}; estimate it with this model")
-    return weights, result
-
-
-def _report(job: Job, steps: list[Step], settings: dict[str, Any], notes: list[str]) -> PruneReport:
-    def increase(name: str) -> float | None:
-        parts = [step.increase[name] for step in steps]
-        return None if None in parts else float(sum(part or 0.0 for part in parts))
-
-    masks = steps[-1].masks
-    layers = [
-        LayerReport(name, list(w.shape), w.numel(), int((~masks[name]).sum()), increase(name))
-        for name, w in job.weights.items()
-    ]
-    memory = {}
-    plan = steps[0].plan
-    if plan is not None:
-        memory = {
-            "gram": plan.gram_bytes,
-            "gathered gradients": plan.buffer_bytes,
-            "other": plan.other_bytes,
-            "passes": len(plan.passes),
-        }
-    if all(torch.equal(masks[name], job.keep[name]) for name in masks):
-        notes = [
-            *notes,
-            "the model was at least this sparse already; nothing was pruned or revived",
+    if config is None:
+        config = keywords
+    elif keywords != PruningConfig():
+        default = PruningConfig()
+        names = [
+            f.name
+            for f in fields(keywords)
+            if getattr(keywords, f.name) != getattr(default, f.name)
         ]
-    trials = [
-        trial._replace(step=index + 1) for index, step in enumerate(steps) for trial in step.trials
-    ]
-    return PruneReport(layers, settings, job.clock.seconds, memory, notes, trials)
+        raise ValueError(f"give config or keywords, not both: {', '.join(names)}")
+    if config.params is None:
+        config = replace(config, params=_implied_names(model, sparsity, fisher))
+    elif isinstance(sparsity, Mapping):
+        config = replace(config, params=_matched(model, config.params, sparsity))
+    pruner = Pruner(model, config, loss_fn=loss_fn, max_memory=max_memory, progress=progress)
+    report = pruner.step(sparsity, batches, fisher=fisher, calibration=calibration)
+    return PruneResult(model, pruner.masks, report)
+
+
+def names_of(params: str | Iterable[str] | None) -> tuple[str, ...] | None:
+    """One name or several as a tuple."""
+    if params is None or isinstance(params, str):
+        return None if params is None else (params,)
+    return tuple(params)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return "float32" for ``torch.float32``, "float64" for ``torch.float64``.
+
+    Raises:
+        TypeError: it is neither.
+    """
+    if dtype not in WIDE:
+        raise TypeError(f"fisher_dtype must be torch.float64 or torch.float32, got {dtype!r}")
+    return str(dtype).removeprefix("torch.")
+
+
+def _implied_names(
+    model: nn.Module, sparsity: float | Mapping[str, float] | None, fisher: FisherEstimate | None
+) -> tuple[str, ...] | None:
+    """The matrices that a sparsity of each, or an estimate, speaks of."""
+    if isinstance(sparsity, Mapping):
+        return _matched(model, list(sparsity) if fisher is None else fisher.fishers, sparsity)
+    return None if fisher is None else tuple(fisher.fishers)
+
+
+def _matched(
+    model: nn.Module, params: Iterable[str], sparsity: Mapping[str, float]
+) -> tuple[str, ...]:
+    return tuple(match_names(find_weights(model, params), sparsity))
+
+
+def estimate_fisher(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    num_grads: int = 1024,
+    samples_per_grad: int | None = None,
+    block_size: int | None = None,
+    params: str | Iterable[str] | None = None,
+    loss_fn: LossFn | None = None,
+    fisher_dtype: torch.dtype = torch.float64,
+    pattern: str = "unstructured",
+    estimator: str = "gram",
+    progress: Progress | None = None,
+) -> FisherEstimate:
+    """Estimate the block Fisher of a model's weight matrices from mini-batch gradients.
+
+    The result serves :func:`prune` for several sparsities, dampings and rules; that of a dense
+    model also for all patterns whose groups run along the same dimension (N:M ones if
+    ``block_size`` is a multiple of M).
+
+    Args: as for :func:`prune`.
+
+    Raises:
+        ValueError, TypeError, MemoryError: as for :func:`prune`.
+    """
+    check_batches(batches)
+    fisher = FisherConfig(
+        num_grads=num_grads,
+        samples_per_grad=samples_per_grad,
+        block_size=block_size,
+        estimator=estimator,
+        dtype=dtype_name(fisher_dtype),
+    )
+    config = PruningConfig(pattern=pattern, params=names_of(params), fisher=fisher)
+    return Pruner(model, config, loss_fn=loss_fn, progress=progress).fisher(batches)

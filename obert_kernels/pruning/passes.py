@@ -1,26 +1,25 @@
-"""The sub-steps of one pruning call: Fisher -> masks -> weights, in passes over the matrices."""
+"""The sub-steps of one pruning step: Fisher -> masks -> weights, in passes over the matrices."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from ..fisher.base import Fisher, came_back
-from ..fisher.estimate import FisherEstimate, accumulate
-from ..fisher.estimators import Estimator
-from ..fisher.memory import Plan, plan_passes
-from ..gradients.source import Source
+from ..fisher.estimate import Estimation, FisherEstimate
+from ..fisher.memory import MemoryPlan
 from ..progress import Progress
-from .report import Trial
-from .step import Changes, Job
-from .weights import commit, present_masks
+from .predictions import Calibration
+from .report import DampingTrial
+from .step import Changes, PruningStep
+from .weights import commit, present_masks, restored
 
 
-class Step(NamedTuple):
+class SubStep(NamedTuple):
     """What a sub-step did.
 
     Attributes:
@@ -33,79 +32,114 @@ class Step(NamedTuple):
 
     masks: dict[str, Tensor]
     increase: dict[str, float | None]
-    damping: float | None
-    trials: list[Trial]
-    plan: Plan | None
+    damping: float | None = None
+    trials: list[DampingTrial] = []  # noqa: RUF012  (never changed)
+    plan: MemoryPlan | None = None
+
+    @property
+    def relative_damping(self) -> float | None:
+        """The damping over the mean diagonal of the Fisher, if trials chose it."""
+        return next((trial.relative for trial in self.trials if trial.chosen), None)
 
 
-@dataclass(frozen=True)
-class Limits:
-    """Kind, size and type of the Fisher, the memory it may take (None: what is free), and whether
-    the weights of before are kept."""
+@dataclass
+class DampingChoice:
+    """The damping of a sub-step: a number, or what trials on its first matrices choose.
 
-    estimator: Estimator
-    block_size: int
-    dtype: torch.dtype
-    max_memory: int | None
-    keeps_weights: bool = False
+    Attributes:
+        value: the number, once it is known.
+        calibration: what trials are judged on.
+        start: where their search begins, over the mean diagonal.
+        trials: those done.
+    """
+
+    value: float | None
+    calibration: Calibration | None = None
+    start: float | None = None
+    trials: list[DampingTrial] = field(default_factory=list)
+
+    def settle(self, step: PruningStep, fishers: Mapping[str, Fisher]) -> float:
+        """Return the damping, chosen now if it is not known yet."""
+        if self.value is None:
+            assert self.calibration is not None
+            self.value, self.trials = step.find_damping(fishers, self.calibration, self.start)
+        return self.value
+
+    def next(self, done: list[SubStep]) -> DampingChoice:
+        """That of a further sub-step, whose search begins where the last one ended."""
+        if self.calibration is None:
+            return self
+        start = done[-1].relative_damping if done else self.start
+        return DampingChoice(None, self.calibration, start)
 
 
-def _finish(job: Job, masks: dict[str, Tensor], changes: Changes, plan: Plan | None) -> Step:
+def _finish(
+    step: PruningStep,
+    masks: dict[str, Tensor],
+    changes: Changes,
+    damping: DampingChoice | None = None,
+    plan: MemoryPlan | None = None,
+) -> SubStep:
     """Write the new weights."""
-    commit(job.weights, {name: new for name, (new, _) in changes.items()})
+    commit(step.weights, {name: new for name, (new, _) in changes.items()})
     increase = {name: predicted for name, (_, predicted) in changes.items()}
-    damping = None if plan is None else job.damping
-    return Step(masks, increase, damping, job.trials, plan)
+    if damping is None:
+        return SubStep(masks, increase)
+    return SubStep(masks, increase, damping.value, damping.trials, plan)
 
 
-def without_fisher(job: Job) -> Step:
+def without_fisher(step: PruningStep) -> SubStep:
     """Prune by a saliency that needs none, or nothing."""
-    masks = job.masks(job.score({})) if job.prunes_anything else dict(job.keep)
-    return _finish(job, masks, job.apply(None, masks), None)
+    masks = step.masks(step.score({}, None)) if step.prunes_anything else dict(step.keep)
+    return _finish(step, masks, step.update(None, masks, None))
 
 
-def from_estimate(job: Job, estimate: FisherEstimate) -> Step:
+def from_estimate(step: PruningStep, estimate: FisherEstimate, damping: DampingChoice) -> SubStep:
     """Prune with Fishers that are all there.
 
     Raises:
         ValueError: weights are back that had no part in the estimate.
     """
     for name, dead in estimate.dead.items():
-        if name in job.weights and bool((job.flat_weight(name)[dead] != 0).any()):
+        if name in step.weights and bool((step.flat_weight(name)[dead] != 0).any()):
             raise came_back(name)
-    fishers = {name: estimate.fishers[name] for name in job.weights}
-    return _finish(job, *_select_and_update(job, fishers), estimate.plan)
+    fishers = {name: estimate.fishers[name] for name in step.weights}
+    return _finish(step, *_select_and_update(step, fishers, damping), damping, estimate.plan)
 
 
 def _select_and_update(
-    job: Job, fishers: Mapping[str, Fisher]
+    step: PruningStep, fishers: Mapping[str, Fisher], damping: DampingChoice
 ) -> tuple[dict[str, Tensor], Changes]:
     """Damping, masks and new weights of matrices that are ranked by themselves."""
-    job.settle_damping(fishers)
-    masks = job.masks(job.score(fishers))
-    return masks, job.apply(fishers, masks)
+    value = damping.settle(step, fishers)
+    masks = step.masks(step.score(fishers, value))
+    return masks, step.update(fishers, masks, value)
 
 
-def in_steps(job: Job, steps: int, schedule: str, one_step: Callable[[Job], Step]) -> list[Step]:
-    """Prune ``steps`` times; a failure in any leaves the weights of before all."""
-    before = {name: w.detach().clone() for name, w in job.weights.items()} if steps > 1 else {}
-    done: list[Step] = []
-    try:
-        for index, sparsity in enumerate(job.sub_sparsities(steps, schedule)):
+def in_steps(
+    step: PruningStep, one_step: Callable[[PruningStep, list[SubStep]], SubStep]
+) -> list[SubStep]:
+    """Prune in the sub-steps of the configuration; a failure in any leaves the weights as before
+    all of them.
+
+    Args:
+        step: the whole of it.
+        one_step: prunes in one; also gets those done.
+    """
+    steps = step.config.steps
+    done: list[SubStep] = []
+    # The last thing a single sub-step does is writing its weights, all or none.
+    guard = restored(step.weights, after_errors_only=True) if steps > 1 else nullcontext()
+    with guard:
+        for index, sparsity in enumerate(step.sub_sparsities()):
             here = replace(
-                job,
-                keep=present_masks(job.weights, job.pattern) if done else job.keep,
+                step,
+                keep=present_masks(step.weights, step.pattern) if done else step.keep,
                 sparsity=sparsity,
-                progress=_numbered(job.progress, index, steps),
-                start=_relative_damping(done),
-                trials=[],
+                progress=_numbered(step.progress, index, steps),
             )
             if here.prunes_anything:
-                done.append(one_step(here))
-    except BaseException:
-        for name, weight in before.items():
-            job.weights[name].detach().copy_(weight)
-        raise
+                done.append(one_step(here, done))
     return done
 
 
@@ -115,49 +149,28 @@ def _numbered(progress: Progress, index: int, steps: int) -> Progress:
     return lambda stage, done, total: progress(f"{index + 1}/{steps} {stage}", done, total)
 
 
-def _relative_damping(done: list[Step]) -> float | None:
-    """The damping chosen last, over the mean diagonal."""
-    for trial in done[-1].trials if done else ():
-        if trial.chosen:
-            return trial.relative
-    return None
-
-
-def with_estimate(job: Job, source: Source, limits: Limits) -> Step:
+def with_estimate(
+    step: PruningStep, estimation: Estimation, plan: MemoryPlan, damping: DampingChoice
+) -> SubStep:
     """Estimate Fishers from further batches, and prune with them."""
-    plan = plan_passes(
-        job.weights,
-        limits.block_size,
-        limits.dtype,
-        limits.max_memory,
-        source.num_grads,
-        pattern=job.pattern,
-        estimator=limits.estimator,
-        streamed=source.group is not None,
-        keeps_weights=limits.keeps_weights,
-    )
+    source = estimation.source
+    held = None
     if len(plan.passes) > 1:
-        source = source.with_held_batches()
+        held = source.hold(estimation.config.num_grads, estimation.samples)
 
     def estimate(names: list[str]) -> dict[str, Fisher]:
-        return accumulate(
-            source,
-            {name: job.weights[name] for name in names},
-            plan,
-            block_size=limits.block_size,
-            dtype=limits.dtype,
-            clock=job.clock,
-            progress=job.progress,
-            estimator=limits.estimator,
-        )
+        weights = {name: step.weights[name] for name in names}
+        batches = None if held is None else source.again(held)
+        return estimation.accumulate(weights, plan, step.clock, step.progress, batches)
 
-    return _finish(job, *_in_passes(job, plan, estimate), plan)
+    return _finish(step, *_in_passes(step, plan, estimate, damping), damping, plan)
 
 
 def _in_passes(
-    job: Job,
-    plan: Plan,
+    step: PruningStep,
+    plan: MemoryPlan,
     estimate: Callable[[list[str]], dict[str, Fisher]],
+    damping: DampingChoice,
 ) -> tuple[dict[str, Tensor], Changes]:
     """Score and update pass by pass, holding the Grams of one pass at a time.
 
@@ -166,35 +179,37 @@ def _in_passes(
     """
     masks: dict[str, Tensor] = {}
     changes: Changes = {}
-    if job.ranks_each_layer_alone:
+    has_update = step.config.update != "none"
+    if step.ranks_each_layer_alone:
         for names in plan.passes:
-            part = job.part(names)
+            part = step.part(names)
             if not part.prunes_anything:  # nor is there anything to choose a damping by
                 masks |= part.keep
                 changes |= {
-                    name: (weight.detach().clone(), None if job.update == "none" else 0.0)
+                    name: (weight.detach().clone(), 0.0 if has_update else None)
                     for name, weight in part.weights.items()
                 }
                 continue
-            found, changed = _select_and_update(job, estimate(names))
+            found, changed = _select_and_update(part, estimate(names), damping)
             masks |= found
             changes |= changed
         return masks, changes
     scores: dict[str, Tensor] = {}
     fishers: dict[str, Fisher] = {}
+    value = None
     # The damping is chosen on the first, which must not be pruned enough already.
-    passes = sorted(plan.passes, key=lambda names: not job.part(names).prunes_anything)
+    passes = sorted(plan.passes, key=lambda names: not step.part(names).prunes_anything)
     for names in passes:
         fishers.clear()  # frees the Grams of the pass before
         fishers.update(estimate(names))
-        job.settle_damping(fishers)
-        scores |= job.score(fishers)
-    masks = job.masks(scores)
+        value = damping.settle(step, fishers)
+        scores |= step.score(fishers, value)
+    masks = step.masks(scores)
     scores.clear()
     for index, names in enumerate(reversed(passes)):
-        if index > 0 and job.update != "none":
+        if index > 0 and has_update:
             fishers.clear()
             fishers.update(estimate(names))
-        part = {name: masks[name] for name in names}
-        changes |= job.apply(None if job.update == "none" else fishers, part)
-    return masks, {name: changes[name] for name in job.weights}
+        part_masks = {name: masks[name] for name in names}
+        changes |= step.update(fishers if has_update else None, part_masks, value)
+    return masks, {name: changes[name] for name in step.weights}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -71,3 +72,47 @@ def divergence(before: Predictions, after: Predictions) -> float | None:
     if p is None or q is None or p.shape != q.shape:
         return None
     return float((p.exp() * (p - q)).sum(dim=1).mean())
+
+
+class Calibration:
+    """The batches that dampings are judged on, and what the model made of them before.
+
+    Args:
+        model: as it is before anything is pruned, when it is first asked for a change.
+        batches: which the Fisher should not have seen.
+        loss_fn: as for :func:`predict`.
+
+    Raises:
+        ValueError: there are no batches.
+    """
+
+    def __init__(
+        self, model: nn.Module, batches: Iterable[Any], loss_fn: LossFn | None = None
+    ) -> None:
+        self._model, self._batches, self._loss_fn = model, list(batches), loss_fn
+        if not self._batches:
+            raise ValueError(
+                "calibration is empty: pass batches to choose the damping on (an iterator may be "
+                "used up), or a number as damping"
+            )
+
+    @cached_property
+    def before(self) -> Predictions:
+        """Of the model as it was when this was first asked for.
+
+        Raises:
+            ValueError: they are not finite.
+        """
+        before = predict(self._model, self._batches, self._loss_fn)
+        if before.broken is not None:
+            raise ValueError(
+                f"batch {before.broken} of those that the damping is chosen on gives "
+                f"{'a loss' if before.log_probabilities is None else 'logits'} with NaN or "
+                "infinity before anything is pruned: leave it out, or pass calibration="
+            )
+        return before
+
+    def change(self) -> tuple[float, float | None]:
+        """Loss of the model as it is now, and the divergence of its predictions from before."""
+        after = predict(self._model, self._batches, self._loss_fn)
+        return after.loss, divergence(self.before, after)

@@ -2,8 +2,37 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NamedTuple
+
+
+class DampingTrial(NamedTuple):
+    """One trial pruning.
+
+    Attributes:
+        damping: tried.
+        relative: damping over the mean diagonal of the Fisher.
+        loss: mean loss of the calibration batches afterwards; infinite if the Fisher was not
+            positive definite.
+        divergence: of the predictions from those of before, in nats a sample; None where the
+            model does not classify, and the loss decides.
+        step: 1 for the first sub-step.
+        chosen: it is the one.
+    """
+
+    damping: float
+    relative: float
+    loss: float
+    divergence: float | None = None
+    step: int = 1
+    chosen: bool = False
+
+    @property
+    def cost(self) -> float:
+        """What the chosen one has the least of."""
+        return self.loss if self.divergence is None else self.divergence
 
 
 @dataclass
@@ -52,7 +81,7 @@ class PruneReport:
     seconds: dict[str, float]
     memory: dict[str, int]
     notes: list[str] = field(default_factory=list)
-    damping_trials: list[Trial] = field(default_factory=list)
+    damping_trials: list[DampingTrial] = field(default_factory=list)
 
     @property
     def sparsity(self) -> float:
@@ -64,6 +93,28 @@ class PruneReport:
         """Sum over the matrices; None where the survivors were not updated."""
         parts = [x.predicted_increase for x in self.layers]
         return None if any(p is None for p in parts) else float(sum(p or 0.0 for p in parts))
+
+    @classmethod
+    def merged(cls, reports: Sequence[PruneReport]) -> PruneReport:
+        """Return one report of several steps: the last masks, sums of seconds and increases."""
+        increases: dict[str, list[float | None]] = {}
+        latest: dict[str, LayerReport] = {}
+        seconds: Counter[str] = Counter()
+        trials: list[DampingTrial] = []
+        for report in reports:
+            for layer in report.layers:
+                increases.setdefault(layer.name, []).append(layer.predicted_increase)
+                latest[layer.name] = layer
+            seconds.update(report.seconds)
+            earlier = trials[-1].step if trials else 0
+            trials += [t._replace(step=t.step + earlier) for t in report.damping_trials]
+        layers = [
+            replace(layer, predicted_increase=total_or_none(increases[name]))
+            for name, layer in latest.items()
+        ]
+        notes = list(dict.fromkeys(note for report in reports for note in report.notes))
+        memory = max((report.memory for report in reports), key=lambda m: m.get("gram", 0))
+        return cls(layers, reports[-1].settings, dict(seconds), memory, notes, trials)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
@@ -107,28 +158,7 @@ def _increase(value: float | None) -> str:
     return "-" if value is None else f"{value:.4g}"
 
 
-class Trial(NamedTuple):
-    """One trial pruning.
-
-    Attributes:
-        damping: tried.
-        relative: damping over the mean diagonal of the Fisher.
-        loss: mean loss of the calibration batches afterwards; infinite if the Fisher was not
-            positive definite.
-        divergence: of the predictions from those of before, in nats a sample; None where the
-            model does not classify, and the loss decides.
-        step: 1 for the first sub-step.
-        chosen: it is the one.
-    """
-
-    damping: float
-    relative: float
-    loss: float
-    divergence: float | None = None
-    step: int = 1
-    chosen: bool = False
-
-    @property
-    def cost(self) -> float:
-        """What the chosen one has the least of."""
-        return self.loss if self.divergence is None else self.divergence
+def total_or_none(parts: Iterable[float | None]) -> float | None:
+    """Sum of numbers; None where one is not known."""
+    known = list(parts)
+    return None if None in known else float(sum(part or 0.0 for part in known))

@@ -14,11 +14,11 @@ from ..gradients.losses import LossFn
 from ..plugins import Registry
 from ..progress import Progress
 from ..sparsity.masks import magnitude_scores
-from ..sparsity.patterns import Pattern
+from ..sparsity.patterns import NofM, Pattern
 
 
 @dataclass
-class Problem:
+class ScoringInputs:
     """What a saliency may look at.
 
     Attributes:
@@ -27,7 +27,7 @@ class Problem:
         keep: name to present mask, bool ``[n]`` in the order of the pattern.
         pattern: which weights belong together, and the order of flat tensors.
         fishers: name to Fisher, if the saliency uses one.
-        damping: of the Fishers.
+        damping: of the Fishers; NaN without any.
         batches: as given to :func:`obert_kernels.prune`; None if none were.
         loss_fn: as given, or the default.
         progress: called as ``progress(stage, done, total)``.
@@ -77,7 +77,9 @@ class Problem:
         return self.pattern.flat(matrix).view(-1, self.pattern.group_size).sum(dim=1)
 
 
-Saliency = Callable[[Problem], dict[str, Tensor]]
+Problem = ScoringInputs  # its first name
+
+Saliency = Callable[[ScoringInputs], dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ saliencies: Registry[_Entry] = Registry("selection")
 def register_saliency(name: str, *, uses_fisher: bool = True) -> Callable[[Saliency], Saliency]:
     """Register a function by the name that ``selection=`` takes.
 
-    It gets a :class:`Problem` and returns, for each name in ``problem.weights``, non-negative
+    It gets a :class:`ScoringInputs` and returns, for each name in ``problem.weights``, non-negative
     scores ``[n / group_size]`` in the order of the pattern.
 
     Args:
@@ -116,7 +118,7 @@ def uses_fisher(selection: str, update: str) -> bool:
     return saliencies.find(selection).uses_fisher or update != "none"
 
 
-def own_update(selection: str) -> str:
+def default_update(selection: str) -> str:
     """Return the default update: what oBERT does with its scores, else the exact one."""
     if not uses_fisher(selection, "none"):
         return "none"
@@ -124,21 +126,21 @@ def own_update(selection: str) -> str:
 
 
 @register_saliency("greedy")
-def greedy(problem: Problem) -> dict[str, Tensor]:
+def greedy(problem: ScoringInputs) -> dict[str, Tensor]:
     """Cost of exact removals one after the other; for N:M one for survivors and zero."""
     pattern, scores = problem.pattern, {}
     for name in problem.names():
         fisher, given = problem.fishers[name], (problem.flat(name), problem.keep[name])
-        if pattern.kept is None:
-            found = fisher.greedy_scores(*given, problem.damping, pattern.group_size)
-        else:
+        if isinstance(pattern, NofM):
             found = fisher.n_of_m(*given, problem.damping, pattern.kept, pattern.span).float()
+        else:
+            found = fisher.greedy_scores(*given, problem.damping, pattern.group_size)
         scores[name] = found
     return scores
 
 
 @register_saliency("diagonal")
-def diagonal(problem: Problem) -> dict[str, Tensor]:
+def diagonal(problem: ScoringInputs) -> dict[str, Tensor]:
     """OBS saliency of each weight or group as if it went alone (oBERT's)."""
     c = problem.pattern.group_size
     return {
@@ -148,7 +150,7 @@ def diagonal(problem: Problem) -> dict[str, Tensor]:
 
 
 @register_saliency("magnitude", uses_fisher=False)
-def magnitude(problem: Problem) -> dict[str, Tensor]:
+def magnitude(problem: ScoringInputs) -> dict[str, Tensor]:
     """Sum of squares."""
     c = problem.pattern.group_size
     return {name: magnitude_scores(problem.flat(name), c) for name in problem.names()}

@@ -18,8 +18,8 @@ def present_masks(weights: Mapping[str, nn.Parameter], pattern: Pattern) -> dict
 
 
 @contextmanager
-def _instead(weights: Mapping[str, nn.Parameter], new: Mapping[str, Tensor]) -> Iterator[None]:
-    """The model with other weights for a while."""
+def replaced(weights: Mapping[str, nn.Parameter], new: Mapping[str, Tensor]) -> Iterator[None]:
+    """The model with other weights inside the block; nothing is copied."""
     old = {name: weights[name].data for name in new}
     try:
         for name, value in new.items():
@@ -30,8 +30,33 @@ def _instead(weights: Mapping[str, nn.Parameter], new: Mapping[str, Tensor]) -> 
             weights[name].data = value
 
 
+@contextmanager
+def restored(
+    parameters: Mapping[str, Tensor], *, after_errors_only: bool = False
+) -> Iterator[None]:
+    """Whatever happens to weights inside the block, afterwards they are what they were.
+
+    Args:
+        parameters: name to tensor; a copy of each is kept.
+        after_errors_only: only if the block raises.
+    """
+    before = {name: value.detach().clone() for name, value in parameters.items()}
+    done = False
+    try:
+        yield
+        done = True
+    finally:
+        if not (done and after_errors_only):
+            for name, value in before.items():
+                parameters[name].detach().copy_(value)
+
+
 def commit(weights: Mapping[str, nn.Parameter], new: Mapping[str, Tensor]) -> None:
-    """Write all new weights, or on any interruption none."""
+    """Write all new weights, or on any interruption none.
+
+    Raises:
+        NumericalError: one is NaN or infinite.
+    """
     for name, value in new.items():
         if not bool(torch.isfinite(value).all()):
             raise NumericalError(

@@ -11,6 +11,9 @@ from torch import Tensor
 
 from ..ops.checks import MAX_PATTERN, check_block_size
 from ..plugins import Registry
+from .masks import check_scores, n_of_m_mask, prunes_anything, select_masks
+
+DEFAULT_BLOCK_SIZE = 50  # the papers'
 
 _BLOCK = re.compile(r"block(?:([1-9]\d*)x)?([1-9]\d*)")
 _N_OF_M = re.compile(r"([1-9]\d*):([1-9]\d*)")
@@ -31,15 +34,16 @@ class Pattern:
         group_size: c, consecutive weights that live or die together.
         order: "rows", "columns", or the name of a subclass's own; Fishers of one order serve no
             other.
-        kept: N of N:M, how many weights survive in every ``span``; None: any number.
-        span: M of N:M, else c; consecutive weights that belong together in some way.
+        span: consecutive weights that belong together in some way: c, or M of N:M.
     """
 
     name: str = "unstructured"
     group_size: int = 1
     order: str = "rows"
-    kept: int | None = None
     span: int = 1
+
+    # The mask of a matrix depends on no other matrix, whatever the scope.
+    ranks_alone = False
 
     @property
     def by_column(self) -> bool:
@@ -69,29 +73,16 @@ class Pattern:
 
     def check_steps(self, steps: int) -> None:
         """Raise ValueError if it cannot be reached in so many sub-steps."""
-        if self.kept is not None and steps > 1:
-            raise ValueError(f"pattern {self.name} takes one step, got steps={steps}")
 
-    def prescribed(
+    def target_sparsity(
         self, sparsity: float | Mapping[str, float] | None
     ) -> float | Mapping[str, float]:
-        """Return the sparsity asked for, or what the pattern itself prescribes.
+        """Return the sparsity asked for, 0.8 where none is, or what the pattern itself gives.
 
         Raises:
             ValueError: these differ.
         """
-        if self.kept is None:
-            return 0.8 if sparsity is None else sparsity
-        own = 1 - self.kept / self.span
-        values = sparsity.values() if isinstance(sparsity, Mapping) else [sparsity]
-        if any(value is not None and not math.isclose(value, own) for value in values):
-            raise ValueError(
-                f"pattern {self.name} prunes to a sparsity of {own:g}; leave sparsity out, got "
-                f"{sparsity!r}"
-            )
-        if isinstance(sparsity, Mapping):
-            return dict.fromkeys(sparsity, own)
-        return own
+        return 0.8 if sparsity is None else sparsity
 
     def block_size(self, wanted: int | None) -> int:
         """Return the size of Fisher blocks, about 50 by default; borders cut no M-group.
@@ -99,17 +90,95 @@ class Pattern:
         Raises:
             ValueError: they would.
         """
-        whole = 1 if self.kept is None else self.span
         if wanted is None:
-            return 50 // whole * whole
+            return DEFAULT_BLOCK_SIZE
         check_block_size(wanted)
-        if wanted % whole:
-            nearest = max(whole, wanted // whole * whole)
-            raise ValueError(
-                f"pattern {self.name} needs a block_size that is a multiple of {whole}, such as "
-                f"{nearest}; got {wanted}"
-            )
         return wanted
+
+    def select(
+        self,
+        scores: Mapping[str, Tensor],
+        keep: Mapping[str, Tensor],
+        sparsity: float | Mapping[str, float],
+        scope: str,
+    ) -> dict[str, Tensor]:
+        """Return new masks of the matrices scored, flat, in this order of the weights.
+
+        Args: as for :func:`obert_kernels.select_masks`.
+        """
+        return select_masks(scores, keep, sparsity, self.group_size, scope)
+
+    def prunes_anything(
+        self, keep: Mapping[str, Tensor], sparsity: float | Mapping[str, float], scope: str
+    ) -> bool:
+        """Say whether :meth:`select` would prune any weight, whatever the scores."""
+        return prunes_anything(keep, sparsity, self.group_size, scope)
+
+
+@dataclass(frozen=True)
+class NofM(Pattern):
+    """At most ``kept`` of every ``span`` consecutive weights stay (N:M).
+
+    Attributes:
+        kept: N.
+    """
+
+    kept: int = 2
+
+    ranks_alone = True
+
+    def check_steps(self, steps: int) -> None:
+        """Raise ValueError for more than one."""
+        if steps > 1:
+            raise ValueError(f"pattern {self.name} takes one step, got steps={steps}")
+
+    def target_sparsity(
+        self, sparsity: float | Mapping[str, float] | None
+    ) -> float | Mapping[str, float]:
+        """Return 1 - N/M; raise ValueError if another is asked for."""
+        own = 1 - self.kept / self.span
+        values = sparsity.values() if isinstance(sparsity, Mapping) else [sparsity]
+        if any(value is not None and not math.isclose(value, own) for value in values):
+            raise ValueError(
+                f"pattern {self.name} prunes to a sparsity of {own:g}; leave sparsity out, got "
+                f"{sparsity!r}"
+            )
+        return dict.fromkeys(sparsity, own) if isinstance(sparsity, Mapping) else own
+
+    def block_size(self, wanted: int | None) -> int:
+        """Return the multiple of M at or below 50, or the size wanted if it is one."""
+        size = super().block_size(wanted)
+        if wanted is None:
+            return size // self.span * self.span
+        if wanted % self.span:
+            nearest = max(self.span, wanted // self.span * self.span)
+            raise ValueError(
+                f"pattern {self.name} needs a block_size that is a multiple of {self.span}, such "
+                f"as {nearest}; got {wanted}"
+            )
+        return size
+
+    def select(
+        self,
+        scores: Mapping[str, Tensor],
+        keep: Mapping[str, Tensor],
+        sparsity: float | Mapping[str, float],
+        scope: str,
+    ) -> dict[str, Tensor]:
+        """Return masks with the weights of the highest scores in every M consecutive ones."""
+        for name, found in scores.items():
+            check_scores(found, name)
+        return {
+            name: n_of_m_mask(found, keep[name], self.kept, self.span)
+            for name, found in scores.items()
+        }
+
+    def prunes_anything(
+        self, keep: Mapping[str, Tensor], sparsity: float | Mapping[str, float], scope: str
+    ) -> bool:
+        """Say whether any M consecutive weights have more than N left."""
+        groups = (mask.view(-1, self.span) for mask in keep.values())
+        return any(bool((group.sum(dim=1) > self.kept).any()) for group in groups)
 
 
 UNSTRUCTURED = Pattern()
@@ -139,7 +208,7 @@ def find_pattern(name: str) -> Pattern:
     if match := _N_OF_M.fullmatch(name):
         kept, span = int(match[1]), int(match[2])
         if kept < span <= MAX_PATTERN:
-            return Pattern(name, kept=kept, span=span)
+            return NofM(name, span=span, kept=kept)
         raise ValueError(
             f"pattern N:M keeps N of every M weights, N < M and M at most {MAX_PATTERN}, "
             f"got {name!r}"

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from ..gradients.batches import take_batches, to_device
+from ..gradients.batches import to_device
+from ..gradients.source import BatchSource
 from ..progress import Progress
 from .loaders import Batch
 from .precision import for_backward
@@ -70,7 +71,7 @@ def fine_tune(
     model.train()
     try:
         with seeded(seed, device):
-            for step, batch in enumerate(take_batches(loader, steps)):
+            for step, (_, batch) in enumerate(BatchSource(loader).take(steps)):
                 batch = to_device(batch, device)
                 with for_backward(batch, device, dtype):
                     loss = model(**batch).loss

@@ -3,29 +3,28 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from ..fisher.estimate import estimate_fisher
-from ..fisher.estimators import estimators
-from ..fisher.memory import Plan, plan_passes
+from ..fisher.estimate import FisherEstimate
 from ..gradients.losses import LossFn
 from ..ops.status import NumericalError
 from ..progress import Progress, silent
-from ..pruning.oneshot import prune
-from ..sparsity.layers import find_weights
+from ..pruning.config import PruningConfig
+from ..pruning.oneshot import PruneResult, dtype_name, names_of
+from ..pruning.pruner import Pruner
+from ..pruning.score_cache import ScoreCache
+from ..pruning.weights import restored
 from ..sparsity.masks import check_sparsity
-from ..sparsity.patterns import find_pattern
 from .budget import Budget
-from .outcome import Outcome, Scores, Setting, values_to_try
-from .scored_once import score_once
+from .outcome import GridPoint, Outcome, Scores, point_of, values_to_try
 
-Trial = tuple[Setting, float]
+Trial = tuple[PruningConfig, float]
 
 
 class GridResult(NamedTuple):
@@ -33,27 +32,206 @@ class GridResult(NamedTuple):
 
     Attributes:
         outcomes: of all trials that are finished, those given as ``finished`` first.
-        left_out: setting and sparsity of those for which the budget did not suffice.
+        left_out: configuration and sparsity of those for which the budget did not suffice.
     """
 
     outcomes: list[Outcome]
     left_out: list[Trial]
 
 
+class _Prepared(NamedTuple):
+    """What the trials of one estimate share."""
+
+    batches: Iterable[Any] | None = None
+    fisher: FisherEstimate | None = None
+    scores: ScoreCache | None = None
+
+
+@dataclass
+class TrialLoop:
+    """Prunes and evaluates one model again and again, always from the same weights.
+
+    A Fisher is estimated once for all trials with the same gradients and block size; it is freed
+    before the next one is estimated.  Where ``max_memory`` does not hold it whole, or pruning takes
+    several steps, each trial makes its own.
+
+    Attributes:
+        model: pruned in place and put back after each trial, also if one fails or is interrupted.
+        batches_of: called with m and g; returns batches that give m gradients of g samples.
+        evaluate: called with the pruned model; returns its :class:`Scores`.
+        calibration: batches on which damping "auto" is chosen; the Fisher should not see them.
+        loss_fn: what gradients are taken of; None: what the configuration says.
+        max_memory: bytes, as for :func:`obert_kernels.prune`.
+        recover: called after each pruning, for example to fine-tune under the masks.
+        on_outcome: called after each trial while the model is pruned, with what pruning returned
+            (None if it failed).
+        one_damping: choose a damping "auto" at the highest sparsity and use it for all, where an
+            estimate serves them all; else it is chosen for each.
+        progress: called as ``progress(stage, done, total)``.
+        budget: whether there is time.
+    """
+
+    model: nn.Module
+    batches_of: Callable[[int, int], Iterable[Any]]
+    evaluate: Callable[[nn.Module], Scores]
+    calibration: Sequence[Any] = ()
+    loss_fn: LossFn | None = None
+    max_memory: int | None = None
+    recover: Callable[[PruneResult], None] | None = None
+    on_outcome: Callable[[Outcome, PruneResult | None], None] = lambda outcome, result: None
+    one_damping: bool = False
+    progress: Progress = silent
+    budget: Budget = Budget(None)  # noqa: RUF009  (without an end it holds nothing)
+
+    def check(self, trials: Iterable[Trial]) -> None:
+        """Validate trials before any long work.
+
+        Raises:
+            ValueError, TypeError, MemoryError: as for :func:`obert_kernels.prune`.
+        """
+        trials = list(trials)
+        for config, target in trials:
+            check_sparsity(target)
+            config.shape.target_sparsity(target)
+            if config.uses_fisher and config.damping == "auto" and not self.calibration:
+                raise ValueError(
+                    "damping 'auto' needs calibration batches: pass calibration, or numbers"
+                )
+        for config in {point_of(config).estimate: config for config, _ in trials}.values():
+            pruner = self._pruner(config)
+            if config.uses_fisher:
+                pruner.plan(streamed=config.fisher.samples_per_grad is not None)
+
+    def run(self, trials: Iterable[Trial]) -> list[Trial]:
+        """Do trials, those of one estimate together; return those there was no time for."""
+        groups: dict[Any, list[Trial]] = {}
+        for trial in trials:
+            groups.setdefault(point_of(trial[0]).estimate, []).append(trial)
+        return [left for group in groups.values() for left in self._run_group(group)]
+
+    def _run_group(self, group: Sequence[Trial]) -> list[Trial]:
+        """Do the trials of one estimate; return those there was no time for."""
+        first = group[0][0]
+        texts = float(point_of(first).texts or 1)
+        preparation = ("estimate" if first.uses_fisher else "batches", texts)
+        prepared: _Prepared | None = None
+        left_out = []
+        dampings: dict[GridPoint, PruneResult] = {}
+        for trial in group:
+            kind = _kind(trial[0])
+            if prepared is None and self.budget.allows(preparation, (kind, 1.0)):
+                with self.budget.timed(*preparation):
+                    prepared = self._prepare(first)
+            if prepared is None or not self.budget.allows((kind, 1.0)):
+                left_out.append(trial)
+                continue
+            with self.budget.timed(kind):
+                highest = max(target for config, target in group if config == trial[0])
+                self._trial(*trial, prepared, highest, dampings)
+        return left_out
+
+    def _pruner(self, config: PruningConfig) -> Pruner:
+        return Pruner(
+            self.model,
+            config,
+            loss_fn=self.loss_fn,
+            max_memory=self.max_memory,
+            progress=self.progress,
+        )
+
+    def _prepare(self, config: PruningConfig) -> _Prepared:
+        """Estimate a Fisher, unless there is no room for all of it, or no need."""
+        found = point_of(config)
+        if found.num_grads is None:
+            return _Prepared()
+        batches = self.batches_of(found.num_grads, found.texts_per_grad or 1)
+        if not config.uses_fisher or config.steps > 1:
+            return _Prepared(batches)
+        pruner = self._pruner(config)
+        plan = pruner.plan(streamed=found.texts_per_grad is not None)
+        if len(plan.passes) > 1:
+            return _Prepared(batches)
+        fisher = pruner.fisher(batches)
+        room = ScoreCache.if_room(pruner.weights, plan.total_bytes, self.max_memory)
+        return _Prepared(batches, fisher, room)
+
+    def _trial(
+        self,
+        config: PruningConfig,
+        target: float,
+        prepared: _Prepared,
+        highest: float,
+        dampings: dict[GridPoint, PruneResult],
+    ) -> None:
+        """Prune, recover, evaluate, tell, and put the weights back."""
+        started = time.perf_counter()
+        pruner = self._pruner(config)
+        changing: Mapping[str, Tensor] = pruner.weights
+        if self.recover is not None:
+            changing = self.model.state_dict(keep_vars=True)
+        with restored(changing):
+            result = None
+            figures: dict[str, Any] = {}
+            try:
+                if self.one_damping and prepared.fisher and config.damping == "auto":
+                    if point_of(config) not in dampings:
+                        with restored(pruner.weights):
+                            dampings[point_of(config)] = self._prune(pruner, highest, prepared)
+                    result = self._prune_like(config, target, prepared, dampings[point_of(config)])
+                else:
+                    result = self._prune(pruner, target, prepared)
+            except NumericalError as error:  # this damping is too small; others may not be
+                figures["error"] = " ".join(str(error).split())
+            seconds = dict(prepared.fisher.seconds) if prepared.fisher else {}
+            if result is not None:
+                if self.recover is not None:
+                    self.recover(result)
+                report = result.report
+                figures |= {
+                    "sparsity": report.sparsity,
+                    **self.evaluate(self.model)._asdict(),
+                    "predicted_increase": report.predicted_increase,
+                    "damping_used": report.settings["damping"],
+                }
+                seconds |= report.seconds
+            figures |= seconds_of(seconds)
+            took = time.perf_counter() - started
+            self.on_outcome(Outcome(config, target, **figures, trial_seconds=took), result)
+
+    def _prune(self, pruner: Pruner, target: float, prepared: _Prepared) -> PruneResult:
+        report = pruner.step(
+            target,
+            prepared.batches,
+            fisher=prepared.fisher,
+            calibration=self.calibration or None,
+            scores=prepared.scores,
+        )
+        return PruneResult(self.model, pruner.masks, report)
+
+    def _prune_like(
+        self, config: PruningConfig, target: float, prepared: _Prepared, known: PruneResult
+    ) -> PruneResult:
+        """Prune with the damping that another sparsity has settled."""
+        damping = known.report.settings["damping"] or "auto"
+        result = self._prune(self._pruner(replace(config, damping=damping)), target, prepared)
+        result.report.damping_trials = known.report.damping_trials
+        return result
+
+
 def run_grid(
     model: nn.Module,
     batches_of: Callable[[int, int], Iterable[Any]],
     evaluate: Callable[[nn.Module], Scores],
-    settings: Iterable[Setting],
+    settings: Iterable[PruningConfig],
     sparsities: Iterable[float],
     *,
-    pattern: str = "unstructured",
-    scope: str = "global",
+    pattern: str | None = None,
+    scope: str | None = None,
     params: str | Iterable[str] | None = None,
-    estimator: str = "gram",
+    estimator: str | None = None,
     calibration: Sequence[Any] = (),
     loss_fn: LossFn | None = None,
-    fisher_dtype: torch.dtype = torch.float64,
+    fisher_dtype: torch.dtype | None = None,
     max_memory: int | None = None,
     finished: Iterable[Outcome] = (),
     budget: float | None = None,
@@ -61,7 +239,7 @@ def run_grid(
     on_outcome: Callable[[Outcome], None] | None = None,
     progress: Progress | None = None,
 ) -> GridResult:
-    """Prune and evaluate a model in every setting at every sparsity, always from the same weights.
+    """Prune and evaluate a model in every configuration at every sparsity, from the same weights.
 
     A Fisher is estimated once for all trials with the same gradients and block size, if any of
     them is left to do; it is freed before the next one is estimated.  (Where ``max_memory`` does
@@ -73,10 +251,11 @@ def run_grid(
         evaluate: called with the pruned model; returns its
             :class:`obert_kernels.trials.outcome.Scores`.
         settings: what to try, see :func:`obert_kernels.make_grid`; those that share an estimate are
-             tried together.
+            tried together.
         sparsities: at which to try each.
-        pattern, scope, params, estimator, loss_fn, fisher_dtype, max_memory, progress: of all
-            trials, as for :func:`obert_kernels.prune`.
+        pattern, scope, params, estimator, fisher_dtype: of all trials, in place of what the
+            settings say.
+        loss_fn, max_memory, progress: as for :func:`obert_kernels.prune`.
         calibration: batches on which damping "auto" is chosen, for each trial anew; the Fisher
             should not see them.
         finished: outcomes of trials that are not to be done again.
@@ -94,198 +273,63 @@ def run_grid(
         TypeError: ``sparsities`` is a number.
     """
     targets = list(dict.fromkeys(values_to_try("sparsities", sparsities)))
-    wanted = list(dict.fromkeys(settings))
-    check_grid(model, wanted, targets, pattern=pattern, scope=scope, params=params)
-    if not calibration and any(setting.damping == "auto" for setting in wanted):
-        raise ValueError("damping 'auto' needs calibration batches: pass calibration, or numbers")
-    shared = {
-        "pattern": pattern, "scope": scope, "params": params, "loss_fn": loss_fn,
-        "estimator": estimator,
-    }  # fmt: skip
-    work = _Work(
-        model, batches_of, evaluate, shared, calibration, fisher_dtype, max_memory,
-        progress or silent,
-    )  # fmt: skip
+    configs = [_with(c, pattern, scope, params, estimator, fisher_dtype) for c in settings]
     outcomes = list(finished)
     done = {outcome.key for outcome in outcomes}
-    groups: dict[Any, list[Trial]] = {}
-    for trial in product(wanted, targets):
-        if trial not in done:
-            groups.setdefault(trial[0].estimate, []).append(trial)
-    for group in groups.values():
-        work.plan(group[0][0])  # raises now what would be raised after hours
-    time_left = Budget(budget, clock)
-    left_out: list[Trial] = []
-    for group in groups.values():
-        for trial, outcome in _run_group(work, group, time_left):
-            if outcome is None:
-                left_out.append(trial)
-                continue
-            outcomes.append(outcome)
-            if on_outcome is not None:
-                on_outcome(outcome)
-    return GridResult(outcomes, left_out)
+
+    def add(outcome: Outcome, result: PruneResult | None) -> None:
+        outcomes.append(outcome)
+        if on_outcome is not None:
+            on_outcome(outcome)
+
+    loop = TrialLoop(
+        model,
+        batches_of,
+        evaluate,
+        calibration,
+        loss_fn,
+        max_memory,
+        on_outcome=add,
+        progress=progress or silent,
+        budget=Budget(budget, clock),
+    )
+    wanted = list(product({point_of(config): config for config in configs}.values(), targets))
+    loop.check(wanted)
+    left = loop.run(trial for trial in wanted if (point_of(trial[0]), trial[1]) not in done)
+    return GridResult(outcomes, left)
 
 
-def check_grid(
-    model: nn.Module,
-    settings: Iterable[Setting],
-    sparsities: Iterable[float],
-    *,
-    pattern: str = "unstructured",
-    scope: str = "global",
-    params: str | Iterable[str] | None = None,
-) -> None:
-    """Find fault with the arguments of :func:`run_grid` before any long work.
-
-    Raises:
-        ValueError: :func:`obert_kernels.prune` does not take one of them.
-    """
-    shape = find_pattern(pattern)
-    for sparsity in sparsities:
-        check_sparsity(sparsity)
-        shape.prescribed(sparsity)
-    weights = find_weights(model, params)
-    for name, weight in weights.items():
-        shape.check(name, weight)
-    settings = list(settings)
-    for setting in settings:
-        if setting.block_size is not None:
-            shape.block_size(setting.block_size)
-    smallest = min(weights, key=lambda name: weights[name].numel())
-    for selection, update, damping in dict.fromkeys(
-        (s.selection, s.update, s.damping) for s in settings
-    ):
-        given = {} if damping is None else {"damping": damping}
-        how = {"selection": selection, "update": update, "scope": scope, "params": [smallest]}
-        prune(model, sparsity=0.0, **how, **given)  # removes nothing, but checks its arguments
+def _with(
+    config: PruningConfig,
+    pattern: str | None,
+    scope: str | None,
+    params: str | Iterable[str] | None,
+    estimator: str | None,
+    dtype: torch.dtype | None,
+) -> PruningConfig:
+    """The same with what is given."""
+    fisher = replace(
+        config.fisher,
+        # What uses no Fisher has the default for its own pattern.
+        block_size=config.fisher.block_size if config.uses_fisher else None,
+        estimator=estimator or config.fisher.estimator,
+        dtype=config.fisher.dtype if dtype is None else dtype_name(dtype),
+    )
+    return replace(
+        config,
+        pattern=pattern or config.pattern,
+        scope=scope or config.scope,
+        params=config.params if params is None else names_of(params),
+        fisher=fisher,
+    )
 
 
-def _run_group(
-    work: _Work, group: Sequence[Trial], time_left: Budget
-) -> Iterator[tuple[Trial, Outcome | None]]:
-    """Do the trials of one estimate; None for those there was no time for."""
-    first = group[0][0]
-    texts = float(first.texts or 1)
-    preparation = ("estimate" if first.needs_fisher else "batches", texts)
-    fisher: _Fisher | None = None
-    for trial in group:
-        kind = _kind(trial[0])
-        if fisher is None and time_left.allows(preparation, (kind, 1.0)):
-            with time_left.timed(*preparation):
-                fisher = work.estimate(first)
-        if fisher is None or not time_left.allows((kind, 1.0)):
-            yield trial, None
-            continue
-        with time_left.timed(kind):
-            outcome = work.outcome(*trial, fisher)
-        yield trial, outcome
-
-
-def _kind(setting: Setting) -> tuple[object, ...]:
+def _kind(config: PruningConfig) -> tuple[object, ...]:
     """Trials whose times say something about each other; what differs most is how many prunings."""
-    return setting.needs_fisher, setting.damping == "auto"
+    return config.uses_fisher, config.damping == "auto"
 
 
-class _Fisher(NamedTuple):
-    """How :func:`prune` comes by its Fisher, and the seconds spent on that beforehand."""
-
-    arguments: dict[str, Any]
-    seconds: dict[str, float]
-
-
-@dataclass
-class _Work:
-    """The work of a grid, and what all of it shares."""
-
-    model: nn.Module
-    batches_of: Callable[[int, int], Iterable[Any]]
-    evaluate: Callable[[nn.Module], Scores]
-    options: dict[str, Any]
-    calibration: Sequence[Any]
-    fisher_dtype: torch.dtype
-    max_memory: int | None
-    progress: Progress
-
-    def __post_init__(self) -> None:
-        self.weights = find_weights(self.model, self.options["params"])
-        self.dense = {name: weight.detach().clone() for name, weight in self.weights.items()}
-
-    def estimate(self, setting: Setting) -> _Fisher:
-        """Estimate a Fisher, unless there is no room for all of it, or no need."""
-        if setting.num_grads is None or setting.texts_per_grad is None:
-            return _Fisher({}, {})
-        batches = self.batches_of(setting.num_grads, setting.texts_per_grad)
-        if not setting.needs_fisher:
-            return _Fisher({"batches": batches}, {})
-        how = {
-            "num_grads": setting.num_grads,
-            "samples_per_grad": setting.texts_per_grad,
-            "block_size": setting.block_size,
-            "fisher_dtype": self.fisher_dtype,
-        }
-        calibration = {"calibration": self.calibration} if self.calibration else {}
-        if (plan := self.plan(setting)) is not None and len(plan.passes) > 1:
-            return _Fisher(
-                {"batches": batches, "max_memory": self.max_memory, **how, **calibration}, {}
-            )
-        shared = ("params", "pattern", "loss_fn", "estimator")
-        options = {name: self.options[name] for name in shared}
-        fisher = estimate_fisher(self.model, batches, progress=self.progress, **options, **how)
-        score_once(fisher, next(iter(self.weights.values())).device, self.max_memory)
-        return _Fisher({"fisher": fisher, "batches": batches, **calibration}, fisher.seconds)
-
-    def plan(self, setting: Setting) -> Plan | None:
-        """Memory and passes of its Fisher; None without one.
-
-        Raises:
-            MemoryError: it does not fit.
-        """
-        if setting.num_grads is None or setting.block_size is None:
-            return None
-        return plan_passes(
-            self.weights,
-            setting.block_size,
-            self.fisher_dtype,
-            self.max_memory,
-            setting.num_grads,
-            streamed=True,
-            pattern=find_pattern(self.options["pattern"]),
-            estimator=estimators.find(self.options["estimator"]),
-        )
-
-    def outcome(self, setting: Setting, target: float, fisher: _Fisher) -> Outcome:
-        """Prune, evaluate, and put the weights back."""
-        started = time.perf_counter()
-        try:
-            figures = self._figures(setting, target, fisher)
-        finally:
-            with torch.no_grad():
-                for name, weight in self.weights.items():
-                    weight.copy_(self.dense[name])
-        return Outcome(setting, target, **figures, trial_seconds=time.perf_counter() - started)
-
-    def _figures(self, setting: Setting, target: float, fisher: _Fisher) -> dict[str, Any]:
-        how = {"selection": setting.selection, "update": setting.update}
-        if setting.damping is not None:
-            how["damping"] = setting.damping
-        try:
-            report = prune(
-                self.model, sparsity=target, progress=self.progress, **how, **self.options,
-                **fisher.arguments,
-            ).report  # fmt: skip
-        except NumericalError as error:  # this damping is too small; others may not be
-            return {**_seconds(fisher.seconds), "error": " ".join(str(error).split())}
-        return {
-            "sparsity": report.sparsity,
-            **self.evaluate(self.model)._asdict(),
-            "predicted_increase": report.predicted_increase,
-            "damping_used": report.settings["damping"],
-            **_seconds({**fisher.seconds, **report.seconds}),
-        }
-
-
-def _seconds(by_stage: dict[str, float]) -> dict[str, float]:
+def seconds_of(by_stage: Mapping[str, float]) -> dict[str, float]:
     """Seconds as :class:`Outcome` has them."""
     return {
         "gradients_seconds": by_stage.get("gradients", 0.0),

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any, NamedTuple
 
-from ..pruning.saliencies import own_update, uses_fisher
-from ..sparsity.patterns import find_pattern
+from ..pruning.config import PruningConfig
 
 
-@dataclass(frozen=True)
-class Setting:
-    """One way to prune, at whatever sparsity.
+class GridPoint(NamedTuple):
+    """What tells a configuration of a grid from the others; None is what it does not look at.
 
     Attributes:
-        selection, update: as for :func:`obert_kernels.prune`.
+        selection, update: as in :class:`obert_kernels.PruningConfig`.
         num_grads: m, gradients in the Fisher; None where no texts are looked at.
         texts_per_grad: g, texts (samples) in each gradient.
         block_size: B, weights per Fisher block; None, as what follows, where there is no Fisher.
@@ -39,25 +37,49 @@ class Setting:
 
     @property
     def estimate(self) -> tuple[int | None, int | None, int | None]:
-        """Settings with the same can share a Fisher."""
+        """Configurations with the same can share a Fisher."""
         return self.num_grads, self.texts_per_grad, self.block_size
 
-    @property
-    def needs_fisher(self) -> bool:
-        """Does it need one at all?"""
-        return self.block_size is not None
+
+def point_of(config: PruningConfig) -> GridPoint:
+    """Return what tells a configuration from the others of a grid."""
+    ranking = config.selection, str(config.update)
+    if not config.uses_fisher and config.selection == "magnitude":
+        return GridPoint(*ranking)
+    texts = config.fisher.num_grads, config.fisher.samples_per_grad
+    if not config.uses_fisher:
+        return GridPoint(*ranking, *texts)
+    return GridPoint(*ranking, *texts, config.fisher.block_size, config.damping)
+
+
+def at_point(base: PruningConfig, point: GridPoint) -> PruningConfig:
+    """Return the configuration at a point; what it does not look at is as in ``base``."""
+    fisher = {
+        "num_grads": point.num_grads,
+        "samples_per_grad": point.texts_per_grad,
+        "block_size": point.block_size,
+    }
+    known = {name: value for name, value in fisher.items() if value is not None}
+    return replace(
+        base,
+        selection=point.selection,
+        update=point.update,
+        damping=base.damping if point.damping is None else point.damping,
+        fisher=replace(base.fisher, **known),
+    )
 
 
 class Scores(NamedTuple):
     """How well a model does; accuracies are fractions, the loss is a mean over the texts.
 
     Attributes:
-        dev_accuracy, dev_loss: on the held-back texts, by which settings are chosen.
+        dev_accuracy, dev_loss: on the held-back texts, by which configurations are chosen; None
+            where nothing is chosen.
         test_accuracy: on texts that decide nothing.
     """
 
-    dev_accuracy: float
-    dev_loss: float
+    dev_accuracy: float | None
+    dev_loss: float | None
     test_accuracy: float
 
 
@@ -66,7 +88,7 @@ class Outcome:
     """What came of a trial.
 
     Attributes:
-        setting: how it was pruned.
+        config: how it was pruned.
         target: sparsity asked for.
         sparsity: share of pruned weights reached, over the pruned matrices.
         dev_accuracy, dev_loss, test_accuracy: see :class:`Scores`.
@@ -80,7 +102,7 @@ class Outcome:
         error: why it failed, else empty; all figures but the seconds are None then.
     """
 
-    setting: Setting
+    config: PruningConfig
     target: float
     sparsity: float | None = None
     dev_accuracy: float | None = None
@@ -96,9 +118,14 @@ class Outcome:
     error: str = ""
 
     @property
-    def key(self) -> tuple[Setting, float]:
+    def point(self) -> GridPoint:
+        """What tells its configuration apart."""
+        return point_of(self.config)
+
+    @property
+    def key(self) -> tuple[GridPoint, float]:
         """What trial it was."""
-        return self.setting, self.target
+        return self.point, self.target
 
     @property
     def rank(self) -> tuple[float, float, float]:
@@ -124,8 +151,9 @@ def make_grid(
     damping: Iterable[float | str] = ("auto",),
     selection: Iterable[str] = ("greedy",),
     update: Iterable[str] = ("auto",),
-    pattern: str = "unstructured",
-) -> list[Setting]:
+    pattern: str | None = None,
+    base: PruningConfig | None = None,
+) -> list[PruningConfig]:
     """Return all combinations, each once, those with the cheapest estimates first.
 
     Combinations that differ only in what does not matter to them are one: magnitude pruning
@@ -139,30 +167,30 @@ def make_grid(
         selection: as for :func:`obert_kernels.prune`.
         update: likewise, or "auto": "sum" for diagonal (oBERT's own), "none" for those that use
             no Fisher, "joint" for the others.
-        pattern: which block sizes there can be.
+        pattern: of all; None: that of ``base``.
+        base: everything else.
 
     Raises:
         TypeError: one value is given where a list of those to try is expected.
         ValueError: something is out of range.
     """
-    shape = find_pattern(pattern)
-    axes = {
+    base = base or PruningConfig()
+    if pattern is not None:
+        fisher = replace(base.fisher, block_size=None)
+        base = replace(base, pattern=pattern, fisher=fisher)
+    tried = {
         "texts": texts, "texts_per_grad": texts_per_grad, "block_size": block_size,
         "selection": selection, "update": update, "damping": damping,
     }  # fmt: skip
-    values = [values_to_try(name, given) for name, given in axes.items()]
-    settings: dict[Setting, None] = {}
-    for n, g, wanted, ranking, rule, value in product(*values):
-        num_grads = _gradients(n, g)
-        size = shape.block_size(wanted)
-        own = own_update(ranking) if rule == "auto" else rule
-        if uses_fisher(ranking, own):
-            settings[Setting(ranking, own, num_grads, g, size, value)] = None
-        elif ranking == "magnitude":
-            settings[Setting(ranking, own)] = None
-        else:
-            settings[Setting(ranking, own, num_grads, g)] = None
-    return sorted(settings, key=_cost)
+    values = [values_to_try(name, given) for name, given in tried.items()]
+    configs: dict[GridPoint, PruningConfig] = {}
+    for n, g, size, ranking, rule, value in product(*values):
+        fisher = replace(
+            base.fisher, num_grads=_gradients(n, g), samples_per_grad=g, block_size=size
+        )
+        config = replace(base, selection=ranking, update=rule, damping=value, fisher=fisher)
+        configs.setdefault(point_of(config), at_point(base, point_of(config)))
+    return sorted(configs.values(), key=_cost)
 
 
 def values_to_try(name: str, given: Iterable[Any]) -> list[Any]:
@@ -183,9 +211,10 @@ def _gradients(texts: int, texts_per_grad: int) -> int:
     return texts // texts_per_grad
 
 
-def _cost(setting: Setting) -> tuple[int, int]:
+def _cost(config: PruningConfig) -> tuple[int, int]:
     """Backward passes grow with the texts, the Fisher with gradients times block size."""
-    return setting.texts or 0, (setting.num_grads or 0) * (setting.block_size or 0)
+    found = point_of(config)
+    return found.texts or 0, (found.num_grads or 0) * (found.block_size or 0)
 
 
 def best_by_target(outcomes: Iterable[Outcome]) -> dict[float, Outcome]:
@@ -203,19 +232,18 @@ def by_rank(outcomes: Iterable[Outcome]) -> list[Outcome]:
     return sorted(outcomes, key=lambda outcome: (outcome.target, outcome.rank))
 
 
-# What tells settings apart in a legend, and how it is written there.
+# What tells configurations apart in a legend, and how it is written there.
 _LABELS = (("texts", "n"), ("texts_per_grad", "g"), ("block_size", "B"), ("damping", "damping"))
 
 
-def label(setting: Setting, among: Sequence[Setting]) -> str:
-    """Return a short name of a setting: what differs among those it stands beside."""
-    peers = [other for other in among if other.selection == setting.selection]
-    parts = [setting.selection]
-    if len({other.update for other in peers}) > 1:
-        parts[0] += f"/{setting.update}"
+def label(found: GridPoint, among: Sequence[GridPoint]) -> str:
+    """Return a short name of a configuration: what differs among those it stands beside."""
+    parts = [found.selection]
+    if len({other.update for other in among if other.selection == found.selection}) > 1:
+        parts[0] += f"/{found.update}"
     for field, short in _LABELS:
         values = {getattr(other, field) for other in among} - {None}
-        value = getattr(setting, field)
+        value = getattr(found, field)
         if value is not None and len(values) > 1:
             parts.append(f"{short} {value:g}" if isinstance(value, float) else f"{short} {value}")
     return ", ".join(parts)

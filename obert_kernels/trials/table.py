@@ -12,14 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from ..files import write_json
-from .outcome import Outcome, Setting, best_by_target, by_rank, number_or_word
+from ..pruning.config import PruningConfig
+from .outcome import GridPoint, Outcome, at_point, best_by_target, by_rank, number_or_word
 
 CSV_FILE = "sweep.csv"
 BASIS_FILE = "sweep.json"
 TABLE_FILE = "sweep.md"
 
 _COUNTS = ("num_grads", "texts_per_grad", "block_size")
-_FIGURES = [field.name for field in fields(Outcome) if field.name not in ("setting", "error")]
+_FIGURES = [field.name for field in fields(Outcome) if field.name not in ("config", "error")]
 
 COLUMNS = ("selection", "update", "texts", *_COUNTS, "damping", *_FIGURES, "error")
 
@@ -31,15 +32,16 @@ class TrialTable:
 
     Args:
         path: of the file; it is made with the first outcome.
+        base: what all configurations have in common.
 
     Raises:
         ValueError: it holds something else.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, base: PruningConfig) -> None:
         self.path = Path(path)
         _drop_torn_line(self.path)
-        self.outcomes = _read(self.path)
+        self.outcomes = _read(self.path, base)
 
     def append(self, outcome: Outcome) -> None:
         """Add a line; when this returns it is on the disk."""
@@ -66,7 +68,7 @@ def _drop_torn_line(path: Path) -> None:
             stream.truncate(whole)
 
 
-def _read(path: Path) -> list[Outcome]:
+def _read(path: Path, base: PruningConfig) -> list[Outcome]:
     if not path.exists() or path.stat().st_size == 0:
         return []
     outcomes: dict[object, Outcome] = {}  # one of each: two commands may have worked side by side
@@ -78,7 +80,7 @@ def _read(path: Path) -> list[Outcome]:
             )
         for row in reader:
             try:
-                outcome = _from_row(row)
+                outcome = _from_row(row, base)
             except (ValueError, TypeError) as error:
                 raise ValueError(
                     f"line {reader.line_num} of {path} cannot be read ({error}): delete it, and "
@@ -90,18 +92,16 @@ def _read(path: Path) -> list[Outcome]:
 
 def _to_row(outcome: Outcome) -> dict[str, Any]:
     """None becomes an empty cell; numbers keep all their digits."""
-    return {
-        name: getattr(outcome if hasattr(outcome, name) else outcome.setting, name)
-        for name in COLUMNS
-    }
+    cells = {name: getattr(outcome, name) for name in (*_FIGURES, "error")}
+    return {**outcome.point._asdict(), "texts": outcome.point.texts, **cells}
 
 
-def _from_row(row: Mapping[str, str]) -> Outcome:
+def _from_row(row: Mapping[str, str], base: PruningConfig) -> Outcome:
     counts = {name: int(row[name]) if row[name] else None for name in _COUNTS}
     damping = number_or_word(row["damping"]) if row["damping"] else None
     figures: dict[str, Any] = {name: float(row[name]) if row[name] else None for name in _FIGURES}
-    setting = Setting(row["selection"], row["update"], **counts, damping=damping)
-    return Outcome(setting, **figures, error=row["error"])
+    found = GridPoint(row["selection"], row["update"], **counts, damping=damping)
+    return Outcome(at_point(base, found), **figures, error=row["error"])
 
 
 def check_basis(folder: Path, basis: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -186,13 +186,13 @@ def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
 
 
 def _cells(outcome: Outcome, is_best: bool) -> list[str]:
-    setting = outcome.setting
+    found = outcome.point
     return [
         f"{outcome.target:.1%}",
         "*" if is_best else "",
-        setting.selection,
-        setting.update,
-        *(_count(x) for x in (setting.texts, setting.texts_per_grad, setting.block_size)),
+        found.selection,
+        found.update,
+        *(_count(x) for x in (found.texts, found.texts_per_grad, found.block_size)),
         _damping(outcome),
         "failed" if outcome.dev_accuracy is None else f"{outcome.dev_accuracy:.1%}",
         "" if outcome.dev_loss is None else f"{outcome.dev_loss:.3f}",
@@ -206,7 +206,7 @@ def _count(number: int | None) -> str:
 
 
 def _damping(outcome: Outcome) -> str:
-    asked = outcome.setting.damping
+    asked = outcome.point.damping
     if asked is None:
         return ""
     if isinstance(asked, str):

@@ -11,8 +11,9 @@ from tiny import GREEDY, outcome
 
 pytest.importorskip("matplotlib")
 
+from obert_kernels import PruningConfig
 from obert_kernels.commands import plots
-from obert_kernels.trials.outcome import Outcome, Setting, make_grid
+from obert_kernels.trials.outcome import Outcome, make_grid
 
 
 def drawn(monkeypatch: pytest.MonkeyPatch, path: Path, outcomes: list[Outcome]) -> Any:
@@ -35,7 +36,7 @@ def names(axes: Any) -> list[str]:
 
 
 def test_plot_of_few_settings(tmp_path, monkeypatch):
-    settings = [Setting("magnitude", "none"), GREEDY]
+    settings = [PruningConfig(selection="magnitude"), GREEDY]
     outcomes = [outcome(setting, target) for setting in settings for target in (0.5, 0.75)]
     figure = drawn(monkeypatch, tmp_path / "x.png", outcomes)
     (axes,) = figure.axes

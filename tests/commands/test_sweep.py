@@ -18,14 +18,14 @@ pytest.importorskip("typer")
 from tiny import FakeClock
 from tiny_text import save_model
 
+from obert_kernels import Pruner
 from obert_kernels.commands import sweep
 from obert_kernels.tasks import batches, precision
 from obert_kernels.tasks.classification import ClassificationTask
 from obert_kernels.tasks.evaluate import evaluate
 from obert_kernels.tasks.loaders import make_loader
 from obert_kernels.tasks.text_data import TextData, Texts
-from obert_kernels.trials import grid
-from obert_kernels.trials.outcome import Outcome, Setting
+from obert_kernels.trials.budget import Budget
 from obert_kernels.trials.table import COLUMNS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -254,16 +254,14 @@ def test_a_budget_says_what_it_left_out(
     assert code == 0 and "too short for a single trial" in stdout
     assert not (out / "sweep.csv").exists()
     clock = FakeClock()
-    real = grid.run_grid
+    real = Pruner.step
 
-    def run_grid(*positional: Any, on_outcome: Any, **options: Any) -> Any:
-        def slow(outcome: Outcome) -> None:
-            clock.now += 61
-            on_outcome(outcome)
+    def slow(*arguments: Any, **options: Any) -> Any:
+        clock.now += 61
+        return real(*arguments, **options)
 
-        return real(*positional, **{**options, "on_outcome": slow, "clock": clock})
-
-    monkeypatch.setattr(sweep, "run_grid", run_grid)
+    monkeypatch.setattr(Pruner, "step", slow)
+    monkeypatch.setattr(sweep, "Budget", lambda minutes, _: Budget(minutes, clock))
     code, stdout, _ = command(*arguments, "--budget", 2.5)
     assert code == 0
     assert "Trials that the budget of 2.5 minutes left out: 1 (75.0% greedy)" in stdout
@@ -279,15 +277,15 @@ def test_interrupted_sweep_keeps_its_trials(
     model, out = save_model(tmp_path / "model", head=True), tmp_path / "out"
     arguments = ("sweep", model, data_file, "-s", 0.5, "-s", 0.75, *QUICK, "-o", out)
     arguments += ("--selection", "magnitude")
-    real = grid._Work.outcome
+    real = Pruner.step
 
-    def interrupted(self: Any, setting: Setting, target: float, fisher: Any) -> Outcome:
+    def interrupted(self: Pruner, target: float, *more: Any, **options: Any) -> Any:
         if target == 0.75:
             raise KeyboardInterrupt
-        return real(self, setting, target, fisher)
+        return real(self, target, *more, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(grid._Work, "outcome", interrupted)
+        patch.setattr(Pruner, "step", interrupted)
         code, _, stderr = command(*arguments)
     assert code != 0 and "keeps the trials that were finished" in stderr
     assert len(rows_of(out)) == 1

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import host_cuda
+from devices import host_cuda
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
 occupancy = importlib.import_module("occupancy")

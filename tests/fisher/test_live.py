@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from conftest import INSTRUCTION_SETS
+from devices import INSTRUCTION_SETS
 from problems import DAMPING, gradients, relative_error
 from tiny import TinyEncoder, batches, snapshot, unchanged
 

@@ -7,9 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from obert_kernels import estimate_fisher
+from obert_kernels import FisherConfig, estimate_fisher
 from obert_kernels.fisher import memory
-from obert_kernels.fisher.estimators import estimators
 from obert_kernels.fisher.gram import gram_bytes
 from obert_kernels.fisher.memory import plan_passes
 from obert_kernels.gradients.buffers import (
@@ -20,7 +19,8 @@ from obert_kernels.gradients.buffers import (
 )
 from obert_kernels.sparsity.patterns import UNSTRUCTURED
 
-PLAN = {"pattern": UNSTRUCTURED, "estimator": estimators.find("gram"), "streamed": False}
+CONFIG = FisherConfig(block_size=50)
+PLAN = {"streamed": False}
 
 MEASURE = """
 import gc, resource, sys
@@ -86,14 +86,14 @@ def test_passes_keep_to_the_limit():
 
 def test_estimate():
     weights = {"a": nn.Parameter(torch.ones(30, 40)), "b": nn.Parameter(torch.ones(7, 8))}
-    plan = plan_passes(weights, 50, torch.float64, None, 1024, **PLAN)
+    plan = plan_passes(weights, CONFIG, UNSTRUCTURED, None, **PLAN)
     assert plan.gram_bytes == (24 + 2) * 1275 * 8
     assert gram_bytes(101, 50, torch.float32) == 3 * 1275 * 4
     assert plan.buffer_bytes == (16 + 1) * 1256 * 4
     assert plan.passes == [["a", "b"]]
-    whole = plan_passes(weights, 50, torch.float64, plan.total_bytes, 1024, **PLAN)
+    whole = plan_passes(weights, CONFIG, UNSTRUCTURED, plan.total_bytes, **PLAN)
     assert whole.passes == [["a", "b"]]
-    split = plan_passes(weights, 50, torch.float64, plan.total_bytes - 1, 1024, **PLAN)
+    split = plan_passes(weights, CONFIG, UNSTRUCTURED, plan.total_bytes - 1, **PLAN)
     assert split.passes == [["a"], ["b"]]
 
 
@@ -113,7 +113,7 @@ def test_files_that_a_container_keeps_are_to_be_had(tmp_path, monkeypatch):
 def test_refusal_gives_the_figures():
     weights = {"a": nn.Parameter(torch.ones(300, 400))}
     with pytest.raises(MemoryError, match=r"needs \d+\.\d MiB .* max_memory is 1.0 MiB"):
-        plan_passes(weights, 50, torch.float64, 1 << 20, 1024, **PLAN)
+        plan_passes(weights, CONFIG, UNSTRUCTURED, 1 << 20, **PLAN)
 
 
 def test_a_refused_estimate_names_what_it_can_take(monkeypatch):
@@ -157,7 +157,7 @@ def test_gathered_gradients_of_all_matrices_stand_in_one_piece():
 
 def test_the_plan_counts_the_room_between_gathered_gradients():
     weight = {"w": nn.Parameter(torch.ones(768, 768))}
-    plan = plan_passes(weight, 50, torch.float64, None, 1024, **PLAN)
+    plan = plan_passes(weight, CONFIG, UNSTRUCTURED, None, **PLAN)
     buffer = gradient_buffer(GRADIENTS_PER_UPDATE, 768 * 768)
     room = buffer.stride(0) * GRADIENTS_PER_UPDATE * 4
     assert plan.buffer_bytes == room + 768 * 768 * 4
@@ -166,12 +166,12 @@ def test_the_plan_counts_the_room_between_gathered_gradients():
 def test_what_is_held_beside_the_gram():
     weights = {name: nn.Parameter(torch.ones(30, 40)) for name in "ab"}
     streamed = PLAN | {"streamed": True}
-    plan = plan_passes(weights, 50, torch.float64, None, 1024, **streamed)
+    plan = plan_passes(weights, CONFIG, UNSTRUCTURED, None, **streamed)
     assert plan.gradients_per_update == 32
     assert plan.buffer_bytes == 32 * 1200 * 4, "of the largest matrix"
-    kept = plan_passes(weights, 50, torch.float64, None, 1024, keeps_weights=True, **streamed)
+    kept = plan_passes(weights, CONFIG, UNSTRUCTURED, None, keeps_weights=True, **streamed)
     assert kept.other_bytes - plan.other_bytes == 2 * 1200 * 4
     alone = {"a": weights["a"]}
-    tight = plan_passes(alone, 50, torch.float64, None, 1024, **streamed).total_bytes - 1
-    half = plan_passes(alone, 50, torch.float64, tight, 1024, **streamed)
+    tight = plan_passes(alone, CONFIG, UNSTRUCTURED, None, **streamed).total_bytes - 1
+    half = plan_passes(alone, CONFIG, UNSTRUCTURED, tight, **streamed)
     assert half.gradients_per_update == 16 and half.total_bytes <= tight

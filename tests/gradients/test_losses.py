@@ -8,7 +8,7 @@ from tiny import TinyEncoder, batches
 from torch import nn
 
 from obert_kernels import estimate_fisher, find_weights, model_loss, prediction_loss, prune
-from obert_kernels.gradients.batches import SplitBatches
+from obert_kernels.gradients.batches import split_batch
 from obert_kernels.gradients.losses import default_loss
 from obert_kernels.gradients.per_batch import batch_gradients
 
@@ -51,7 +51,7 @@ def test_the_fisher_is_that_of_the_predictions(group):
     model.forward = lambda tokens, other: TinyEncoder.forward(model, tokens)
     batch = {"tokens": tokens.repeat(draws, 1), "other": torch.arange(5 * draws)}
     found = torch.zeros_like(expected)
-    for part in SplitBatches([batch], group):
+    for part in split_batch(batch, group):
         loss = prediction_loss(model, part)
         (gradient,) = torch.autograd.grad(loss, weight)
         found += gradient.flatten().outer(gradient.flatten()) * group**2 / (5 * draws)
@@ -112,7 +112,7 @@ def test_a_sample_says_the_same_alone_and_in_company(labels):
     (whole,) = torch.autograd.grad(prediction_loss(model, batch), weight)
     parts = [
         torch.autograd.grad(prediction_loss(model, part), weight)[0]
-        for part in SplitBatches([batch], 2)
+        for part in split_batch(batch, 2)
     ]
     torch.testing.assert_close(sum(parts) / 3, whole, rtol=1e-6, atol=1e-9)
 

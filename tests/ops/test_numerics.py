@@ -127,7 +127,7 @@ def test_overflowing_update_changes_nothing():
     from torch import nn
 
     from obert_kernels import FisherEstimate, prune
-    from obert_kernels.fisher.memory import Plan
+    from obert_kernels.fisher.memory import MemoryPlan
 
     model = nn.Linear(50, 2, bias=False).half()
     with torch.no_grad():
@@ -136,7 +136,7 @@ def test_overflowing_update_changes_nothing():
     g = torch.randn(200, 1) * torch.ones(1, 100)  # all weights fully correlated
     fisher = GramFisher(100, 50, name="weight")
     fisher.accumulate(g)
-    plan = Plan([["weight"]], 0, 0, 0, 1)
+    plan = MemoryPlan([["weight"]], 0, 0, 0, 1)
     estimate = FisherEstimate({"weight": fisher}, 200, {}, plan, [])
     with pytest.raises(ArithmeticError, match="weight left the range"):
         prune(model, fisher=estimate, sparsity=0.9, damping=1e-4)

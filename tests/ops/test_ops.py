@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import CUDA, CUDA_ON_HOST
+from devices import CUDA, CUDA_ON_HOST
 from problems import (
     DAMPING,
     fresh_inverse,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CUDA_ON_HOST, INSTRUCTION_SETS
+from devices import CUDA_ON_HOST, INSTRUCTION_SETS
 from problems import DAMPING, fresh_inverse, gradients, gram_of, onto_nan, relative_error
 
 import obert_kernels

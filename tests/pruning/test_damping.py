@@ -1,7 +1,6 @@
 """Damping chosen by trial prunings: the search, the batches held out, the model untouched."""
 
 import math
-from itertools import islice
 
 import pytest
 import torch
@@ -10,10 +9,9 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from obert_kernels import NumericalError, estimate_fisher, find_weights, model_loss, prune
-from obert_kernels.fisher import estimate
+from obert_kernels.fisher.estimate import Estimation
 from obert_kernels.gradients.losses import default_loss
-from obert_kernels.gradients.source import hold_out
-from obert_kernels.pruning import passes, step
+from obert_kernels.pruning import step
 from obert_kernels.pruning.damping import choose_damping, mean_diagonal
 from obert_kernels.pruning.predictions import divergence, predict
 from obert_kernels.pruning.weights import present_masks
@@ -187,8 +185,9 @@ def test_an_interrupted_trial_leaves_the_model_as_it_was(error):
 def test_by_default_and_in_passes(max_memory, scope, monkeypatch):
     model, data = trained()
     counted = []
+    real = Estimation.accumulate
     monkeypatch.setattr(
-        passes, "accumulate", lambda *a, **k: counted.append(1) or estimate.accumulate(*a, **k)
+        Estimation, "accumulate", lambda *a, **k: counted.append(1) or real(*a, **k)
     )
     searches = []
     monkeypatch.setattr(step, "choose_damping", lambda *a: searches.append(1) or choose_damping(*a))
@@ -199,40 +198,6 @@ def test_by_default_and_in_passes(max_memory, scope, monkeypatch):
     assert len(searches) == 1, "in the first pass"
     assert report.sparsity == pytest.approx(0.5, abs=0.01)
     assert not report.notes
-
-
-def test_batches_are_held_out():
-    data = batches(40, size=10)
-    held, rest, notes = hold_out(data)
-    assert (len(held), len(rest), notes) == (10, 30, [])
-    assert held == data[:10] and rest == data[10:]
-    held, rest, _ = hold_out(batches(400, size=10))
-    assert (len(held), len(rest)) == (26, 374), "256 samples are enough"
-    source = iter(data)
-    held, rest, _ = hold_out(source)
-    assert len(held) == 26 and len(list(rest)) == 14
-    loader = DataLoader(torch.arange(64).float().unsqueeze(1), batch_size=4)
-    held, rest, _ = hold_out(loader)
-    assert len(held) == 4 and len(rest) == 12
-    twice = list(islice(rest, 24))
-    assert len(twice) == 24
-    assert torch.equal(torch.cat(twice[:12]), torch.arange(16.0, 64).unsqueeze(1))
-    assert all(map(torch.equal, twice[:12], twice[12:])), "without those held out"
-    held, rest, notes = hold_out(data[:1])
-    assert held == rest == data[:1] and "the batches the Fisher was estimated from" in notes[0]
-    with pytest.raises(ValueError, match="batches is empty"):
-        hold_out([])
-    with pytest.raises(
-        ValueError, match=r"all 3 batches \(30 samples\) were kept back .* pass more"
-    ):
-        hold_out(iter(data[:3]))
-
-
-def test_a_loader_that_shuffles_keeps_back_what_it_keeps_back():
-    loader = DataLoader(torch.arange(40.0).unsqueeze(1), shuffle=True)
-    held, rest, _ = hold_out(loader)
-    others = [float(x) for x in islice(rest, 30)]
-    assert len(set(others)) == 30 and not set(torch.cat(held).flatten().tolist()) & set(others)
 
 
 @pytest.mark.parametrize("shuffle", [True, False])

@@ -7,8 +7,9 @@ import torch
 from tiny import TinyEncoder, batches, snapshot, train, unchanged
 
 from obert_kernels import LayerReport, estimate_fisher, find_weights, prune, register_saliency
+from obert_kernels.fisher.estimate import Estimation
 from obert_kernels.fisher.living import LiveFisher
-from obert_kernels.pruning import passes, step
+from obert_kernels.pruning import step
 from obert_kernels.pruning.damping import choose_damping
 from obert_kernels.pruning.predictions import divergence, predict
 from obert_kernels.sparsity.schedules import sub_targets
@@ -31,7 +32,7 @@ def test_bad_steps_are_refused_before_the_work():
     model = TinyEncoder()
     with pytest.raises(ValueError, match="steps must be at least 1, got 0"):
         prune(model, batches(), steps=0)
-    with pytest.raises(ValueError, match="schedule must be one of linear, geometric"):
+    with pytest.raises(ValueError, match="schedule must be 'linear' or 'geometric'"):
         prune(model, batches(), steps=2, schedule="cubic")
 
 
@@ -71,14 +72,14 @@ def test_batches_that_serve_twice_are_noted():
 
 def test_later_steps_hold_the_living_weights_alone(monkeypatch):
     kinds = []
-    real = passes.accumulate
+    real = Estimation.accumulate
 
     def watched(*args, **kwargs):
         found = real(*args, **kwargs)
         kinds.append(found)
         return found
 
-    monkeypatch.setattr(passes, "accumulate", watched)
+    monkeypatch.setattr(Estimation, "accumulate", watched)
     model = TinyEncoder()
     result = prune(model, batches(), 0.9, num_grads=8, steps=3, damping=1e-4)
     first, *later = kinds
@@ -129,7 +130,7 @@ def test_a_failure_in_any_step_leaves_the_model_as_it_was(monkeypatch, at):
     model = TinyEncoder()
     before = snapshot(model)
     calls = []
-    real = passes.accumulate
+    real = Estimation.accumulate
 
     def failing(*args, **kwargs):
         calls.append(0)
@@ -137,7 +138,7 @@ def test_a_failure_in_any_step_leaves_the_model_as_it_was(monkeypatch, at):
             raise KeyboardInterrupt
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(passes, "accumulate", failing)
+    monkeypatch.setattr(Estimation, "accumulate", failing)
     with pytest.raises(KeyboardInterrupt):
         prune(model, batches(), 0.9, num_grads=8, steps=3, damping=1e-4)
     assert unchanged(model, before)

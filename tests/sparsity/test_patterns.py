@@ -94,7 +94,7 @@ def test_an_estimate_by_rows_is_refused_for_columns():
 @pytest.mark.parametrize(("name", "sparsity"), [("4:5", 0.2), ("7:10", 0.3), ("9:10", 0.1)])
 def test_the_sparsity_of_n_of_m_may_be_given(name, sparsity):
     for given in (sparsity, 1 - (1 - sparsity)):
-        assert find_pattern(name).prescribed(given) == pytest.approx(sparsity)
+        assert find_pattern(name).target_sparsity(given) == pytest.approx(sparsity)
 
 
 def test_groups_must_divide_the_matrix():

@@ -7,9 +7,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from obert_kernels.trials.outcome import Outcome, Setting
+from obert_kernels import FisherConfig, PruningConfig
+from obert_kernels.trials.outcome import Outcome
 
-GREEDY = Setting("greedy", "joint", 4, 2, 8, 1e-3)
+GREEDY = PruningConfig(
+    damping=1e-3, fisher=FisherConfig(num_grads=4, samples_per_grad=2, block_size=8)
+)
 
 
 class TinyEncoder(nn.Module):
@@ -75,6 +78,6 @@ class FakeClock:
         return self.now
 
 
-def outcome(setting: Setting = GREEDY, target: float = 0.5, **figures: Any) -> Outcome:
+def outcome(config: PruningConfig = GREEDY, target: float = 0.5, **figures: Any) -> Outcome:
     given = {"sparsity": target, "dev_accuracy": 0.9, "dev_loss": 0.3, "test_accuracy": 0.8}
-    return Outcome(setting, target, **{**given, **figures})
+    return Outcome(config, target, **{**given, **figures})

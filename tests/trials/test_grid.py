@@ -10,10 +10,29 @@ import tiny
 import torch
 from tiny import GREEDY
 
-from obert_kernels import NumericalError, register_saliency
+from obert_kernels import (
+    GramFisher,
+    NumericalError,
+    Pruner,
+    PruningConfig,
+    find_weights,
+    prune,
+    register_saliency,
+)
+from obert_kernels.pruning import score_cache
+from obert_kernels.pruning.score_cache import ScoreCache
 from obert_kernels.trials import grid
 from obert_kernels.trials.budget import Budget
-from obert_kernels.trials.outcome import Outcome, Scores, Setting, best_by_target, label, make_grid
+from obert_kernels.trials.grid import TrialLoop
+from obert_kernels.trials.outcome import (
+    GridPoint,
+    Outcome,
+    Scores,
+    best_by_target,
+    label,
+    make_grid,
+    point_of,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -30,8 +49,10 @@ def test_combinations_that_differ_in_nothing_run_once():
         selection=["greedy", "diagonal", "magnitude"],
     )
     assert len(settings) == len(set(settings)) == 1 + 2 * 2 * 2 * 2 * 2
-    assert settings[0] == Setting("magnitude", "none"), "knows neither gradients nor damping"
-    estimates = list(dict.fromkeys(setting.estimate for setting in settings))
+    assert point_of(settings[0]) == GridPoint("magnitude", "none"), (
+        "knows neither gradients nor damping"
+    )
+    estimates = list(dict.fromkeys(point_of(setting).estimate for setting in settings))
     assert estimates[:3] == [(None, None, None), (2, 16, 10), (4, 8, 10)], "the cheapest first"
     assert {s.update for s in settings if s.selection == "diagonal"} == {"sum"}
     assert {s.update for s in settings if s.selection == "greedy"} == {"joint"}
@@ -39,7 +60,7 @@ def test_combinations_that_differ_in_nothing_run_once():
 
 def test_texts_that_give_the_same_gradients_are_one_setting():
     settings = make_grid(texts=[64, 71], texts_per_grad=[8])
-    assert [(setting.texts, setting.num_grads) for setting in settings] == [(64, 8)]
+    assert [(point_of(s).texts, s.fisher.num_grads) for s in settings] == [(64, 8)]
 
 
 def test_updates_can_be_asked_for():
@@ -47,7 +68,7 @@ def test_updates_can_be_asked_for():
     assert [(setting.selection, setting.update) for setting in settings] == [
         ("magnitude", "none"), ("diagonal", "sum"), ("diagonal", "joint"), ("magnitude", "joint"),
     ]  # fmt: skip
-    assert [setting.needs_fisher for setting in settings] == [False, True, True, True]
+    assert [setting.uses_fisher for setting in settings] == [False, True, True, True]
 
 
 @pytest.mark.parametrize(
@@ -75,10 +96,10 @@ def test_one_value_is_no_list(options):
 
 def test_names_tell_apart_what_stands_side_by_side():
     settings = make_grid(texts=[32, 64], damping=["auto", 1e-3], selection=["greedy", "magnitude"])
-    names = [label(setting, settings) for setting in settings]
+    names = [label(point_of(setting), [point_of(s) for s in settings]) for setting in settings]
     assert names[:3] == ["magnitude", "greedy, n 32, damping auto", "greedy, n 32, damping 0.001"]
     assert len(set(names)) == len(names)
-    assert label(GREEDY, [GREEDY]) == "greedy"
+    assert label(point_of(GREEDY), [point_of(GREEDY)]) == "greedy"
 
 
 def test_names_tell_apart_settings_without_a_fisher():
@@ -86,7 +107,7 @@ def test_names_tell_apart_settings_without_a_fisher():
     def looking(problem):
         raise NotImplementedError
 
-    settings = make_grid(texts=[32, 64], selection=["looking"])
+    settings = [point_of(config) for config in make_grid(texts=[32, 64], selection=["looking"])]
     assert [label(one, settings) for one in settings] == ["looking, n 32", "looking, n 64"]
 
 
@@ -102,7 +123,9 @@ def evaluate(model: torch.nn.Module) -> Scores:
     return Scores(float(sum(right)) / 6, sum(losses) / 6, float(right[0]))
 
 
-def tiny_grid(model: torch.nn.Module, settings: list[Setting], sparsities: list[float], **options):
+def tiny_grid(
+    model: torch.nn.Module, settings: list[PruningConfig], sparsities: list[float], **options
+):
     model.eval()
     return grid.run_grid(
         model,
@@ -116,6 +139,7 @@ def tiny_grid(model: torch.nn.Module, settings: list[Setting], sparsities: list[
     )
 
 
+MAGNITUDE = PruningConfig(selection="magnitude")
 SETTINGS = make_grid(
     texts=[16],
     texts_per_grad=[2, 4],
@@ -143,11 +167,11 @@ def test_one_estimate_serves_all_its_trials_and_the_weights_come_back(estimates)
         assert not outcome.error
         assert outcome.sparsity == pytest.approx(outcome.target, abs=0.01)
         assert outcome.trial_seconds > outcome.selection_seconds > 0
-        fisher = outcome.setting.needs_fisher
+        fisher = outcome.config.uses_fisher
         assert (outcome.damping_used is not None) == fisher
         assert (outcome.predicted_increase is not None) == fisher
         assert (outcome.gradients_seconds > 0) == (outcome.fisher_seconds > 0) == fisher
-        assert (outcome.damping_seconds > 0) == (outcome.setting.damping == "auto")
+        assert (outcome.damping_seconds > 0) == (outcome.point.damping == "auto")
     keys = [outcome.key for outcome in result.outcomes]
     assert [key[1] for key in keys] == [0.5, 0.75] * len(SETTINGS), "sparsities stand together"
 
@@ -156,18 +180,18 @@ def test_trials_are_those_of_single_calls():
     model = tiny.TinyEncoder()
     before = tiny.snapshot(model)
     for outcome in tiny_grid(model, SETTINGS, [0.75, 0.5]).outcomes:
-        setting = outcome.setting
-        how = {} if setting.damping is None else {"damping": setting.damping}
-        grid.prune(
+        found = outcome.point
+        how = {} if found.damping is None else {"damping": found.damping}
+        prune(
             model,
-            tiny.batches(setting.num_grads or 1, setting.texts_per_grad or 1),
+            tiny.batches(found.num_grads or 1, found.texts_per_grad or 1),
             outcome.target,
             params=["re:layer.*weight"],
-            num_grads=setting.num_grads or 1,
-            samples_per_grad=setting.texts_per_grad,
-            block_size=setting.block_size,
-            selection=setting.selection,
-            update=setting.update,
+            num_grads=found.num_grads or 1,
+            samples_per_grad=found.texts_per_grad,
+            block_size=found.block_size,
+            selection=found.selection,
+            update=found.update,
             calibration=tiny.batches(2),
             **how,
         )
@@ -185,12 +209,12 @@ def test_finished_trials_need_no_estimate(estimates):
     assert again.outcomes == first.outcomes and not estimates
     more = tiny_grid(model, SETTINGS, [0.5], finished=first.outcomes)
     assert len(more.outcomes) == len(SETTINGS)
-    assert len(estimates) == len({s.estimate for s in SETTINGS[4:] if s.needs_fisher})
+    assert len(estimates) == len({point_of(s).estimate for s in SETTINGS[4:] if s.uses_fisher})
 
 
 def test_a_fisher_that_does_not_fit_is_made_in_passes(estimates):
     model = tiny.TinyEncoder()
-    setting = replace(GREEDY, num_grads=8)
+    setting = replace(GREEDY, fisher=replace(GREEDY.fisher, num_grads=8))
     whole = tiny_grid(model, [setting], [0.5]).outcomes[0]
     estimates.clear()
     passes = tiny_grid(model, [setting], [0.5], max_memory=40_000).outcomes[0]
@@ -202,14 +226,14 @@ def test_a_fisher_that_does_not_fit_is_made_in_passes(estimates):
 
 
 def test_a_damping_that_is_too_small_fails_alone(monkeypatch):
-    real = grid.prune
+    real = Pruner.step
 
-    def prune(*arguments: Any, **options: Any) -> Any:
-        if options["sparsity"] and options["damping"] == 1e-9:
+    def step(pruner: Pruner, *arguments: Any, **options: Any) -> Any:
+        if pruner.config.damping == 1e-9:
             raise NumericalError("block 3 is not\npositive definite", 3)
-        return real(*arguments, **options)
+        return real(pruner, *arguments, **options)
 
-    monkeypatch.setattr(grid, "prune", prune)
+    monkeypatch.setattr(Pruner, "step", step)
     model = tiny.TinyEncoder()
     outcomes = tiny_grid(model, [replace(GREEDY, damping=1e-9), GREEDY], [0.5]).outcomes
     assert outcomes[0].error == "block 3 is not positive definite"
@@ -244,27 +268,23 @@ def test_a_mistake_in_a_selection_is_no_failed_trial():
         return {name: 1 / 0 for name in problem.names()}
 
     with pytest.raises(ZeroDivisionError):
-        tiny_grid(tiny.TinyEncoder(), [Setting("mistaken", "none", 4, 2)], [0.5])
+        tiny_grid(tiny.TinyEncoder(), [replace(GREEDY, selection="mistaken", update="none")], [0.5])
 
 
 @pytest.mark.parametrize(
-    ("setting", "sparsity", "options", "message"),
+    ("sparsity", "options", "message"),
     [
-        (replace(GREEDY, selection="random"), 0.5, {}, "selection must be"),
-        (replace(GREEDY, update="mean"), 0.5, {}, "update must be"),
-        (replace(GREEDY, damping="much"), 0.5, {}, "damping must be"),
-        (replace(GREEDY, damping=-1.0), 0.5, {}, "damping must be"),
-        (GREEDY, 1.5, {}, "sparsity"),
-        (GREEDY, 0.7, {"pattern": "2:4"}, "prunes to a sparsity of 0.5"),
-        (GREEDY, 0.5, {"pattern": "block5"}, "not divisible by 5"),
-        (GREEDY, 0.5, {"scope": "model"}, "scope must be"),
-        (replace(GREEDY, block_size=257), 0.5, {}, "block_size"),
-        (replace(GREEDY, block_size=6), 0.5, {"pattern": "2:4"}, "multiple of 4"),
+        (1.5, {}, "sparsity"),
+        (0.7, {"pattern": "2:4"}, "prunes to a sparsity of 0.5"),
+        (0.5, {"pattern": "block5"}, "not divisible by 5"),
+        (0.5, {"scope": "model"}, "scope must be"),
+        (0.5, {"estimator": "guess"}, "estimator must be"),
+        (0.5, {"pattern": "3:6"}, "multiple of 6"),
     ],
 )
-def test_faults_are_found_before_any_work(estimates, setting, sparsity, options, message):
+def test_faults_are_found_before_any_work(estimates, sparsity, options, message):
     with pytest.raises(ValueError, match=message):
-        tiny_grid(tiny.TinyEncoder(), [GREEDY, setting], [sparsity], **options)
+        tiny_grid(tiny.TinyEncoder(), [GREEDY, MAGNITUDE], [sparsity], **options)
     assert not estimates
 
 
@@ -281,17 +301,17 @@ def test_automatic_damping_needs_calibration():
 
 def test_no_work_starts_when_the_budget_is_over(estimates, monkeypatch):
     clock = tiny.FakeClock()
-    real = grid._Work.outcome
+    real = TrialLoop._trial
 
-    def takes_50_seconds(*arguments: Any) -> Outcome:
+    def takes_50_seconds(*arguments: Any) -> None:
         clock.now += 50
         return real(*arguments)
 
-    monkeypatch.setattr(grid._Work, "outcome", takes_50_seconds)
+    monkeypatch.setattr(TrialLoop, "_trial", takes_50_seconds)
     result = tiny_grid(tiny.TinyEncoder(), SETTINGS, [0.5, 0.75], budget=2, clock=clock)
     # Two of magnitude take 100 seconds; of those with a Fisher nothing is known, so one starts.
     assert len(result.outcomes) == 3
-    assert [outcome.setting.selection for outcome in result.outcomes[:2]] == ["magnitude"] * 2
+    assert [outcome.config.selection for outcome in result.outcomes[:2]] == ["magnitude"] * 2
     assert len(result.outcomes) + len(result.left_out) == 2 * len(SETTINGS)
     assert len(estimates) == 1
     nothing = tiny_grid(tiny.TinyEncoder(), SETTINGS, [0.5], budget=0, clock=clock)
@@ -300,25 +320,24 @@ def test_no_work_starts_when_the_budget_is_over(estimates, monkeypatch):
 
 
 def test_an_estimate_is_not_counted_for_those_without_one(monkeypatch):
+    @register_saliency("glancing", uses_fisher=False)
+    def glancing(problem):
+        return {name: problem.flat(name).abs() for name in problem.names()}
+
     clock = tiny.FakeClock()
-    real = grid._Work.estimate
+    real = TrialLoop._prepare
 
-    def takes_5_minutes(work: grid._Work, setting: Setting) -> Any:
-        clock.now += 300 * setting.needs_fisher
-        return real(work, setting)
+    def takes_5_minutes(loop: TrialLoop, config: PruningConfig) -> Any:
+        clock.now += 300 * config.uses_fisher
+        return real(loop, config)
 
-    monkeypatch.setattr(grid._Work, "estimate", takes_5_minutes)
-    budget = Budget(9, clock)
-    work = grid._Work(
-        tiny.TinyEncoder(), lambda m, g: tiny.batches(), evaluate,
-        {"params": None, "pattern": "unstructured", "estimator": "gram", "loss_fn": None},
-        (), torch.float64, None, lambda stage, done, total: None,
-    )  # fmt: skip
-    monkeypatch.setattr(work, "outcome", lambda *trial: tiny.outcome(*trial[:2]))
-    looks_at_texts = Setting("wanda", "none", 4, 2)
-    groups = [[(GREEDY, 0.5)], [(looks_at_texts, 0.5)], [(replace(GREEDY, block_size=4), 0.5)]]
-    done = [outcome for group in groups for _, outcome in grid._run_group(work, group, budget)]
-    assert [outcome is not None for outcome in done] == [True, True, False]
+    monkeypatch.setattr(TrialLoop, "_prepare", takes_5_minutes)
+    looks_at_texts = replace(GREEDY, selection="glancing", update="none")
+    other_blocks = replace(GREEDY, fisher=replace(GREEDY.fisher, block_size=4))
+    settings = [GREEDY, looks_at_texts, other_blocks]
+    result = tiny_grid(tiny.TinyEncoder(), settings, [0.5], budget=9, clock=clock)
+    assert [o.config.selection for o in result.outcomes] == ["greedy", "glancing"]
+    assert len(result.left_out) == 1
 
 
 def test_the_budget_counts_on_what_was_before():
@@ -338,19 +357,62 @@ def test_the_budget_counts_on_what_was_before():
 
 def test_an_estimate_that_ate_the_budget_is_not_used(monkeypatch, estimates):
     clock = tiny.FakeClock()
-    real = grid._Work.estimate
+    real = TrialLoop._prepare
 
     def takes_5_minutes(*arguments: Any) -> Any:
         clock.now += 300
         return real(*arguments)
 
-    monkeypatch.setattr(grid._Work, "estimate", takes_5_minutes)
+    monkeypatch.setattr(TrialLoop, "_prepare", takes_5_minutes)
     result = tiny_grid(tiny.TinyEncoder(), [GREEDY], [0.5, 0.75], budget=4, clock=clock)
     assert not result.outcomes and len(result.left_out) == 2 and len(estimates) == 1
 
 
 def test_seconds_by_stage():
     known = {"gradients": 1, "fisher": 2, "damping": 4, "scores": 8, "masks": 16, "update": 32}
-    assert grid._seconds(known) == {
+    assert grid.seconds_of(known) == {
         "gradients_seconds": 1, "fisher_seconds": 2, "damping_seconds": 4, "selection_seconds": 56,
     }  # fmt: skip
+
+
+# Scores that trials share
+
+
+def test_scores_are_computed_once_for_all_sparsities(monkeypatch):
+    asked = []
+    real = GramFisher.greedy_scores
+
+    def counted(fisher, weight, keep, damping, *others):
+        asked.append(damping)
+        return real(fisher, weight, keep, damping, *others)
+
+    monkeypatch.setattr(GramFisher, "greedy_scores", counted)
+    model = tiny.TinyEncoder()
+    matrices = len(find_weights(model, ["re:layer.*weight"]))
+    outcomes = tiny_grid(model, [replace(GREEDY, damping="auto")], [0.5, 0.6, 0.75]).outcomes
+    assert len(asked) == matrices * len(set(asked)), "each damping once"
+    alone = [tiny_grid(model, [outcome.config], [outcome.target]) for outcome in outcomes]
+    assert [o.dev_loss for o in outcomes] == [found.outcomes[0].dev_loss for found in alone]
+
+
+def test_only_a_few_scores_are_kept():
+    cache, made = ScoreCache(), []
+
+    def ask(key):
+        return cache.once(key, lambda: made.append(key) or {"w": torch.tensor([key])})["w"].item()
+
+    keys = list(range(7))
+    assert [ask(key) for key in keys] == keys == made
+    assert ask(6) == 6 and made == keys
+    assert ask(0) == 0 and made == [*keys, 0], "the one asked for longest ago is gone"
+
+
+@pytest.mark.parametrize(
+    ("free", "limit", "kept"),
+    [(100, None, False), (10**9, None, True), (None, None, False), (0, 0, False), (0, 10**6, True)],
+)
+def test_scores_are_kept_where_there_is_room(monkeypatch, free, limit, kept):
+    monkeypatch.setattr(score_cache, "available_memory", lambda device: free)
+    weights = find_weights(tiny.TinyEncoder(), ["re:layer.*weight"])
+    limit = None if limit is None else 500 + limit
+    assert (ScoreCache.if_room(weights, 500, limit) is not None) == kept

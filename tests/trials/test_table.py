@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 from tiny import GREEDY, outcome
 
-from obert_kernels.trials.outcome import Setting, best_by_target
+from obert_kernels.trials.outcome import best_by_target
 from obert_kernels.trials.table import COLUMNS, TrialTable, format_table
 
 
@@ -33,10 +33,10 @@ def test_best_by_accuracy_then_by_loss():
 
 
 def test_outcomes_come_back_from_the_file(tmp_path):
-    table = TrialTable(tmp_path / "sweep.csv")
+    table = TrialTable(tmp_path / "sweep.csv", GREEDY)
     written = [
         outcome(damping_used=1 / 3, predicted_increase=1e-17, trial_seconds=2.5),
-        outcome(Setting("magnitude", "none"), test_accuracy=0.1 + 0.2),
+        outcome(replace(GREEDY, selection="magnitude", update="none"), test_accuracy=0.1 + 0.2),
         outcome(
             replace(GREEDY, damping="auto"), sparsity=None, dev_accuracy=None, dev_loss=None,
             test_accuracy=None, error='block 3, "x", is bad',
@@ -44,9 +44,9 @@ def test_outcomes_come_back_from_the_file(tmp_path):
     ]  # fmt: skip
     for one in written:
         table.append(one)
-    assert TrialTable(tmp_path / "sweep.csv").outcomes == table.outcomes == written
+    assert TrialTable(tmp_path / "sweep.csv", GREEDY).outcomes == table.outcomes == written
     table.append(written[0])  # as if by a second command
-    assert TrialTable(tmp_path / "sweep.csv").outcomes == written
+    assert TrialTable(tmp_path / "sweep.csv", GREEDY).outcomes == written
     with (tmp_path / "sweep.csv").open(newline="") as stream:
         rows = list(csv.DictReader(stream))
     assert [row["texts"] for row in rows] == ["8", "", "8", "8"]
@@ -56,12 +56,12 @@ def test_outcomes_come_back_from_the_file(tmp_path):
 @pytest.mark.parametrize("cut", [1, 5, 60])
 def test_a_torn_last_line_is_dropped(tmp_path, cut):
     path = tmp_path / "sweep.csv"
-    table = TrialTable(path)
+    table = TrialTable(path, GREEDY)
     for damping in (1.0, 2.0):
         table.append(outcome(replace(GREEDY, damping=damping)))
     whole = path.read_bytes()
     path.write_bytes(whole[:-cut])
-    again = TrialTable(path)
+    again = TrialTable(path, GREEDY)
     assert again.outcomes == table.outcomes[:1]
     again.append(table.outcomes[1])
     assert path.read_bytes() == whole
@@ -70,18 +70,18 @@ def test_a_torn_last_line_is_dropped(tmp_path, cut):
 def test_a_torn_header_is_dropped(tmp_path):
     path = tmp_path / "sweep.csv"
     path.write_text("selection,upd")
-    table = TrialTable(path)
+    table = TrialTable(path, GREEDY)
     table.append(outcome())
-    assert TrialTable(path).outcomes == [outcome()]
+    assert TrialTable(path, GREEDY).outcomes == [outcome()]
 
 
 def test_other_files_are_refused(tmp_path):
     path = tmp_path / "sweep.csv"
     path.write_text("a,b\n1,2\n")
     with pytest.raises(ValueError, match="other columns"):
-        TrialTable(path)
+        TrialTable(path, GREEDY)
     path.unlink()
-    TrialTable(path).append(outcome())
+    TrialTable(path, GREEDY).append(outcome())
     path.write_text(path.read_text().replace("0.9", "much"))
     with pytest.raises(ValueError, match=r"line 2 of .* cannot be read"):
-        TrialTable(path)
+        TrialTable(path, GREEDY)

@@ -1,0 +1,375 @@
+"""A model and how it is pruned: steps that can be taken one after the other, and resumed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..fisher.estimate import Estimation, FisherEstimate, zero_weights
+from ..fisher.memory import MemoryPlan, plan_passes
+from ..gradients.losses import LOSSES, LossFn
+from ..gradients.source import BatchSource
+from ..progress import Clock, Progress, silent
+from ..sparsity.layers import match_names
+from ..sparsity.masks import check_sparsity
+from .config import PruningConfig
+from .passes import DampingChoice, SubStep, from_estimate, in_steps, with_estimate, without_fisher
+from .predictions import Calibration
+from .report import LayerReport, PruneReport, total_or_none
+from .score_cache import ScoreCache
+from .step import PruningStep
+from .weights import present_masks
+
+_STATE_VERSION = 1
+
+
+class Pruner:
+    """Prunes a model in place, in steps; what comes between them, say training, is the caller's.
+
+    Weights that are zero when a step starts count as pruned.
+
+    Args:
+        model: any module.
+        config: how to prune; None: the defaults.
+        loss_fn: ``loss_fn(model, batch)``, a scalar, the mean of something over the samples, that
+            gradients are taken of; None: what ``config.fisher.gradients_of`` says.
+        max_memory: bytes a step may use on top of the model; matrices are then worked on in
+            several passes over the same batches.
+        progress: called as ``progress(stage, done, total)``.
+
+    Attributes:
+        weights: name to matrix, those that are pruned.
+
+    Raises:
+        ValueError, TypeError: the configuration does not fit the model, see
+            :meth:`PruningConfig.check`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: PruningConfig | None = None,
+        *,
+        loss_fn: LossFn | None = None,
+        max_memory: int | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        self.model = model
+        self.config = config or PruningConfig()
+        self.weights = self.config.check(model)
+        self.loss_fn = loss_fn or LOSSES[self.config.fisher.gradients_of]
+        self.max_memory = max_memory
+        self.progress = progress or silent
+        self._masks: dict[str, Tensor] | None = None
+        self._history: list[PruneReport] = []
+        self._relative_damping: float | None = None
+
+    @property
+    def masks(self) -> dict[str, Tensor]:
+        """Parameter name to bool tensor of its shape, True for the weights that remain."""
+        if self._masks is None:
+            return {name: weight.detach() != 0 for name, weight in self.weights.items()}
+        return dict(self._masks)
+
+    def apply_masks(self) -> None:
+        """Set pruned weights to zero again, as an optimizer's step may have moved them."""
+        with torch.no_grad():
+            for name, mask in (self._masks or {}).items():
+                self.weights[name].mul_(mask)
+
+    def plan(
+        self,
+        *,
+        streamed: bool,
+        can_split: bool = True,
+        weights: Mapping[str, nn.Parameter] | None = None,
+    ) -> MemoryPlan:
+        """Return the memory and the passes that a step needs.
+
+        Args:
+            streamed: gradients come one matrix at a time, as with ``samples_per_grad``.
+            can_split: there may be several passes.
+            weights: some of the matrices; None: all.
+
+        Raises:
+            MemoryError: it does not fit; the message gives the figures and the remedies.
+        """
+        return plan_passes(
+            self.weights if weights is None else weights,
+            self.config.fisher,
+            self.config.shape,
+            self.max_memory,
+            streamed=streamed,
+            can_split=can_split,
+            keeps_weights=can_split and self.config.steps > 1,
+        )
+
+    def fisher(self, batches: Iterable[Any]) -> FisherEstimate:
+        """Estimate the Fisher of all matrices, to be used by steps at several sparsities.
+
+        Args:
+            batches: as for :func:`obert_kernels.prune`.
+
+        Raises:
+            ValueError, TypeError, MemoryError: as for :func:`obert_kernels.prune`.
+        """
+        check_batches(batches)
+        estimation = self._estimation(BatchSource(batches), self.weights)
+        plan = self.plan(streamed=estimation.samples is not None, can_split=False)
+        clock = Clock()
+        fishers = estimation.accumulate(self.weights, plan, clock, self.progress)
+        config, pattern = self.config.fisher, self.config.shape
+        assert config.block_size is not None
+        return FisherEstimate(
+            fishers,
+            config.num_grads,
+            clock.seconds,
+            plan,
+            estimation.source.all_notes(config.num_grads),
+            config.samples_per_grad,
+            pattern,
+            config.block_size,
+            zero_weights(fishers, self.weights, pattern),
+        )
+
+    def _estimation(self, source: BatchSource, weights: Mapping[str, nn.Parameter]) -> Estimation:
+        config = self.config
+        return Estimation(self.model, source, weights, config.fisher, config.shape, self.loss_fn)
+
+    def step(
+        self,
+        sparsity: float | Mapping[str, float] | None = None,
+        batches: Iterable[Any] | None = None,
+        *,
+        fisher: FisherEstimate | None = None,
+        calibration: Iterable[Any] | None = None,
+        scores: ScoreCache | None = None,
+    ) -> PruneReport:
+        """Prune to a sparsity: all of it, or, on any failure or interruption, nothing.
+
+        Args:
+            sparsity: share of the weights to be zero, over all matrices; or a mapping from name
+                or ``re:`` pattern to that of each matrix it matches, others are left as they are.
+                None: 0.8, or what an N:M pattern gives.
+            batches: for gradients, or for selections that look at them.
+            fisher: an estimate to use in place of batches, from :meth:`fisher`.
+            calibration: batches that a damping "auto" is judged on, which the Fisher should not
+                have seen; None: the first of ``batches`` are kept back.
+            scores: those of earlier steps from the same weights with the same ``fisher``.
+
+        Returns:
+            What this step did.
+
+        Raises:
+            ValueError, TypeError, MemoryError, NumericalError: as for
+                :func:`obert_kernels.prune`.
+        """
+        if batches is not None:
+            check_batches(batches)
+        self._check_pruned_are_zero()
+        targets = self._targets(sparsity)
+        weights = self.weights
+        if isinstance(targets, dict):
+            weights = {name: weight for name, weight in weights.items() if name in targets}
+        step = PruningStep(
+            config=self.config,
+            model=self.model,
+            weights=weights,
+            keep=present_masks(weights, self.config.shape),
+            sparsity=targets,
+            loss_fn=self.loss_fn,
+            batches=batches,
+            clock=Clock(),
+            progress=self.progress,
+            scores=scores,
+        )
+        done, notes = self._run(step, fisher, calibration)
+        report = self._report(step, done, notes, fisher)
+        report.settings["sparsity"] = (
+            dict(sparsity)
+            if isinstance(sparsity, Mapping)
+            else self.config.shape.target_sparsity(sparsity)
+        )
+        new = done[-1].masks
+        self._masks = {
+            **self.masks,
+            **{name: self.config.shape.matrix(new[name], weights[name]) for name in weights},
+        }
+        self._relative_damping = done[-1].relative_damping or self._relative_damping
+        self._history.append(report)
+        return report
+
+    def _run(
+        self,
+        step: PruningStep,
+        fisher: FisherEstimate | None,
+        calibration: Iterable[Any] | None,
+    ) -> tuple[list[SubStep], list[str]]:
+        """Return what the sub-steps did, and notes."""
+        config = self.config
+        if not step.prunes_anything:
+            note = "the model was at least this sparse already; nothing was pruned or revived"
+            return [without_fisher(step)], [note]
+        if not config.uses_fisher:
+            return in_steps(_with_lasting_batches(step), lambda here, _: without_fisher(here)), []
+        if fisher is not None:
+            self._check_estimate(fisher, step)
+            if config.damping == "auto" and calibration is None:
+                raise ValueError(
+                    "damping='auto' needs calibration batches (which the Fisher has not seen) "
+                    "beside a fisher: pass calibration, or a number"
+                )
+            damping = self._damping(calibration)
+            return [from_estimate(step, fisher, damping)], fisher.notes
+        if step.batches is None:
+            raise ValueError("batches is needed: an iterable of batches, or fisher=an estimate")
+        source = BatchSource(step.batches)
+        if config.damping == "auto" and calibration is None:
+            calibration = source.keep_back()
+        damping = self._damping(calibration)
+        estimation = self._estimation(source, step.weights)
+
+        def one_step(here: PruningStep, done: list[SubStep]) -> SubStep:
+            plan = self.plan(streamed=estimation.samples is not None, weights=step.weights)
+            return with_estimate(here, estimation, plan, damping.next(done))
+
+        done = in_steps(step, one_step)
+        return done, source.all_notes(config.fisher.num_grads * len(done))
+
+    def _damping(self, calibration: Iterable[Any] | None) -> DampingChoice:
+        if not isinstance(self.config.damping, str):
+            return DampingChoice(self.config.damping)
+        judge = Calibration(self.model, calibration or (), self.loss_fn)
+        return DampingChoice(None, judge, self._relative_damping)
+
+    def _targets(self, sparsity: float | Mapping[str, float] | None) -> float | dict[str, float]:
+        """The sparsity of all matrices together, or of each by name."""
+        wanted = self.config.shape.target_sparsity(sparsity)
+        if not isinstance(wanted, Mapping):
+            return check_sparsity(wanted)
+        targets: dict[str, float] = {}
+        for pattern, value in wanted.items():
+            for name in match_names(self.weights, [pattern]):
+                if targets.setdefault(name, check_sparsity(value)) != value:
+                    raise ValueError(f"sparsity: {name} is matched twice, with different values")
+        return targets
+
+    def _check_pruned_are_zero(self) -> None:
+        for name, mask in (self._masks or {}).items():
+            if bool((self.weights[name].detach()[~mask] != 0).any()):
+                raise ValueError(
+                    f"{name} has pruned weights that are not zero any more: call apply_masks() "
+                    "after every step of the optimizer"
+                )
+
+    def _check_estimate(self, fisher: FisherEstimate, step: PruningStep) -> None:
+        for name, weight in step.weights.items():
+            known = fisher.fishers.get(name)
+            if known is None or known.num_weights != weight.numel():
+                raise ValueError(f"fisher has no estimate for {name}; estimate it with this model")
+        if self.config.steps != 1:
+            raise ValueError("steps needs batches for a new Fisher in each; leave fisher out")
+        step.pattern.block_size(fisher.block_size)
+        if fisher.pattern.order != step.pattern.order:
+            raise ValueError(
+                "the blocks of fisher have their weights in another order than pattern "
+                f"{self.config.pattern}; call estimate_fisher with pattern={self.config.pattern!r}"
+            )
+
+    def _report(
+        self,
+        step: PruningStep,
+        done: list[SubStep],
+        notes: list[str],
+        fisher: FisherEstimate | None,
+    ) -> PruneReport:
+        config, masks = self.config, done[-1].masks
+        layers = [
+            LayerReport(
+                name,
+                list(weight.shape),
+                weight.numel(),
+                int((~masks[name]).sum()),
+                total_or_none(sub.increase[name] for sub in done),
+            )
+            for name, weight in step.weights.items()
+        ]
+        trials = [
+            trial._replace(step=index + 1) for index, sub in enumerate(done) for trial in sub.trials
+        ]
+        settings = {
+            "sparsity": None,
+            "pattern": config.pattern,
+            "num_grads": fisher.num_grads if fisher else config.fisher.num_grads,
+            "samples_per_grad": (
+                fisher.samples_per_grad if fisher else config.fisher.samples_per_grad
+            ),
+            "block_size": fisher.block_size if fisher else config.fisher.block_size,
+            "damping": done[-1].damping,
+            "selection": config.selection,
+            "update": config.update,
+            "scope": config.scope,
+            "steps": config.steps,
+            "schedule": config.schedule if config.steps > 1 else None,
+        }
+        plan = done[0].plan
+        memory = {} if plan is None else plan.to_dict()
+        return PruneReport(layers, settings, step.clock.seconds, memory, notes, trials)
+
+    def report(self) -> PruneReport:
+        """Return what all steps so far did, taken together.
+
+        Raises:
+            ValueError: there was none.
+        """
+        if not self._history:
+            raise ValueError("nothing has been pruned yet: call step() first")
+        return PruneReport.merged(self._history)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a later :meth:`load_state_dict` needs, beside the model's own state."""
+        return {
+            "version": _STATE_VERSION,
+            "config": self.config.to_dict(),
+            "relative_damping": self._relative_damping,
+            "masks": {name: mask.clone() for name, mask in self.masks.items()},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where another pruner of the same model stood; load the model's weights first.
+
+        Raises:
+            ValueError: it is of other matrices or a later version, or pruned weights of the model
+                are not zero.
+        """
+        if state.get("version") != _STATE_VERSION:
+            raise ValueError(f"state of a Pruner: version {state.get('version')!r} is not known")
+        masks = {name: mask.bool() for name, mask in state["masks"].items()}
+        shapes = {name: tuple(weight.shape) for name, weight in self.weights.items()}
+        if {name: tuple(mask.shape) for name, mask in masks.items()} != shapes:
+            raise ValueError("state of a Pruner: it is of other matrices than this model's")
+        before = self._masks
+        self._masks = {name: masks[name].to(self.weights[name].device) for name in self.weights}
+        try:
+            self._check_pruned_are_zero()
+        except ValueError:
+            self._masks = before
+            raise
+        self._relative_damping = state["relative_damping"]
+
+
+def check_batches(batches: object) -> None:
+    """Raise TypeError for one batch in place of several."""
+    if isinstance(batches, Mapping):
+        raise TypeError("batches must be an iterable of batches, got a mapping: pass [batch]")
+
+
+def _with_lasting_batches(step: PruningStep) -> PruningStep:
+    """The same with batches that every sub-step may look at."""
+    if step.config.steps > 1 and isinstance(step.batches, Iterator):
+        return replace(step, batches=list(step.batches))
+    return step
