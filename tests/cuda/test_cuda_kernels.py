@@ -7,22 +7,16 @@ they read and write, in test_cuda_traffic.py.
 from __future__ import annotations
 
 import contextlib
-import importlib
-import sys
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 import torch
 from problems import DAMPING, fresh_inverse, gradients, gram_of, onto_nan, relative_error
 
+from benchmarks.kernels import occupancy
 from obert_kernels import ops
 from obert_kernels.ops import reference
 from obert_kernels.ops.packing import num_blocks, to_blocks
-
-sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
-occupancy = importlib.import_module("occupancy")
-
 
 SIZES = [4, 8, 16, 32, 48, 50, 64, 96, 100, 128]
 

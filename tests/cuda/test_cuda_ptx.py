@@ -12,7 +12,6 @@ import functools
 import importlib.util
 import re
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -24,14 +23,13 @@ import torch
 from problems import DAMPING, gradients, gram_of, relative_error
 from torch import Tensor
 
+from benchmarks.kernels import occupancy
 from obert_kernels import LiveFisher, ops
 from obert_kernels.ops import reference
 from obert_kernels.ops.packing import num_blocks, pack_inverse
 
 ROOT = Path(__file__).resolve().parents[2]
 PTXSIM = ROOT.parent / "shared" / "ptxsim" / "ptxsim.py"
-sys.path.append(str(ROOT / "benchmarks"))
-occupancy = importlib.import_module("occupancy")
 
 pytestmark = [
     pytest.mark.slow,

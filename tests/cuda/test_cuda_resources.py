@@ -1,20 +1,16 @@
 """What ptxas makes of the CUDA kernels: no spills, no local memory, no warnings; all launches fit.
 
-The compiled output is shared with benchmarks/occupancy.py, which reports the rest.
+The compiled output is shared with benchmarks/kernels/occupancy.py, which reports the rest.
 """
 
 from __future__ import annotations
 
-import importlib
 import shutil
-import sys
-from pathlib import Path
 
 import pytest
 from devices import host_cuda
 
-sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
-occupancy = importlib.import_module("occupancy")
+from benchmarks.kernels import occupancy
 
 pytestmark = [
     pytest.mark.slow,
@@ -50,7 +46,7 @@ def test_every_launch_fits_on_a_multiprocessor():
         assert "refused" not in row, row
         assert row["thread_blocks"] >= 1 and 0 < row["occupancy"] <= 1, row
         assert row["limited_by"], row
-    text = occupancy.markdown(rows, "command", "compiler")
+    text = occupancy.markdown({"command": "command", "config": {"nvcc": "13"}, "outcomes": rows})
     assert occupancy.LABEL in text
     for size in occupancy.DESCRIBED:
         assert f"B = {size} is limited by " in text

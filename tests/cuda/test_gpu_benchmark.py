@@ -1,4 +1,4 @@
-"""The logic of benchmarks/gpu.py with invented times, and of benchmarks/roofline.py.
+"""The logic of benchmarks/gpu.py with invented times, and of benchmarks/kernels/roofline.py.
 
 No number here is a time of a device: the timer is a fake, the kernels run on the host.
 """
@@ -16,19 +16,15 @@ from typing import ClassVar
 import pytest
 import torch
 
+from benchmarks.kernels import costs, roofline
+from benchmarks.kernels.gpu import kernels as gpu_kernels
+from benchmarks.kernels.gpu import run as gpu
+from benchmarks.kernels.gpu import timer as gpu_timer
+from benchmarks.kernels.gpu import validation as gpu_validation
 from obert_kernels import ops
 from obert_kernels.ops import native
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-
-import costs
-import gpu
-import gpu_kernels
-import gpu_timer
-import gpu_validation
-import roofline
-
-BENCHMARKS = Path(gpu.__file__).parent
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 OPERATORS = [
     "gram_accumulate", "gram_accumulate_living", "gram_inverse", "gram_diagonal", "gram_solve",
     "gram_scores", "gram_greedy_scores", "gram_n_of_m", "gram_update", "woodbury_update",
@@ -85,10 +81,10 @@ def document(cuda_on_host, tmp_path):
 
 def test_a_whole_run(document, tmp_path):
     files = {path.name for path in tmp_path.iterdir()}
-    assert files == {f"gpu_fake_gpu_1_gb.{suffix}" for suffix in ("json", "md", "png")}
-    assert json.loads((tmp_path / "gpu_fake_gpu_1_gb.json").read_text()) == document
-    assert (tmp_path / "gpu_fake_gpu_1_gb.png").read_bytes().startswith(b"\x89PNG")
-    text = (tmp_path / "gpu_fake_gpu_1_gb.md").read_text()
+    assert files == {f"fake_gpu_1_gb.{suffix}" for suffix in ("json", "md", "png")}
+    assert json.loads((tmp_path / "fake_gpu_1_gb.json").read_text()) == document
+    assert (tmp_path / "fake_gpu_1_gb.png").read_bytes().startswith(b"\x89PNG")
+    text = (tmp_path / "fake_gpu_1_gb.md").read_text()
     assert "`the command`" in text and "Fake GPU (1 GB)" in text and "L2 tiny" in text
 
     rows = document["rows"]
@@ -275,7 +271,7 @@ def test_a_block_size_that_does_not_fit_is_reported(cuda_on_host, tmp_path):
         cuda_on_host.set_shared_memory_limit(232448 - 1024)
     timed = {row["operator"] for row in document["rows"]}
     assert timed == {"gram_accumulate", "woodbury_update", "inverse_scores", "inverse_update"}
-    text = (tmp_path / "gpu_fake_gpu_1_gb.md").read_text()
+    text = (tmp_path / "fake_gpu_1_gb.md").read_text()
     assert "Not on this device: float32 Gram: gram_inverse: block size 128 needs" in text
     assert "float32 gradients: gram_accumulate: block size 128 needs" in text
 
@@ -383,11 +379,11 @@ def test_which_routes_move_thirty_times_less():
 
 
 def test_the_written_calculation_is_current():
-    results = BENCHMARKS / "results"
-    rows = roofline.rows()
-    assert json.loads((results / "roofline.json").read_text())["rows"] == rows
-    text = (results / "roofline.md").read_text()
-    assert text == roofline.text(rows)
+    results = BENCHMARKS / "results" / "roofline"
+    document = json.loads((results / "calculated.json").read_text())
+    assert document["outcomes"] == roofline.rows()
+    text = (results / "calculated.md").read_text()
+    assert text == roofline.markdown(document)
     assert "a calculation, not a measurement" in text
 
 

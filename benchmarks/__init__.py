@@ -1,0 +1,1 @@
+"""Measurements; from the repository's root, ``python -m benchmarks.kernels.cpu --help``."""
