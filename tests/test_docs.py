@@ -1,21 +1,101 @@
-"""The examples of docs/extending.md, run as they stand there."""
+"""The Python examples of README.md and docs, run as they stand there; and the links."""
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from tiny import TinyEncoder, batches, snapshot, unchanged
+from tiny_text import save_model
 
 from obert_kernels import GramFisher, find_weights, load_plugin, model_loss, prune
+from obert_kernels.deploy.checkpoints import save_pruned
 from obert_kernels.fisher.estimators import estimators
 from obert_kernels.plugins import Registry
 
-PAGE = Path(__file__).parent.parent / "docs" / "extending.md"
-EXAMPLES = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [page for page in PAGES if "results" not in page.parts]
+EXTENDING = ROOT / "docs" / "extending.md"
 
 
-@pytest.fixture(autouse=True)
+def examples(page: Path) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+
+
+EXAMPLES = examples(EXTENDING)
+
+
+@pytest.fixture
+def names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What the examples take for granted: names, and files in the working folder."""
+    transformers = pytest.importorskip("transformers")
+    monkeypatch.chdir(tmp_path)
+    folder = save_model(tmp_path / "my-finetuned-bert", head=True)
+    bert = transformers.AutoModelForSequenceClassification.from_pretrained(folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    texts = ["good film", "the plot was awful", "a nice and fine film", "bad"] * 16
+    tokens = tokenizer(texts[:4], padding=True, return_tensors="pt")
+    labelled = [{**tokens, "labels": torch.tensor([1, 0, 1, 0])}]
+    (tmp_path / "pruned").mkdir()
+    save_pruned(prune(bert, sparsity=0.5, selection="magnitude"), None, "pruned/sparsity-0.5")
+    return {
+        "torch": torch, "model": TinyEncoder(), "another_model": TinyEncoder(16),
+        "batches": batches(), "held_back": batches(4), "bert": bert, "tokenizer": tokenizer,
+        "texts": texts, "token_batches": labelled, "labelled": labelled,
+        "regressor": torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 2)),
+        "pairs": [(torch.randn(4, 8), torch.randn(4, 2)) for _ in range(8)],
+        "correct": correct, "loss": mean_loss,
+    }  # fmt: skip
+
+
+@torch.no_grad()
+def correct(model: torch.nn.Module, data: list[dict[str, torch.Tensor]]) -> float:
+    hits = [(model(**batch)["logits"].argmax(1) == batch["labels"]).float() for batch in data]
+    return float(torch.cat(hits).mean())
+
+
+@torch.no_grad()
+def mean_loss(model: torch.nn.Module, data: list[dict[str, torch.Tensor]]) -> float:
+    return float(torch.stack([model(**batch)["loss"] for batch in data]).mean())
+
+
+@pytest.mark.parametrize(
+    "page",
+    [page for page in PAGES if page != EXTENDING and examples(page)],
+    ids=lambda page: page.stem,
+)
+def test_examples_run(page: Path, names: dict[str, Any]) -> None:
+    source = "\n".join(examples(page))
+    exec(compile(source, str(page), "exec"), names)
+    if "masks" in names and page.stem in ("README", "python"):
+        assert all(not names["model"].get_parameter(name)[~mask].any()
+                   for name, mask in names["masks"].items())  # fmt: skip
+    if page.stem == "sweep":
+        assert len(names["outcomes"]) == 8 and not names["left_out"]
+        assert all(value.all() for value in names["model"].state_dict().values()), "dense again"
+    if page.stem == "checkpoints":
+        weights = dict(names["pruned"].named_parameters())
+        assert all(torch.equal(weights[name] != 0, mask) for name, mask in names["masks"].items())
+        assert Path("my-pruned-bert", "masks.safetensors").is_file()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_links_lead_to_files(page: Path) -> None:
+    targets = re.findall(r"\]\(([^)#\s]+)", page.read_text())
+    missing = [
+        target for target in targets
+        if "://" not in target and not (page.parent / target).exists()
+    ]  # fmt: skip
+    assert not missing
+
+
+def test_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 130
+
+
+@pytest.fixture
 def plugins(tmp_path):
     for number, source in enumerate(EXAMPLES):
         path = tmp_path / f"plugin{number}.py"
@@ -28,6 +108,7 @@ def test_under_thirty_lines(source):
     assert len([line for line in source.splitlines() if line.strip()]) < 30
 
 
+@pytest.mark.usefixtures("plugins")
 @pytest.mark.parametrize("selection", ["greedy", "diagonal"])
 @pytest.mark.parametrize("pattern", ["unstructured", "block4", "2:4"])
 def test_diagonal_fisher(selection, pattern):
@@ -49,6 +130,7 @@ def test_diagonal_fisher(selection, pattern):
     assert result.report.predicted_increase > 0
 
 
+@pytest.mark.usefixtures("plugins")
 def test_diagonal_fisher_scores_by_hand():
     model, data = TinyEncoder(), batches(6)
     name = "layer.0.wide.weight"
@@ -66,6 +148,7 @@ def test_diagonal_fisher_scores_by_hand():
     assert cost[~mask].max() <= cost[mask].min()
 
 
+<<<<<<< HEAD
 def test_refilled_blocks_are_full():
     """Those of a dense model are the built-in ones; of a pruned one, of its remaining weights."""
     g, weight = torch.randn(40, 60), torch.randn(60)
@@ -102,6 +185,9 @@ def test_sub_steps_with_refilled_blocks():
         prune(model, batches(), 0.9, "block4", estimator="refilled", **options)
 
 
+=======
+@pytest.mark.usefixtures("plugins")
+>>>>>>> 6c303f6 (Documentation as a site, README on one page)
 def test_wanda():
     model, data = TinyEncoder(), batches()
     seen = []
@@ -127,6 +213,7 @@ def test_wanda():
     assert joint.report.predicted_increase > 0
 
 
+@pytest.mark.usefixtures("plugins")
 @pytest.mark.parametrize(("pattern", "shape"), [("tile16x1", (16, 1)), ("tile2x2", (2, 2))])
 @pytest.mark.parametrize("samples_per_grad", [None, 2])
 def test_tiles(pattern, shape, samples_per_grad):
@@ -142,6 +229,7 @@ def test_tiles(pattern, shape, samples_per_grad):
         assert torch.equal(weight != 0, result.masks[name])
 
 
+@pytest.mark.usefixtures("plugins")
 def test_the_tile_of_one_column_is_the_built_in_pattern():
     built_in, made = TinyEncoder(16), TinyEncoder(16)
     made.load_state_dict(built_in.state_dict())
