@@ -22,6 +22,8 @@ release = obert_kernels.__version__
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 exclude_patterns = ["images"]
 
+highlight_language = "none"
+
 html_theme = "furo"
 html_title = f"obert_kernels {release}"
 html_show_sourcelink = html_copy_source = False
