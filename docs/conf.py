@@ -33,7 +33,7 @@ myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
 
 napoleon_google_docstring, napoleon_numpy_docstring, napoleon_use_ivar = True, False, True
-autodoc_member_order = "bysource"
+autodoc_member_order, autodoc_preserve_defaults = "bysource", True
 autodoc_default_options = {"members": True}
 python_maximum_signature_line_length = 90
 
