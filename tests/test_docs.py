@@ -148,7 +148,7 @@ def test_diagonal_fisher_scores_by_hand():
     assert cost[~mask].max() <= cost[mask].min()
 
 
-<<<<<<< HEAD
+@pytest.mark.usefixtures("plugins")
 def test_refilled_blocks_are_full():
     """Those of a dense model are the built-in ones; of a pruned one, of its remaining weights."""
     g, weight = torch.randn(40, 60), torch.randn(60)
@@ -169,6 +169,7 @@ def test_refilled_blocks_are_full():
         assert not new[~keep].any()
 
 
+@pytest.mark.usefixtures("plugins")
 def test_sub_steps_with_refilled_blocks():
     options = {"num_grads": 12, "steps": 3, "damping": 1e-3, "block_size": 20}
     pruned = {}
@@ -185,9 +186,6 @@ def test_sub_steps_with_refilled_blocks():
         prune(model, batches(), 0.9, "block4", estimator="refilled", **options)
 
 
-=======
-@pytest.mark.usefixtures("plugins")
->>>>>>> 6c303f6 (Documentation as a site, README on one page)
 def test_wanda():
     model, data = TinyEncoder(), batches()
     seen = []
