@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import sys
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 import torch
 
@@ -19,7 +20,7 @@ def _installed(package: str) -> str:
         return "not installed"
 
 
-def _cuda(core) -> str:  # type: ignore[no-untyped-def]
+def _cuda(core: Any) -> str:
     if core.cuda_architectures is None:
         return "not in this build (no nvcc when it was compiled, or OBERT_CUDA=0)"
     runtime = core.cuda_runtime_version()

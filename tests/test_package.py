@@ -5,6 +5,7 @@ import re
 import runpy
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -155,3 +156,42 @@ def test_every_architecture_gets_machine_code_and_the_newest_ptx(monkeypatch, ar
     for ptx, code in re.findall(r"arch=(\w+),code=\[?([\w,]+)", " ".join(flags)):
         made.setdefault(ptx, []).extend(code.split(","))
     assert made == expected
+
+
+@pytest.mark.slow
+def test_a_wheel_holds_every_module_and_works_elsewhere(tmp_path):
+    """Built as pip builds it, without torch in the build and without CUDA."""
+    environment = {**os.environ, "OBERT_CUDA": "0"}
+    environment.pop("PYTHONPATH", None)
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
+    build = [*pip, "wheel", "--quiet", "--no-deps", "--wheel-dir", str(tmp_path), str(ROOT)]
+    subprocess.run(build, env=environment, check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    installed = tmp_path / "installed"
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(installed)
+    assert (installed / "obert_kernels" / "py.typed").is_file()
+    modules = [
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        for path in (ROOT / "obert_kernels").rglob("*.py")
+        if path.name != "__main__.py"
+    ]
+    environment["PYTHONPATH"] = str(installed)
+    code = """
+import importlib, sys
+for name in sys.argv[1:]:
+    print(importlib.import_module(name).__file__)
+"""
+    found = subprocess.run(
+        [sys.executable, "-c", code, *modules],
+        cwd=tmp_path, env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert found.returncode == 0, found.stderr
+    files = found.stdout.split()
+    assert len(files) == len(modules) > 60
+    assert all(Path(file).is_relative_to(installed) for file in files)
+    diagnostics = subprocess.run(
+        [sys.executable, "-m", "obert_kernels"],
+        cwd=tmp_path, env=environment, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert "not in this build" in diagnostics.stdout

@@ -176,6 +176,7 @@ def _write_summary(
     title = f"{task.title}: {settings.pattern}, {settings.scope} ranking"
     files = [CSV_FILE, TABLE_FILE]
     if any(not outcome.error for outcome in outcomes):
+        assert dense.dev_accuracy is not None  # the grid is judged by it
         plot_sweep(outcomes, dense.dev_accuracy, settings.output / PLOT_FILE, title)
         files.append(PLOT_FILE)
     echo(f"\n{text}\n\n* best on the held-back texts. Written to {settings.output}: "

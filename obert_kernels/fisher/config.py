@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, fields
 from numbers import Integral
 from typing import Any
@@ -26,7 +26,7 @@ def at_least_one(name: str, value: object) -> None:
         raise ValueError(f"{name} must be at least 1, got {value}")
 
 
-def one_of(name: str, value: object, allowed: Iterable[str]) -> None:
+def one_of(name: str, value: object, allowed: Collection[str]) -> None:
     """Raise ValueError unless it is one of the words allowed."""
     if value not in allowed:
         *others, last = (repr(choice) for choice in allowed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sized
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -63,7 +64,4 @@ def split_batch(batch: Any, size: int) -> list[Any]:
             "samples_per_grad needs batches whose tensors all have one row per sample; got a "
             f"{type(batch).__name__} without; leave samples_per_grad out for one gradient per batch"
         )
-    return [
-        map_tensors(batch, lambda tensor, i=i: tensor[i : i + size])
-        for i in range(0, samples, size)
-    ]
+    return [map_tensors(batch, itemgetter(slice(i, i + size))) for i in range(0, samples, size)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ def batch_gradients(
     loss_fn: LossFn | None = None,
     *,
     is_part: bool = False,
-) -> Iterator[dict[str, Tensor]]:
+) -> Generator[dict[str, Tensor], None, None]:
     """Yield one gradient of the mean batch loss per batch, ``num_grads`` in all.
 
     The model runs in eval mode and is put back afterwards, ``.grad`` as well, so that a training

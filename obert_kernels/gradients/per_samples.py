@@ -8,7 +8,7 @@ are handed on layer by layer while the pass runs; the whole of them never exists
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -169,13 +169,12 @@ class _Recorder:
     def _space(self, groups: int, shape: tuple[int, int], like: Tensor) -> Tensor:
         """Room for gradients; the same for all layers: fresh memory costs as much as the sum."""
         size = groups * shape[0] * shape[1]
-        known = self.space
-        if known is None or known.numel() < size or (known.dtype, known.device) != (
-            like.dtype, like.device
-        ):  # fmt: skip
-            self.space = known = None  # freed first
-            self.space = like.new_empty(size)
-        return self.space[:size].view(groups, *shape)
+        space = self.space
+        kind = like.dtype, like.device
+        if space is None or space.numel() < size or (space.dtype, space.device) != kind:
+            self.space = space = None  # freed first
+            self.space = space = like.new_empty(size)
+        return space[:size].view(groups, *shape)
 
 
 class GroupGradients:
@@ -221,7 +220,7 @@ class GroupGradients:
 
     def run(
         self, batches: Iterable[Any] | BatchSource, num_grads: int, receive: Receive
-    ) -> Iterator[int]:
+    ) -> Generator[int, None, None]:
         """Hand on ``num_grads`` gradients; yield how many there are after each batch.
 
         Args:
@@ -246,13 +245,14 @@ class GroupGradients:
 
     def _gradients_of(self, recorder: _Recorder, batch: Any, most: int, where: str) -> int:
         """Those of a batch, from one pass if that can tell them apart; how many they are."""
-        self.largest = max(self.largest, samples_in(batch) or 0)
+        samples = samples_in(batch)
+        self.largest = max(self.largest, samples or 0)
         # Samples left out of the loss have no share in its mean over the batch.
-        if samples_in(batch) is not None and not leaves_out(batch):
+        if samples is not None and not leaves_out(batch):
             try:
                 return self._pass(recorder, batch, most, where)
             except NotServed:
-                if samples_in(batch) <= self.group:
+                if samples <= self.group:
                     raise
         self.split += 1
         done = 0
@@ -266,7 +266,7 @@ class GroupGradients:
         """Taps at every linear layer that owns one of the weights; the model frozen, in eval
         mode."""
         recorder = _Recorder(self, receive)
-        names = {weight: name for name, weight in self.weights.items()}
+        names: dict[Tensor, str] = {weight: name for name, weight in self.weights.items()}
         anchor = anchor_of(self.weights)
         with ExitStack() as stack:
             stack.enter_context(frozen(self.model, anchor))

@@ -67,7 +67,9 @@ def choose_damping(
                 change = change_after(relative * scale)
             except NumericalError as error:
                 change, last_error = (math.inf, None), error
-            trials[step] = DampingTrial(relative * scale, relative, *map(_or_infinite, change))
+            loss, moved = change
+            moved = None if moved is None else _or_infinite(moved)
+            trials[step] = DampingTrial(relative * scale, relative, _or_infinite(loss), moved)
             tried(len(trials))
         return trials[step].cost
 
@@ -92,5 +94,5 @@ def choose_damping(
     return trials[best].damping, [trials[step] for step in sorted(trials)]
 
 
-def _or_infinite(value: float | None) -> float | None:
-    return value if value is None or math.isfinite(value) else math.inf
+def _or_infinite(value: float) -> float:
+    return value if math.isfinite(value) else math.inf

@@ -65,11 +65,13 @@ def _smallest(scores: Mapping[str, Tensor], alive: Mapping[str, Tensor], count: 
     go by position: first matrix first, then lowest index.
     """
     keys = {name: _sortable(score, name) for name, score in scores.items()}
-    high = sum(_histogram(keys[n][alive[n]] >> 16, 1 << 15) for n in keys)
+    high = torch.zeros(1 << 15, dtype=torch.int64)
+    for name, key in keys.items():
+        high += _histogram(key[alive[name]] >> 16, 1 << 15)
     prefix, before = _bucket(high, count)
-    low = sum(
-        _histogram(keys[n][alive[n] & (keys[n] >> 16 == prefix)] & 0xFFFF, 1 << 16) for n in keys
-    )
+    low = torch.zeros(1 << 16, dtype=torch.int64)
+    for name, key in keys.items():
+        low += _histogram(key[alive[name] & (key >> 16 == prefix)] & 0xFFFF, 1 << 16)
     suffix, inside = _bucket(low, count - before)
     threshold = prefix << 16 | suffix
     ties = count - before - inside

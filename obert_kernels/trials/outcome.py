@@ -54,18 +54,18 @@ def point_of(config: PruningConfig) -> GridPoint:
 
 def at_point(base: PruningConfig, point: GridPoint) -> PruningConfig:
     """Return the configuration at a point; what it does not look at is as in ``base``."""
-    fisher = {
-        "num_grads": point.num_grads,
-        "samples_per_grad": point.texts_per_grad,
-        "block_size": point.block_size,
-    }
-    known = {name: value for name, value in fisher.items() if value is not None}
+    fisher = replace(
+        base.fisher,
+        num_grads=point.num_grads or base.fisher.num_grads,
+        samples_per_grad=point.texts_per_grad or base.fisher.samples_per_grad,
+        block_size=point.block_size or base.fisher.block_size,
+    )
     return replace(
         base,
         selection=point.selection,
         update=point.update,
         damping=base.damping if point.damping is None else point.damping,
-        fisher=replace(base.fisher, **known),
+        fisher=fisher,
     )
 
 
