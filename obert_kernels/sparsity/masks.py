@@ -65,11 +65,11 @@ def _smallest(scores: Mapping[str, Tensor], alive: Mapping[str, Tensor], count: 
     go by position: first matrix first, then lowest index.
     """
     keys = {name: _sortable(score, name) for name, score in scores.items()}
-    high = torch.zeros(1 << 15, dtype=torch.int64)
+    high = torch.zeros(1 << 15, dtype=torch.int64, device="cpu")
     for name, key in keys.items():
         high += _histogram(key[alive[name]] >> 16, 1 << 15)
     prefix, before = _bucket(high, count)
-    low = torch.zeros(1 << 16, dtype=torch.int64)
+    low = torch.zeros(1 << 16, dtype=torch.int64, device="cpu")
     for name, key in keys.items():
         low += _histogram(key[alive[name] & (key >> 16 == prefix)] & 0xFFFF, 1 << 16)
     suffix, inside = _bucket(low, count - before)
