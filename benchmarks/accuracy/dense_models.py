@@ -11,9 +11,10 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from obert_kernels.commands.progress_bars import ProgressBars
 from obert_kernels.files import whole_folder
 from obert_kernels.tasks.downloads import DemoPackage, cache_folder, demo_model_folder, fetch
-from obert_kernels.tasks.fine_tune import fine_tune, seeded
+from obert_kernels.tasks.fine_tune import fine_tune
 from obert_kernels.tasks.loaders import make_loader
 from obert_kernels.tasks.precision import choose_precision
+from obert_kernels.tasks.seeds import seeded
 from obert_kernels.tasks.text_data import TextData
 
 # Of gradients, training and accuracies.

@@ -137,7 +137,8 @@ def _check(settings: Settings) -> dict[float, Path]:
                 raise ValueError(
                     f"{folder}, where the {what} is, would be replaced: choose another --output"
                 )
-    for package in ("transformers", "tqdm", "matplotlib", "safetensors"):
+    trainer = ["accelerate"] if settings.finetune_epochs or settings.recovery_epochs else []
+    for package in ("transformers", "tqdm", "matplotlib", "safetensors", *trainer):
         importlib.import_module(package)  # one that is missing is an error now, not later
     return folders
 

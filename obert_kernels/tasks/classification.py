@@ -21,10 +21,10 @@ from .demo_sets import DEMO_PREFIX
 from .digests import config_digest, data_digest, tokenizer_digest, weights_digest
 from .downloads import demo_model_folder
 from .evaluate import EVALUATION_BATCH, Evaluation, evaluate
-from .fine_tune import fine_tune, seeded
 from .loaders import Batch, make_loader
 from .precision import LOSSES, choose_precision, precision_name
 from .readers import load_text_data
+from .seeds import seeded
 from .task import Part
 from .text_data import TextData
 
@@ -202,6 +202,8 @@ class ClassificationTask:
     ) -> None:
         """Fit the classifier to the training texts, in place, see
         :func:`~obert_kernels.tasks.fine_tune.fine_tune`."""
+        from .fine_tune import fine_tune  # takes seconds: the Trainer
+
         loader = make_loader(
             self.tokenizer,
             self.data.train,

@@ -1,23 +1,23 @@
-"""Text classification around pruning: loaders, losses, fine-tuning, accuracy.
-
-Everything random is seeded by an argument; the state of torch's own generator is left alone.
-"""
+"""Fine-tuning a model of texts, pruned or not, by :class:`transformers.Trainer`."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from ..gradients.batches import to_device
-from ..gradients.source import BatchSource
-from ..progress import Progress
+from ..progress import Progress, silent
+from ..training.trainer import KeepPrunedAtZero
 from .loaders import Batch
 from .precision import for_backward
+from .seeds import seeded
 
 
 def fine_tune(
@@ -35,10 +35,11 @@ def fine_tune(
     """Fit a model in place: AdamW, linear warm-up and decay, gradients clipped to norm 1.
 
     The learning rate rises over a tenth of the steps; the weight decay is 0.01, none for vectors
-    (biases, norms).
+    (biases, norms).  Nothing is written, logged or reported.
 
     Args:
-        model: returns an output with ``.loss`` for ``model(**batch)``.
+        model: returns an output with ``.loss`` for ``model(**batch)``; on the CPU, or on the only
+            CUDA device.
         loader: training batches.
         epochs: passes over the loader; fractions are allowed.
         learning_rate: at the end of the warm-up.
@@ -51,8 +52,6 @@ def fine_tune(
     Raises:
         ValueError: the loss became NaN or infinite.
     """
-    import transformers
-
     steps = math.ceil(epochs * len(loader))
     if steps < 1:
         return
@@ -62,52 +61,68 @@ def fine_tune(
         {"params": [p for p in parameters if p.dim() > 1], "weight_decay": 0.01},
         {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(groups, lr=learning_rate, fused=True)
-    schedule = transformers.get_linear_schedule_with_warmup(
-        optimizer, num_warmup_steps=round(0.1 * steps), num_training_steps=steps
-    )
-    kept_at_zero = _masked_parameters(model, masks or {})
-    was_training = model.training
-    model.train()
-    try:
-        with seeded(seed, device):
-            for step, (_, batch) in enumerate(BatchSource(loader).take(steps)):
-                batch = to_device(batch, device)
-                with for_backward(batch, device, dtype):
-                    loss = model(**batch).loss
-                if not torch.isfinite(loss):
-                    raise ValueError(
-                        f"the loss became {loss.item()} at step {step + 1} of {steps}: lower the "
-                        f"learning rate (now {learning_rate:g})"
-                    )
-                optimizer.zero_grad()
-                loss.backward()
-                nn.utils.clip_grad_norm_(parameters, 1.0)
-                optimizer.step()
-                schedule.step()
-                with torch.no_grad():
-                    for parameter, mask in kept_at_zero:
-                        parameter.mul_(mask)
-                if progress is not None:
-                    progress(stage, step + 1, steps)
-    finally:
-        model.train(was_training)
+    with TemporaryDirectory() as unused, seeded(seed, device), _put_back(model):
+        trainer = _Trainer(
+            model,
+            TrainingArguments(
+                unused,
+                max_steps=steps,
+                warmup_steps=round(0.1 * steps),
+                lr_scheduler_type="linear",
+                max_grad_norm=1.0,
+                seed=seed,
+                use_cpu=device.type == "cpu",
+                save_strategy="no",
+                logging_strategy="no",
+                report_to="none",
+                disable_tqdm=True,
+            ),
+            optimizers=(torch.optim.AdamW(groups, lr=learning_rate, fused=True), None),
+            callbacks=[KeepPrunedAtZero(masks or {}), _Report(progress or silent, stage)],
+        )
+        trainer.loader, trainer.dtype, trainer.peak = loader, dtype, learning_rate
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
 
 
-def _masked_parameters(
-    model: nn.Module, masks: Mapping[str, Tensor]
-) -> list[tuple[nn.Parameter, Tensor]]:
-    parameters = dict(model.named_parameters())
-    unknown = sorted(masks.keys() - parameters.keys())
-    if unknown:
-        raise ValueError(f"masks name parameters the model does not have: {', '.join(unknown)}")
-    return [(parameters[name], mask.to(parameters[name].device)) for name, mask in masks.items()]
+class _Trainer(Trainer):
+    """Takes batches as they are, computes in ``dtype``, and stops at a loss that is no number."""
+
+    loader: DataLoader[Batch]
+    dtype: torch.dtype
+    peak: float
+
+    def get_train_dataloader(self) -> DataLoader[Batch]:
+        return self.loader
+
+    def compute_loss(self, model: nn.Module, inputs: Batch, *_: Any, **__: Any) -> Tensor:
+        with for_backward(inputs, inputs["labels"].device, self.dtype):
+            loss: Tensor = model(**inputs).loss
+        if not torch.isfinite(loss):
+            raise ValueError(
+                f"the loss became {loss.item()} at step {self.state.global_step + 1} of "
+                f"{self.state.max_steps}: lower the learning rate (now {self.peak:g})"
+            )
+        return loss
+
+
+class _Report(TrainerCallback):
+    def __init__(self, progress: Progress, stage: str) -> None:
+        self.progress, self.stage = progress, stage
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.progress(self.stage, state.global_step, state.max_steps)
 
 
 @contextmanager
-def seeded(seed: int, device: torch.device | str = "cpu") -> Iterator[None]:
-    """Seed torch inside the block and put its generators back afterwards."""
-    device = torch.device(device)
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
+def _put_back(model: nn.Module) -> Iterator[None]:
+    """Leave mode and configuration as they were: the Trainer changes ``use_cache``."""
+    training, config = model.training, getattr(model, "config", None)
+    before = dict(vars(config)) if config is not None else {}
+    try:
         yield
+    finally:
+        model.train(training)
+        if config is not None:
+            vars(config).clear()
+            vars(config).update(before)

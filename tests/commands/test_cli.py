@@ -402,7 +402,9 @@ def test_a_missing_core_is_one_line(
     assert stderr.splitlines()[-1] == "error: the native core could not be loaded. do: build it"
 
 
-@pytest.mark.parametrize("package", ["transformers", "matplotlib", "safetensors", "tqdm"])
+@pytest.mark.parametrize(
+    "package", ["transformers", "matplotlib", "safetensors", "tqdm", "accelerate"]
+)
 def test_a_missing_package_is_one_line_before_any_work(
     tmp_path: Path,
     command: Callable[..., tuple[int, str, str]],
@@ -411,7 +413,8 @@ def test_a_missing_package_is_one_line_before_any_work(
 ) -> None:
     monkeypatch.setitem(sys.modules, package, None)
     monkeypatch.setattr(run, "load_task", lambda *_, **__: pytest.fail("it has begun"))
-    code, _, stderr = command("run", "model", "data.csv", "-s", 0.5, "-o", tmp_path / "out")
+    options = ("-s", 0.5, "--recovery-epochs", 1, "-o", tmp_path / "out")
+    code, _, stderr = command("run", "model", "data.csv", *options)
     assert code == 1
     assert stderr == (
         f"error: {package} is not installed; install it with `pip install '.[cli]'` in the folder "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from obert_kernels.tasks.fine_tune import seeded
+from obert_kernels.tasks.seeds import seeded
 
 WORDS = ["good", "fine", "nice", "bad", "poor", "awful", "film", "plot", "the", "a", "was", "and"]
 TINY = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}

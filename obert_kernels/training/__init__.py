@@ -1,0 +1,1 @@
+"""Training a model that is pruned."""
