@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Iterable
 from pathlib import Path
 
 import pybind11
@@ -27,7 +28,7 @@ VERSION = re.search(r'^version = "(.+)"', (ROOT / "pyproject.toml").read_text(),
 CUDA_ARCHS = ["75", "80", "86", "89", "90", "100", "120"]
 IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
 
-# Flags of each instruction set; the vector width is what csrc/cpu/simd.h builds on.
+# Flags of each instruction set; the vector width is what csrc/common/cpu/simd.h builds on.
 INSTRUCTION_SETS = {"baseline": ["-DOBERT_VECTOR_BYTES=16"]}
 if IS_X86:
     INSTRUCTION_SETS["avx2"] = ["-DOBERT_VECTOR_BYTES=32", "-mavx2", "-mfma"]
@@ -36,11 +37,9 @@ if IS_X86:
         *"-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma".split(),
         "-mprefer-vector-width=512",
     ]
+# Folders of csrc/ whose sources are compiled for each of these; all others are compiled once.
+KERNELS = {"pruning/cpu": INSTRUCTION_SETS}
 
-KERNEL_SOURCES = [
-    "gram", "gram_living", "factor", "selection", "woodbury", "inverse_scores", "inverse_update",
-    "kernels",
-]  # fmt: skip
 CXX_FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -Wall -Wextra -Werror=return-type".split()
 # Kernels: no errno from sqrt, no exceptions; ABI notes about wide vectors do not apply, as
 # every kernel is inlined into its own translation unit.
@@ -91,6 +90,10 @@ def cudart_static_flags(nvcc: str) -> list[str]:
                          capture_output=True, text=True)  # fmt: skip
     directories = re.findall(r'-L"?([^"\s]+)"?', dry.stderr + dry.stdout)
     return [f"-L{d}" for d in dict.fromkeys(directories)] + "-lcudart_static -lrt -ldl".split()
+
+
+def by_size(paths: Iterable[Path]) -> list[Path]:
+    return sorted(paths, key=lambda path: path.stat().st_size, reverse=True)
 
 
 class NinjaFile:
@@ -151,25 +154,24 @@ class NinjaBuildExt(build_ext):
 
         # What takes longest first, so that the last one does not keep one processor busy alone.
         includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
-        binding_flags = [*CXX_FLAGS, *includes, f'-DOBERT_VERSION="{VERSION}"']
+        once_flags = [*CXX_FLAGS, *includes, f'-DOBERT_VERSION="{VERSION}"']
+        once_flags += ["-DOBERT_BUILD_X86"] if IS_X86 else []
         link_flags = ["-pthread"]
         if nvcc:
             archs = cuda_archs(nvcc)
-            binding_flags += [
-                "-DOBERT_WITH_CUDA",
-                f'-DOBERT_CUDA_ARCHITECTURES="{";".join(archs)}"',
-            ]
-            for path in sorted((csrc / "cuda").glob("*.cu")):
-                ninja_file.compile(nvcc, path, f"cuda_{path.stem}", cuda_flags(archs))
+            once_flags += ["-DOBERT_WITH_CUDA", f'-DOBERT_CUDA_ARCHITECTURES="{";".join(archs)}"']
+            for path in by_size(csrc.rglob("cuda/*.cu")):
+                ninja_file.compile(nvcc, path, f"{path.relative_to(csrc)}", cuda_flags(archs))
             link_flags += cudart_static_flags(nvcc)
-        ninja_file.compile(cxx, csrc / "bindings.cpp", "bindings", binding_flags)
-        x86 = ["-DOBERT_BUILD_X86"] if IS_X86 else []
-        for name, isa_flags in reversed(INSTRUCTION_SETS.items()):
-            flags = [*CXX_FLAGS, *KERNEL_FLAGS, f"-DOBERT_ISA={name}", *isa_flags]
-            for source in KERNEL_SOURCES:
-                path = csrc / "cpu" / f"{source}.cpp"
-                ninja_file.compile(cxx, path, f"{source}_{name}", flags)
-        ninja_file.compile(cxx, csrc / "cpu" / "dispatch.cpp", "dispatch", [*CXX_FLAGS, *x86])
+        ninja_file.compile(cxx, csrc / "bindings.cpp", "bindings.cpp", once_flags)
+        for folder, instruction_sets in KERNELS.items():
+            for name, isa_flags in reversed(instruction_sets.items()):
+                flags = [*CXX_FLAGS, *KERNEL_FLAGS, f"-DOBERT_ISA={name}", *isa_flags]
+                for path in by_size((csrc / folder).glob("*.cpp")):
+                    ninja_file.compile(cxx, path, f"{name}/{path.relative_to(csrc)}", flags)
+        for folder in ("common", "pruning"):
+            for path in sorted((csrc / folder).glob("*.cpp")):
+                ninja_file.compile(cxx, path, f"{path.relative_to(csrc)}", once_flags)
 
         if sys.platform == "darwin":
             link_flags += ["-undefined", "dynamic_lookup"]

@@ -24,12 +24,12 @@ def seeded() -> None:
 
 
 @pytest.fixture
-def cuda_on_host(monkeypatch):
+def cuda_on_host():
     """Operators on CPU tensors run the host-executed CUDA kernels."""
     module = host_cuda()
     module.set_seed(1)
-    monkeypatch.setattr(native, "run_on", lambda state: (module, 0))
-    return module
+    with native.using(module):
+        yield module
 
 
 @pytest.fixture(params=[*INSTRUCTION_SETS, CUDA_ON_HOST, pytest.param(CUDA, marks=pytest.mark.gpu)])

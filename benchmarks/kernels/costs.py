@@ -3,7 +3,8 @@
 Counted is what the formula asks for, not what an implementation wastes: a value is read once
 and written once, a multiply-add is two flops, and of a symmetric matrix only one triangle is
 worked on.  Blocks are full (n is a multiple of the block size).  The bytes of the CUDA kernels
-are checked against the counters of their host execution in tests/cuda/test_gpu_benchmark.py.
+are checked against the counters of their host execution in tests/cuda/test_gpu_benchmark.py; files
+named here are those of csrc/pruning/cuda.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ def reference_gradient(blocks: int, size: int) -> Cost:
 
 
 def gram_accumulate(blocks: int, size: int, k: int, gram_bytes: int, gradient_bytes: int) -> Cost:
-    """k gradients in one call; csrc/cuda/gram.cu: B (B+1) sizeof(gram) + k B sizeof(gradient).
+    """k gradients in one call; gram.cu: B (B+1) sizeof(gram) + k B sizeof(gradient).
 
     A multiply-add for each entry of the triangle and gradient: k B (B+1) flops.
     """
@@ -60,7 +61,7 @@ def gram_accumulate(blocks: int, size: int, k: int, gram_bytes: int, gradient_by
 def gram_accumulate_living(
     blocks: int, size: int, k: int, gram_bytes: int, gradient_bytes: int
 ) -> Cost:
-    """csrc/cuda/gram_living.cu, blocks of B living weights: as ``gram_accumulate``, and tables.
+    """gram_living.cu, blocks of B living weights: as ``gram_accumulate``, and tables.
 
     An int32 says which weight stands at a place, three int64 where a block begins and ends.  Memory
     delivers 32 bytes where one gradient is asked for, so that 100 % cannot be had.
@@ -70,7 +71,7 @@ def gram_accumulate_living(
 
 
 def woodbury_update(blocks: int, size: int, k: int, gradient_bytes: int) -> Cost:
-    """k gradients in one call; csrc/cuda/woodbury.cu: 4 B (B+1) + k B sizeof(gradient).
+    """k gradients in one call; woodbury.cu: 4 B (B+1) + k B sizeof(gradient).
 
     F g and the outer product: 4 k B^2 flops (the kernel works on both triangles).
     """
@@ -84,7 +85,7 @@ def _factor_flops(size: int) -> int:
 
 
 def gram_inverse(blocks: int, size: int, gram_bytes: int, inverse_bytes: int) -> Cost:
-    """csrc/cuda/factor.cu: the Gram read, as many values written.
+    """factor.cu: the Gram read, as many values written.
 
     Cholesky, inverse of the factor and their product, B^3 / 3 flops each.
     """
@@ -93,7 +94,7 @@ def gram_inverse(blocks: int, size: int, gram_bytes: int, inverse_bytes: int) ->
 
 
 def gram_diagonal(blocks: int, size: int, gram_bytes: int, diagonal_bytes: int) -> Cost:
-    """csrc/cuda/factor.cu: the Gram read, B values written.
+    """factor.cu: the Gram read, B values written.
 
     Cholesky, inverse of the factor, squared column lengths (B^2 flops).
     """
@@ -102,7 +103,7 @@ def gram_diagonal(blocks: int, size: int, gram_bytes: int, diagonal_bytes: int) 
 
 
 def gram_solve(blocks: int, size: int, gram_bytes: int, vector_bytes: int) -> Cost:
-    """csrc/cuda/factor.cu: the Gram and B values read, B written.
+    """factor.cu: the Gram and B values read, B written.
 
     Cholesky and two triangular solves of B^2 flops.
     """
@@ -111,7 +112,7 @@ def gram_solve(blocks: int, size: int, gram_bytes: int, vector_bytes: int) -> Co
 
 
 def gram_scores(blocks: int, size: int, gram_bytes: int, weight_bytes: int, group: int) -> Cost:
-    """csrc/cuda/factor.cu: the Gram and B weights read, B/c float32 scores written.
+    """factor.cu: the Gram and B weights read, B/c float32 scores written.
 
     As the diagonal, but (c+1)/2 entries of the inverse a weight; then a Cholesky factorisation
     of each group.
@@ -123,7 +124,7 @@ def gram_scores(blocks: int, size: int, gram_bytes: int, weight_bytes: int, grou
 
 
 def gram_update(blocks: int, size: int, gram_bytes: int, weight_bytes: int, joint: bool) -> Cost:
-    """csrc/cuda/update.cu: Gram, weights and a byte of mask read, weights and 8 bytes written.
+    """update.cu: Gram, weights and a byte of mask read, weights and 8 bytes written.
 
     Joint: F w, Cholesky, two triangular solves.  Sum of single removals: as the diagonal, two
     products with the inverse factor, one triangular solve for the increase.
@@ -137,7 +138,7 @@ def gram_update(blocks: int, size: int, gram_bytes: int, weight_bytes: int, join
 def gram_greedy_scores(
     blocks: int, size: int, gram_bytes: int, weight_bytes: int, group: int
 ) -> Cost:
-    """csrc/cuda/greedy.cu: Gram, weights and a byte of mask read, B/c float32 scores written.
+    """greedy.cu: Gram, weights and a byte of mask read, B/c float32 scores written.
 
     The inverse as in ``gram_inverse``.  A removal that leaves n weights changes the n (n+1) / 2
     entries of their inverse by a multiply-add: B^3 / 3 flops for all, if all are there.  Before
@@ -151,7 +152,7 @@ def gram_greedy_scores(
 def gram_n_of_m(
     blocks: int, size: int, gram_bytes: int, weight_bytes: int, kept: int, group: int
 ) -> Cost:
-    """csrc/cuda/n_of_m.cu: Gram, weights and a byte of mask read, a byte written.
+    """n_of_m.cu: Gram, weights and a byte of mask read, a byte written.
 
     The inverse as in ``gram_inverse``, then removals as in ``gram_greedy_scores`` up to the share
     that is kept.  Of each group of M every set of r = M - N: a Cholesky factorisation, r^3 / 3.
@@ -164,7 +165,7 @@ def gram_n_of_m(
 
 
 def inverse_scores(blocks: int, size: int, weight_bytes: int, group: int) -> Cost:
-    """csrc/cuda/inverse.cu: of the inverse only the triangles of the groups, B (c+1)/2 values.
+    """inverse_scores.cu: of the inverse only the triangles of the groups, B (c+1)/2 values.
 
     Memory delivers 32 bytes where a row of a group needs fewer, so that 100 % cannot be had for
     groups; the diagonal, all that single scores read, stands together in each block.
@@ -175,7 +176,7 @@ def inverse_scores(blocks: int, size: int, weight_bytes: int, group: int) -> Cos
 
 
 def inverse_update(blocks: int, size: int, weight_bytes: int, joint: bool) -> Cost:
-    """csrc/cuda/inverse.cu: the inverse, weights and mask read, weights written.
+    """inverse_update.cu: the inverse, weights and mask read, weights written.
 
     2 B (B+1) + 9 B bytes for float32 weights, no increase asked for.  F^-1 u is 2 B^2 flops;
     joint adds a Cholesky factorisation and two triangular solves (of all rows, as if none

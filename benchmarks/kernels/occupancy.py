@@ -10,6 +10,7 @@ calculates how many thread blocks of a launch fit on a multiprocessor.  Nothing 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import hashlib
 import os
@@ -32,9 +33,13 @@ from obert_kernels.ops import native
 from obert_kernels.ops.living import gram_accumulate_living
 
 ROOT = Path(__file__).resolve().parents[2]
+KERNELS = ROOT / "csrc" / "pruning" / "cuda"
 CACHE = ROOT / "build" / "ptx"
 # Longest compilation first.
-SOURCES = ["factor", "inverse", "greedy", "update", "n_of_m", "gram", "gram_living", "woodbury"]
+SOURCES = [
+    "factor", "inverse_update", "greedy", "update", "inverse_scores", "n_of_m", "gram",
+    "gram_living", "woodbury",
+]  # fmt: skip
 # What setup.py gives nvcc for device code; warnings are looked for in the output instead.
 FLAGS = ["-std=c++17", "-O3"]
 ARCHITECTURES = (80, 90)
@@ -116,7 +121,8 @@ def _run(command: list[str], text: str | None = None) -> str:
 def _digest() -> str:
     """Of everything the PTX depends on."""
     csrc = ROOT / "csrc"
-    files = [csrc / "api.h", *sorted((csrc / "cuda").iterdir())]
+    pruning = csrc / "pruning"
+    files = [csrc / "common" / "types.h", *sorted(pruning.glob("*.*")), *sorted(KERNELS.iterdir())]
     digest = hashlib.sha256((" ".join(FLAGS) + _run(["nvcc", "--version"])).encode())
     for path in files:
         digest.update(path.read_bytes())
@@ -132,7 +138,7 @@ def _compile(task: tuple[str, int, bool]) -> tuple[Path, str]:
     if not ptx.exists():
         ptx.parent.mkdir(parents=True, exist_ok=True)
         command = ["nvcc", *FLAGS, "-ptx", f"-arch=compute_{arch}"]
-        command += [str(ROOT / "csrc" / "cuda" / f"{source}.cu"), "-o", f"{ptx}{mine}"]
+        command += [str(KERNELS / f"{source}.cu"), "-o", f"{ptx}{mine}"]
         said.write_text(_run(command))
         Path(f"{ptx}{mine}").replace(ptx)
     if machine_code and not ptxas_said.exists():
@@ -269,9 +275,9 @@ def rows(host: ModuleType) -> list[dict[str, Any]]:
     """One row for each family, block size and architecture."""
     needs = {(kernel.name, kernel.arch): kernel for kernel in kernels()}
     result: list[dict[str, Any]] = []
-    run_on = native.run_on
-    native.run_on = lambda state: (host, 0)
-    try:
+    with contextlib.ExitStack() as afterwards:
+        afterwards.enter_context(native.using(host))
+        afterwards.callback(host.set_shared_memory_limit, SHARED_LIMIT[90])
         for arch in ARCHITECTURES:
             host.set_shared_memory_limit(SHARED_LIMIT[arch])
             for size in [*BLOCK_SIZES, *GENERAL]:
@@ -288,9 +294,6 @@ def rows(host: ModuleType) -> list[dict[str, Any]]:
                     row["threads"] = launch["block"][0]
                     row["shared_bytes"] = launch["shared_bytes"] + kernel.static_shared_bytes
                     row["registers"], row["barriers"] = kernel.registers, kernel.barriers
-    finally:
-        native.run_on = run_on
-        host.set_shared_memory_limit(SHARED_LIMIT[90])
     fit = [row for row in result if "refused" not in row]
     asked = [
         f"{row['arch'] // 10} {row['arch'] % 10} {row['registers']} {row['barriers']} "

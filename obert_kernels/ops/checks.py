@@ -7,10 +7,9 @@ from numbers import Integral
 import torch
 from torch import Tensor
 
+from .native import MAX_BLOCK_SIZE
 from .packing import block_size_of, gram_shape
 
-MAX_BLOCK_SIZE = 256
-MAX_PATTERN = 16  # M of N:M
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 WIDE = (torch.float32, torch.float64)
 

@@ -24,7 +24,6 @@ from torch import Tensor
 
 from . import native
 from .checks import (
-    MAX_PATTERN,
     WIDE,
     check_devices,
     check_dtype,
@@ -35,6 +34,7 @@ from .checks import (
     check_weight,
     require,
 )
+from .native import MAX_PATTERN
 from .registration import operator
 
 _FISHER = "int block_size, float num_gradients, float damping, Tensor(a!) status"
@@ -54,13 +54,27 @@ def gram_accumulate(gram: Tensor, gradients: Tensor, block_size: int) -> None:
     gradients = native.contiguous_rows(gradients)
     core, where = native.run_on(gram)
     core.gram_accumulate(
-        gram.data_ptr(), native.DTYPE_CODES[gram.dtype], gradients.data_ptr(),
-        native.DTYPE_CODES[gradients.dtype], gradients.shape[0], gradients.stride(0),
-        gradients.shape[1], block_size, where,
-    )  # fmt: skip
+        where,
+        num_weights=gradients.shape[1],
+        block_size=block_size,
+        gram=gram.data_ptr(),
+        gram_type=native.DTYPE_CODES[gram.dtype],
+        gradients=gradients.data_ptr(),
+        gradient_type=native.DTYPE_CODES[gradients.dtype],
+        num_gradients=gradients.shape[0],
+        gradient_stride=gradients.stride(0),
+    )
 
 
-def _check_materialise(gram, num_weights, block_size, num_gradients, damping, dtype, status):  # type: ignore[no-untyped-def]
+def _check_materialise(
+    gram: Tensor,
+    num_weights: int,
+    block_size: int,
+    num_gradients: float,
+    damping: float,
+    dtype: torch.dtype,
+    status: Tensor,
+) -> None:
     check_fisher(gram, num_weights, block_size, num_gradients, damping, status)
     if dtype not in WIDE:
         raise TypeError(f"dtype must be float32 or float64, got {dtype}")
@@ -87,9 +101,13 @@ def gram_inverse(
     status: Tensor,
 ) -> Tensor:
     out = gram.new_empty(gram.shape, dtype=dtype)
-    fisher = native.fisher_args(gram, num_weights, block_size, num_gradients, damping, status)
     core, where = native.run_on(gram)
-    core.gram_inverse(fisher, out.data_ptr(), native.DTYPE_CODES[dtype], where)
+    fisher = native.fisher_parameters(
+        core, gram, num_weights, block_size, num_gradients, damping, status
+    )
+    core.gram_inverse(
+        where, fisher=fisher, inverse=out.data_ptr(), inverse_type=native.DTYPE_CODES[dtype]
+    )
     return out
 
 
@@ -108,13 +126,24 @@ def gram_diagonal(
     status: Tensor,
 ) -> Tensor:
     out = gram.new_empty(num_weights, dtype=dtype)
-    fisher = native.fisher_args(gram, num_weights, block_size, num_gradients, damping, status)
     core, where = native.run_on(gram)
-    core.gram_diagonal(fisher, out.data_ptr(), native.DTYPE_CODES[dtype], where)
+    fisher = native.fisher_parameters(
+        core, gram, num_weights, block_size, num_gradients, damping, status
+    )
+    core.gram_diagonal(
+        where, fisher=fisher, diagonal=out.data_ptr(), diagonal_type=native.DTYPE_CODES[dtype]
+    )
     return out
 
 
-def _check_solve(gram, right_hand_side, block_size, num_gradients, damping, status):  # type: ignore[no-untyped-def]
+def _check_solve(
+    gram: Tensor,
+    right_hand_side: Tensor,
+    block_size: int,
+    num_gradients: float,
+    damping: float,
+    status: Tensor,
+) -> None:
     check_dtype("right_hand_side", right_hand_side, WIDE)
     require(
         right_hand_side.dim() == 1,
@@ -139,13 +168,29 @@ def gram_solve(
 ) -> Tensor:
     v = right_hand_side.contiguous()
     out = torch.empty_like(v)
-    fisher = native.fisher_args(gram, v.numel(), block_size, num_gradients, damping, status)
     core, where = native.run_on(gram)
-    core.gram_solve(fisher, v.data_ptr(), out.data_ptr(), native.DTYPE_CODES[v.dtype], where)
+    fisher = native.fisher_parameters(
+        core, gram, v.numel(), block_size, num_gradients, damping, status
+    )
+    core.gram_solve(
+        where,
+        fisher=fisher,
+        right_hand_side=v.data_ptr(),
+        solution=out.data_ptr(),
+        vector_type=native.DTYPE_CODES[v.dtype],
+    )
     return out
 
 
-def _check_scores(gram, weight, group_size, block_size, num_gradients, damping, status):  # type: ignore[no-untyped-def]
+def _check_scores(
+    gram: Tensor,
+    weight: Tensor,
+    group_size: int,
+    block_size: int,
+    num_gradients: float,
+    damping: float,
+    status: Tensor,
+) -> None:
     check_weight(weight, group_size, gram)
     check_fisher(gram, weight.numel(), block_size, num_gradients, damping, status)
 
@@ -168,16 +213,31 @@ def gram_scores(
 ) -> Tensor:
     weight = weight.contiguous()
     scores = weight.new_zeros(weight.numel() // group_size, dtype=torch.float32)
-    fisher = native.fisher_args(gram, weight.numel(), block_size, num_gradients, damping, status)
     core, where = native.run_on(gram)
+    fisher = native.fisher_parameters(
+        core, gram, weight.numel(), block_size, num_gradients, damping, status
+    )
     core.gram_scores(
-        fisher, weight.data_ptr(), native.DTYPE_CODES[weight.dtype], group_size, scores.data_ptr(),
         where,
-    )  # fmt: skip
+        fisher=fisher,
+        weight=weight.data_ptr(),
+        weight_type=native.DTYPE_CODES[weight.dtype],
+        group_size=group_size,
+        scores=scores.data_ptr(),
+    )
     return scores
 
 
-def _check_greedy(gram, weight, keep, group_size, block_size, m, damping, status):  # type: ignore[no-untyped-def]
+def _check_greedy(
+    gram: Tensor,
+    weight: Tensor,
+    keep: Tensor,
+    group_size: int,
+    block_size: int,
+    m: float,
+    damping: float,
+    status: Tensor,
+) -> None:
     _check_scores(gram, weight, group_size, block_size, m, damping, status)
     check_keep(keep, weight)
 
@@ -201,16 +261,33 @@ def gram_greedy_scores(
 ) -> Tensor:
     weight, keep = weight.contiguous(), keep.contiguous()
     scores = weight.new_zeros(weight.numel() // group_size, dtype=torch.float32)
-    fisher = native.fisher_args(gram, weight.numel(), block_size, num_gradients, damping, status)
     core, where = native.run_on(gram)
+    fisher = native.fisher_parameters(
+        core, gram, weight.numel(), block_size, num_gradients, damping, status
+    )
     core.gram_greedy_scores(
-        fisher, weight.data_ptr(), native.DTYPE_CODES[weight.dtype], keep.data_ptr(), group_size,
-        scores.data_ptr(), where,
-    )  # fmt: skip
+        where,
+        fisher=fisher,
+        weight=weight.data_ptr(),
+        weight_type=native.DTYPE_CODES[weight.dtype],
+        keep=keep.data_ptr(),
+        group_size=group_size,
+        scores=scores.data_ptr(),
+    )
     return scores
 
 
-def _check_n_of_m(gram, weight, keep, kept, group, block_size, m, damping, status):  # type: ignore[no-untyped-def]
+def _check_n_of_m(
+    gram: Tensor,
+    weight: Tensor,
+    keep: Tensor,
+    kept: int,
+    group: int,
+    block_size: int,
+    m: float,
+    damping: float,
+    status: Tensor,
+) -> None:
     _check_scores(gram, weight, group, block_size, m, damping, status)
     check_keep(keep, weight)
     require(
@@ -242,16 +319,34 @@ def gram_n_of_m(
 ) -> Tensor:
     weight, keep = weight.contiguous(), keep.contiguous()
     new_keep = torch.empty_like(keep)
-    fisher = native.fisher_args(gram, weight.numel(), block_size, num_gradients, damping, status)
     core, where = native.run_on(gram)
+    fisher = native.fisher_parameters(
+        core, gram, weight.numel(), block_size, num_gradients, damping, status
+    )
     core.gram_n_of_m(
-        fisher, weight.data_ptr(), native.DTYPE_CODES[weight.dtype], keep.data_ptr(), kept, group,
-        new_keep.data_ptr(), where,
-    )  # fmt: skip
+        where,
+        fisher=fisher,
+        weight=weight.data_ptr(),
+        weight_type=native.DTYPE_CODES[weight.dtype],
+        keep=keep.data_ptr(),
+        kept=kept,
+        group=group,
+        new_keep=new_keep.data_ptr(),
+    )
     return new_keep
 
 
-def _check_update(gram, weight, keep, group_size, joint, block_size, m, damping, status):  # type: ignore[no-untyped-def]
+def _check_update(
+    gram: Tensor,
+    weight: Tensor,
+    keep: Tensor,
+    group_size: int,
+    joint: bool,
+    block_size: int,
+    m: float,
+    damping: float,
+    status: Tensor,
+) -> None:
     _check_scores(gram, weight, group_size, block_size, m, damping, status)
     check_keep(keep, weight)
 
@@ -276,10 +371,13 @@ def gram_update(
     damping: float,
     status: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    update, new, increase, _alive = native.update_args(
-        weight, keep, group_size, joint, gram.shape[0]
-    )
-    fisher = native.fisher_args(gram, weight.numel(), block_size, num_gradients, damping, status)
+    weight, keep = weight.contiguous(), keep.contiguous()
     core, where = native.run_on(gram)
-    core.gram_update(fisher, update, where)
+    fisher = native.fisher_parameters(
+        core, gram, weight.numel(), block_size, num_gradients, damping, status
+    )
+    update, new, increase = native.update_parameters(
+        core, weight, keep, group_size, joint, gram.shape[0]
+    )
+    core.gram_update(where, fisher=fisher, update=update)
     return new, increase

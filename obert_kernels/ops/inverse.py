@@ -11,7 +11,9 @@ from .packing import block_size_of
 from .registration import operator
 
 
-def _check_woodbury(inverse, gradients, num_gradients, status):  # type: ignore[no-untyped-def]
+def _check_woodbury(
+    inverse: Tensor, gradients: Tensor, num_gradients: float, status: Tensor
+) -> None:
     check_gradients(gradients, inverse)
     check_inverse(inverse, gradients.shape[1], status)
     check_positive("num_gradients", num_gradients)
@@ -28,13 +30,20 @@ def woodbury_update(
     gradients = native.contiguous_rows(gradients)
     core, where = native.run_on(inverse)
     core.woodbury_update(
-        inverse.data_ptr(), gradients.data_ptr(), native.DTYPE_CODES[gradients.dtype],
-        gradients.shape[0], gradients.stride(0), gradients.shape[1], block_size_of(inverse),
-        num_gradients, status.data_ptr(), where,
-    )  # fmt: skip
+        where,
+        num_weights=gradients.shape[1],
+        block_size=block_size_of(inverse),
+        inverse=inverse.data_ptr(),
+        gradients=gradients.data_ptr(),
+        gradient_type=native.DTYPE_CODES[gradients.dtype],
+        num_gradients=gradients.shape[0],
+        gradient_stride=gradients.stride(0),
+        total_gradients=num_gradients,
+        status=status.data_ptr(),
+    )
 
 
-def _check_inverse_scores(inverse, weight, group_size, status):  # type: ignore[no-untyped-def]
+def _check_inverse_scores(inverse: Tensor, weight: Tensor, group_size: int, status: Tensor) -> None:
     check_weight(weight, group_size, inverse)
     check_inverse(inverse, weight.numel(), status)
 
@@ -51,14 +60,28 @@ def inverse_scores(inverse: Tensor, weight: Tensor, group_size: int, status: Ten
     scores = new(weight.numel() // group_size, dtype=torch.float32, device=weight.device)
     core, where = native.run_on(inverse)
     core.inverse_scores(
-        inverse.data_ptr(), weight.numel(), block_size_of(inverse), weight.data_ptr(),
-        native.DTYPE_CODES[weight.dtype], group_size, scores.data_ptr(), status.data_ptr(),
         where,
-    )  # fmt: skip
+        num_weights=weight.numel(),
+        block_size=block_size_of(inverse),
+        inverse=inverse.data_ptr(),
+        weight=weight.data_ptr(),
+        weight_type=native.DTYPE_CODES[weight.dtype],
+        group_size=group_size,
+        scores=scores.data_ptr(),
+        status=status.data_ptr(),
+    )
     return scores
 
 
-def _check_inverse_update(inverse, weight, keep, group_size, joint, with_increase, status):  # type: ignore[no-untyped-def]
+def _check_inverse_update(
+    inverse: Tensor,
+    weight: Tensor,
+    keep: Tensor,
+    group_size: int,
+    joint: bool,
+    with_increase: bool,
+    status: Tensor,
+) -> None:
     _check_inverse_scores(inverse, weight, group_size, status)
     check_keep(keep, weight)
 
@@ -81,12 +104,17 @@ def inverse_update(
     with_increase: bool,
     status: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    update, new, increase, _alive = native.update_args(
-        weight, keep, group_size, joint, inverse.shape[0] if with_increase else 0
-    )
+    weight, keep = weight.contiguous(), keep.contiguous()
     core, where = native.run_on(inverse)
+    update, new, increase = native.update_parameters(
+        core, weight, keep, group_size, joint, inverse.shape[0] if with_increase else 0
+    )
     core.inverse_update(
-        inverse.data_ptr(), weight.numel(), block_size_of(inverse), update,
-        status.data_ptr(), where,
-    )  # fmt: skip
+        where,
+        num_weights=weight.numel(),
+        block_size=block_size_of(inverse),
+        inverse=inverse.data_ptr(),
+        update=update,
+        status=status.data_ptr(),
+    )
     return new, increase

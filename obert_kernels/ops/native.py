@@ -1,9 +1,12 @@
-"""Loads the native core and keeps the reason when it cannot be loaded."""
+"""The native core: loading it, and what the operators hand to it."""
 
 from __future__ import annotations
 
 import importlib
 import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
@@ -58,16 +61,36 @@ def failure() -> str | None:
 _load()
 
 DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+# Without a core nothing has limits: the first operator that is called says so.
+MAX_BLOCK_SIZE: int = _core.max_block_size if _core else sys.maxsize
+MAX_PATTERN: int = _core.max_pattern if _core else sys.maxsize  # M of N:M
+
+_substitute: tuple[Any, int] | None = None
 
 
-def fisher_args(
-    gram: Tensor, n: int, block_size: int, num_gradients: float, damping: float, status: Tensor
-) -> Any:
-    """The native argument for a Gram."""
-    return core().Fisher(
-        gram.data_ptr(), DTYPE_CODES[gram.dtype], n, block_size, 1.0 / num_gradients, damping,
-        status.data_ptr(),
-    )  # fmt: skip
+@contextmanager
+def using(module: ModuleType, where: int = 0) -> Iterator[None]:
+    """Run the operators of another module on all tensors: of the same kernels, compiled otherwise.
+
+    Args:
+        module: has the functions and classes of the core.
+        where: their first argument, a number of threads or a stream.
+    """
+    global _substitute
+    before, _substitute = _substitute, (module, where)
+    try:
+        yield
+    finally:
+        _substitute = before
+
+
+def run_on(state: Tensor) -> tuple[Any, int]:
+    """The operators for the device of a tensor, and the threads or the stream they run in."""
+    if _substitute is not None:
+        return _substitute
+    if state.device.type == "cuda":
+        return core().cuda, torch.cuda.current_stream(state.device).cuda_stream
+    return core(), torch.get_num_threads()
 
 
 def contiguous_rows(gradients: Tensor) -> Tensor:
@@ -75,21 +98,48 @@ def contiguous_rows(gradients: Tensor) -> Tensor:
     return gradients if gradients.stride(1) == 1 else gradients.contiguous()
 
 
-def run_on(state: Tensor) -> tuple[Any, int]:
-    """The operators for the device of a tensor, and the threads or the stream they run in."""
-    if state.device.type == "cuda":
-        return core().cuda, torch.cuda.current_stream(state.device).cuda_stream
-    return core(), torch.get_num_threads()
+def fisher_parameters(
+    module: Any,
+    gram: Tensor,
+    num_weights: int,
+    block_size: int,
+    num_gradients: float,
+    damping: float,
+    status: Tensor,
+) -> Any:
+    """``F = damping I + gram / m`` for the operators of a module."""
+    return module.Fisher(
+        num_weights=num_weights,
+        block_size=block_size,
+        gram=gram.data_ptr(),
+        gram_type=DTYPE_CODES[gram.dtype],
+        scale=1.0 / num_gradients,
+        damping=damping,
+        status=status.data_ptr(),
+    )
 
 
-def update_args(
-    weight: Tensor, keep: Tensor, group_size: int, joint: bool, blocks: int
-) -> tuple[Any, Tensor, Tensor, tuple[Tensor, ...]]:
-    """Return the native argument, both outputs, and what must stay alive during the call."""
-    weight, keep = weight.contiguous(), keep.contiguous()
+def update_parameters(
+    module: Any, weight: Tensor, keep: Tensor, group_size: int, joint: bool, blocks: int
+) -> tuple[Any, Tensor, Tensor]:
+    """Return the native argument and both outputs, whose memory it points to.
+
+    Args:
+        module: of the operators.
+        weight: contiguous, as ``keep``; the caller keeps both.
+        keep: mask.
+        group_size: weights that go together.
+        joint: the rule.
+        blocks: number of predicted increases, 0 where nobody asks for them.
+    """
     new, increase = torch.empty_like(weight), weight.new_zeros(blocks, dtype=torch.float64)
-    args = core().Update(
-        weight.data_ptr(), DTYPE_CODES[weight.dtype], keep.data_ptr(), group_size, int(joint),
-        new.data_ptr(), increase.data_ptr() if blocks else 0,
-    )  # fmt: skip
-    return args, new, increase, (weight, keep)
+    update = module.Update(
+        weight=weight.data_ptr(),
+        weight_type=DTYPE_CODES[weight.dtype],
+        keep=keep.data_ptr(),
+        group_size=group_size,
+        rule=int(joint),
+        new_weight=new.data_ptr(),
+        predicted_increase=increase.data_ptr() if blocks else 0,
+    )
+    return update, new, increase

@@ -74,7 +74,11 @@ def gram_accumulate(gram: Tensor, gradients: Tensor, block_size: int) -> None:
 
 
 def gram_accumulate_living(
-    gram: Tensor, gradients: Tensor, gram_start: Tensor, first_place: Tensor, source: Tensor
+    gram: Tensor,
+    gradients: Tensor,
+    gram_start: Tensor,
+    first_place: Tensor,
+    weight_at_place: Tensor,
 ) -> None:
     """Add ``sum_i g_i g_i^T`` to every block's triangle; some blocks of one size at a time."""
     sizes = first_place.diff()
@@ -87,7 +91,7 @@ def gram_accumulate_living(
         same = (sizes == size).nonzero().flatten()
         for some in _chunks(len(same), size):
             blocks = same[some]
-            index = source[first_place[blocks][:, None] + within].long()
+            index = weight_at_place[first_place[blocks][:, None] + within].long()
             g = gradients[:, index.clamp_min(0)].double().masked_fill(index < 0, 0)
             added = torch.einsum("kbi,kbj->bij", g, g)
             gram[gram_start[blocks][:, None] + entries] += added[:, row, column].to(gram.dtype)

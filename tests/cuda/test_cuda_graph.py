@@ -21,11 +21,11 @@ M = 30
 
 
 @pytest.fixture
-def recording(cuda_on_host, monkeypatch):
+def recording(cuda_on_host):
     """Operators keep their launches instead of running them, on a stream with a known name."""
-    monkeypatch.setattr(native, "run_on", lambda state: (cuda_on_host, STREAM))
     cuda_on_host.set_recording(True)
-    yield cuda_on_host
+    with native.using(cuda_on_host, STREAM):
+        yield cuda_on_host
     cuda_on_host.set_recording(False)
 
 

@@ -176,7 +176,7 @@ def test_the_operator_checks_its_arguments():
     torch.library.opcheck(operator, (live._gram, gradients(4, 100), *tables))
     with pytest.raises(ValueError, match="first_place must have one entry more"):
         operator(live._gram, gradients(4, 100), tables[0][1:], *tables[1:])
-    with pytest.raises(TypeError, match="source must be"):
+    with pytest.raises(TypeError, match="weight_at_place must be"):
         operator(live._gram, gradients(4, 100), *tables[:2], tables[2].long())
 
 
@@ -203,7 +203,8 @@ def test_tables_that_point_outside_are_refused(isa, table, place, value, block):
     live = LiveFisher(torch.arange(100) % 3 == 0, 10)
     tables = [live._gram_start.clone(), live._first_place.clone(), live._source.clone()]
     tables[table][place] = value
-    with pytest.raises(ValueError, match=f"block {block}: gram_start, first_place or source"):
+    message = f"block {block}: gram_start, first_place or weight_at_place"
+    with pytest.raises(ValueError, match=message):
         living.gram_accumulate_living(live._gram, gradients(4, 100), *tables)
 
 

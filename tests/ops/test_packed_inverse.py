@@ -319,8 +319,9 @@ def test_many_scores_are_those_of_few(isa, size):
         status = ops.new_status()
         out = torch.full((n + 17,), float("nan"))
         native.core().inverse_scores(
-            state.data_ptr(), n, size, weight.data_ptr(), native.DTYPE_CODES[torch.float32], 1,
-            out[offset:].data_ptr(), status.data_ptr(), 2,
+            2, num_weights=n, block_size=size, inverse=state.data_ptr(), weight=weight.data_ptr(),
+            weight_type=native.DTYPE_CODES[torch.float32], group_size=1,
+            scores=out[offset:].data_ptr(), status=status.data_ptr(),
         )  # fmt: skip
         assert status.item() == 4000
         same = out[offset : offset + n] == many

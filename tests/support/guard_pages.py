@@ -65,10 +65,8 @@ def check(block_size: int, n: int, at_end: bool) -> None:
 
     for dtype, code in ((torch.float32, 0), (torch.float64, 1)):
         out = guarded(torch.full(gram.shape, nan, dtype=dtype), at_end)
-        args = core.Fisher(
-            gram.data_ptr(), 1, n, block_size, 1 / GRADIENTS, DAMPING, status.data_ptr()
-        )
-        core.gram_inverse(args, out.data_ptr(), code, threads)
+        fisher_of_gram = native.fisher_parameters(core, gram, *fisher, status)
+        core.gram_inverse(threads, fisher=fisher_of_gram, inverse=out.data_ptr(), inverse_type=code)
         same(out, ops.gram_inverse(gram, *fisher, dtype, status))
 
     for dtype in (torch.float32, torch.bfloat16):
@@ -84,21 +82,30 @@ def check(block_size: int, n: int, at_end: bool) -> None:
         near = [guarded(t, at_end) for t in (weight, keep)]
         for c in GROUPS:
             scores = guarded(torch.zeros(n // c), at_end)
+            given = {"num_weights": n, "block_size": block_size, "inverse": state.data_ptr()}
+            given["status"] = status.data_ptr()
             core.inverse_scores(
-                state.data_ptr(), n, block_size, near[0].data_ptr(), weight_code, c,
-                scores.data_ptr(), status.data_ptr(), threads,
-            )  # fmt: skip
+                threads,
+                **given,
+                weight=near[0].data_ptr(),
+                weight_type=weight_code,
+                group_size=c,
+                scores=scores.data_ptr(),
+            )
             same(scores, ops.inverse_scores(expected, weight, c, status))
             for joint in (False, True):
                 new = guarded(torch.full_like(weight, nan), at_end)
                 increase = guarded(torch.zeros(gram.shape[0], dtype=torch.float64), at_end)
                 update = core.Update(
-                    near[0].data_ptr(), weight_code, near[1].data_ptr(), c, int(joint),
-                    new.data_ptr(), increase.data_ptr(),
-                )  # fmt: skip
-                core.inverse_update(
-                    state.data_ptr(), n, block_size, update, status.data_ptr(), threads
+                    weight=near[0].data_ptr(),
+                    weight_type=weight_code,
+                    keep=near[1].data_ptr(),
+                    group_size=c,
+                    rule=int(joint),
+                    new_weight=new.data_ptr(),
+                    predicted_increase=increase.data_ptr(),
                 )
+                core.inverse_update(threads, **given, update=update)
                 wanted = ops.inverse_update(expected, weight, keep, c, joint, True, status)
                 same(new, wanted[0])
                 same(increase, wanted[1])

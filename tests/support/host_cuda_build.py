@@ -17,7 +17,7 @@ import pybind11
 
 ROOT = Path(__file__).parents[2]
 SHIM = ROOT / "tests" / "support" / "host_cuda"
-KERNELS = [path for path in sorted((ROOT / "csrc" / "cuda").glob("*.cu")) if path.stem != "device"]
+KERNELS = sorted((ROOT / "csrc" / "pruning" / "cuda").glob("*.cu"))
 # -O1: the kernels are large and run for seconds only.
 FLAGS = ["-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror",
          "-Wno-unknown-pragmas", "-fno-extern-tls-init", "-x", "c++", f"-I{SHIM}"]  # fmt: skip
@@ -52,10 +52,11 @@ def build(folder: Path, kernels: Path | None = None, extra: list[str] | None = N
     """
     csrc = kernels or ROOT / "csrc"
     flags = [*FLAGS, *(extra or [])]
-    headers = [*sorted(csrc.rglob("*.h")), *sorted(csrc.rglob("*.cuh")), *sorted(SHIM.glob("*.h"))]
+    headers = [path for ending in ("h", "cuh", "def") for path in sorted(csrc.rglob(f"*.{ending}"))]
+    headers += sorted(SHIM.glob("*.h"))
     python = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
-    # The module includes ../../../csrc/operators.h, which does not depend on the kernels.
-    sources = {csrc / "cuda" / path.name: flags for path in KERNELS}
+    # The module includes operators.h of this tree, which does not depend on the kernels.
+    sources = {csrc / "pruning" / "cuda" / path.name: flags for path in KERNELS}
     sources[SHIM / "executor.cpp"] = flags
     sources[SHIM / "module.cpp"] = [*flags, *python]
     folder.mkdir(parents=True, exist_ok=True)

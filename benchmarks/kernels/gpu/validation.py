@@ -24,7 +24,7 @@ FLOAT32 = 1e-6  # float64 work rounded to float32
 WOODBURY = 1e-4  # a float32 recursion
 
 
-_REFUSED = "bytes of shared memory"  # in the message of csrc/cuda/launch.h, require_fits
+_REFUSED = "bytes of shared memory"  # in the message of csrc/pruning/cuda/launch.h, require_fits
 
 
 class Mismatch(Exception):

@@ -1,22 +1,19 @@
-// The CUDA kernels of csrc/cuda, compiled for the host and executed fiber by fiber, behind the
-// functions that the package calls for a device.
+// The CUDA kernels of csrc/pruning/cuda, compiled for the host and executed fiber by fiber, behind
+// the functions that the package calls for a device.
 #include <dlfcn.h>
 #include <pybind11/pybind11.h>
 
 #include <stdexcept>
 
-#include "../../../csrc/operators.h"
+#include "../../../csrc/pruning/operators.h"
 #include "executor.h"
 
 namespace py = pybind11;
 using namespace obert;
 
 PYBIND11_MODULE(host_cuda, m) {
-    define_operators<void*>(
-        m, {cuda::gram_accumulate, cuda::gram_accumulate_living, cuda::gram_inverse,
-            cuda::gram_diagonal, cuda::gram_solve, cuda::gram_scores, cuda::gram_greedy_scores,
-            cuda::gram_n_of_m, cuda::gram_update, cuda::woodbury_update, cuda::inverse_scores,
-            cuda::inverse_update});
+    define_classes(m);
+    define_cuda_operators(m);
     m.def("set_seed", &host_cuda::set_seed);
     m.def("set_shared_memory_limit", &host_cuda::set_shared_memory_limit);
     m.def("set_recording", &host_cuda::set_recording);
