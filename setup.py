@@ -2,8 +2,8 @@
 
 The package metadata lives in pyproject.toml.  Environment variables:
   OBERT_CUDA=0|1       without or with the CUDA part (default: with, where nvcc is found)
-  OBERT_CUDA_ARCHS     compute capabilities, for example "80;90" (default: those of 7.5 to 12.0
-                       that nvcc knows)
+  OBERT_CUDA_ARCHS     compute capabilities, for example "80;90" (default: those of the devices
+                       present, else 8.0); "all", for wheels: those of 7.5 to 12.0 that nvcc knows
   CXX, NVCC            compilers (default: c++, nvcc)
   MAX_JOBS             parallel compilations
 """
@@ -46,6 +46,11 @@ CXX_FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -Wall -Wextra -Werror=retu
 KERNEL_FLAGS = ["-fno-math-errno", "-fno-exceptions", "-Wno-psabi"]
 
 
+# Of one processor of 2 GHz: all but CUDA, PTX, machine code of one architecture.
+CPU_SECONDS, CUDA_SECONDS, CUDA_ARCH_SECONDS = 100, 65, 65
+MOST_AT_ONCE = 8  # the longest compilations bound the time from here on
+
+
 def find_nvcc() -> str | None:
     """The CUDA compiler to use, or None for a build without CUDA."""
     wish = os.environ.get("OBERT_CUDA", "")
@@ -57,17 +62,57 @@ def find_nvcc() -> str | None:
     return nvcc
 
 
+def devices_present() -> list[str]:
+    """Compute capabilities of the devices of this machine, as the driver tells them."""
+    command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    return re.findall(r"^\d+\.\d+$", done.stdout, re.M) if done.returncode == 0 else []
+
+
 def cuda_archs(nvcc: str) -> list[str]:
-    """The architectures to compile for; by default those that this nvcc knows."""
-    if wish := os.environ.get("OBERT_CUDA_ARCHS", "").strip():
-        return [arch for arch in re.split(r"[;,\s]+", wish.replace(".", "")) if arch]
-    known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout.split()
-    archs = [arch for arch in CUDA_ARCHS if f"compute_{arch}" in known]
-    if not archs:
-        sys.exit(
-            f"{nvcc} knows none of {', '.join(CUDA_ARCHS)}: set OBERT_CUDA_ARCHS or OBERT_CUDA=0"
-        )
-    return archs
+    """The architectures to compile for: those wished for, of the devices present, or 8.0.
+
+    With PTX, code for 8.0 runs on every later device: 8.6 and 8.9 take its machine code, newer ones
+    compile the PTX when they first use a kernel.
+    """
+    wish = os.environ.get("OBERT_CUDA_ARCHS", "").strip().replace(".", "")
+    if wish and wish != "all":
+        return [arch for arch in re.split(r"[;,\s]+", wish) if arch]
+    listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout
+    known = re.findall(r"compute_(\d+)", listed)
+    if not known:
+        sys.exit(f"{nvcc} lists no architectures: set OBERT_CUDA_ARCHS or OBERT_CUDA=0")
+    if wish == "all":
+        return [arch for arch in CUDA_ARCHS if arch in known]
+    # A device newer than nvcc runs the PTX of the newest architecture that it knows.
+    present = sorted(int(capability.replace(".", "")) for capability in devices_present())
+    fitting = [[arch for arch in known if int(arch) <= device] for device in present]
+    found = [max(archs, key=int) for archs in fitting if archs]
+    return list(dict.fromkeys(found)) or ["80"]
+
+
+def announcement(nvcc: str | None, archs: list[str], jobs: int) -> str:
+    """What will be compiled, and about how long that takes.
+
+    Args:
+        nvcc: None without CUDA.
+        archs: architectures.
+        jobs: compilations at a time.
+    """
+    seconds = CPU_SECONDS + (CUDA_SECONDS + CUDA_ARCH_SECONDS * len(archs) if nvcc else 0)
+    minutes = max(1, round(seconds / min(jobs, MOST_AT_ONCE) / 60))
+    about = f"about {minutes} minute{'s' if minutes > 1 else ''} with {jobs} processors"
+    kernels = f"obert_kernels: compiling CPU kernels for {', '.join(INSTRUCTION_SETS)}"
+    if not nvcc:
+        return f"{kernels}, without CUDA; {about}"
+    names = ", ".join(f"{arch[:-1]}.{arch[-1]}" for arch in archs)
+    return (
+        f"{kernels} and CUDA kernels with {nvcc} for compute capability {names}; {about}\n"
+        "  OBERT_CUDA=0 leaves CUDA out, OBERT_CUDA_ARCHS chooses others"
+    )
 
 
 def cuda_flags(archs: list[str]) -> list[str]:
@@ -151,6 +196,10 @@ class NinjaBuildExt(build_ext):
         cxx = os.environ.get("CXX", "c++")
         ninja_file = NinjaFile(Path(self.build_temp).resolve())
         nvcc = find_nvcc()
+        archs = cuda_archs(nvcc) if nvcc else []
+        jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
+        # Seen with `pip install -v`: pip keeps what a build says to itself otherwise.
+        print(announcement(nvcc, archs, jobs), file=sys.stderr, flush=True)
 
         # What takes longest first, so that the last one does not keep one processor busy alone.
         includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
@@ -158,7 +207,6 @@ class NinjaBuildExt(build_ext):
         once_flags += ["-DOBERT_BUILD_X86"] if IS_X86 else []
         link_flags = ["-pthread"]
         if nvcc:
-            archs = cuda_archs(nvcc)
             once_flags += ["-DOBERT_WITH_CUDA", f'-DOBERT_CUDA_ARCHITECTURES="{";".join(archs)}"']
             for path in by_size(csrc.rglob("cuda/*.cu")):
                 ninja_file.compile(nvcc, path, f"{path.relative_to(csrc)}", cuda_flags(archs))

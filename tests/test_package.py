@@ -7,6 +7,7 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -185,6 +186,55 @@ def test_operators_have_device_kernels_where_the_build_has_them():
     assert has == (obert_kernels.ops.native.core().cuda_architectures is not None)
 
 
+def setup_py(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    monkeypatch.setattr("setuptools.setup", lambda **_: None)
+    return runpy.run_path(str(ROOT / "setup.py"))
+
+
+def program(path: Path, output: str, status: int = 0) -> Path:
+    path.write_text(f"#!/bin/sh\ncat <<'END'\n{output}\nEND\nexit {status}\n")
+    path.chmod(0o755)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("wish", "devices", "expected"),
+    [
+        ("", None, ["80"]),  # no driver
+        ("", "9.0", ["90"]),
+        ("", "9.0\n8.6\n9.0", ["86", "90"]),
+        ("", "13.0", ["120"]),  # newer than nvcc: its newest PTX runs there
+        ("", "7.0", ["80"]),  # older than all that nvcc knows
+        ("", "[N/A]", ["80"]),
+        ("all", "9.0", ["75", "80", "86", "89", "90", "100", "120"]),
+        ("9.0; 8.0", "8.6", ["90", "80"]),
+    ],
+)
+def test_one_architecture_is_compiled_for_unless_others_are_wished_for(
+    monkeypatch, tmp_path, wish, devices, expected
+):
+    known = "\n".join(f"compute_{arch}" for arch in (75, 80, 86, 87, 89, 90, 100, 110, 120))
+    nvcc = program(tmp_path / "nvcc", known)
+    program(tmp_path / "nvidia-smi", devices or "no driver", 0 if devices else 9)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("OBERT_CUDA_ARCHS", wish)
+    assert setup_py(monkeypatch)["cuda_archs"](str(nvcc)) == expected
+
+
+def test_a_build_says_what_it_compiles_and_how_long_that_takes(monkeypatch):
+    announcement = setup_py(monkeypatch)["announcement"]
+    one, many = (
+        announcement("/opt/nvcc", archs, 2) for archs in (["90"], ["80", "90", "100", "120"])
+    )
+    assert "CUDA kernels with /opt/nvcc for compute capability 9.0; about " in one
+    assert "8.0, 9.0, 10.0, 12.0; about " in many
+    assert "OBERT_CUDA=0" in one and "OBERT_CUDA_ARCHS" in one
+    without = announcement(None, [], 2)
+    assert "without CUDA; about 1 minute with 2 processors" in without
+    minutes = [int(re.search(r"about (\d+) minute", text)[1]) for text in (without, one, many)]
+    assert minutes == sorted(set(minutes))
+
+
 @pytest.mark.parametrize(
     ("archs", "expected"),
     [
@@ -200,8 +250,7 @@ def test_operators_have_device_kernels_where_the_build_has_them():
     ],
 )
 def test_every_architecture_gets_machine_code_and_the_newest_ptx(monkeypatch, archs, expected):
-    monkeypatch.setattr("setuptools.setup", lambda **_: None)
-    flags = runpy.run_path(str(ROOT / "setup.py"))["cuda_flags"](archs)
+    flags = setup_py(monkeypatch)["cuda_flags"](archs)
     made = {}
     for ptx, code in re.findall(r"arch=(\w+),code=\[?([\w,]+)", " ".join(flags)):
         made.setdefault(ptx, []).extend(code.split(","))
