@@ -4,6 +4,7 @@
 
 #include <string>
 
+#include "common/copy.h"
 #include "common/cuda/device.h"
 #include "common/instruction_sets.h"
 #include "pruning/operators.h"
@@ -35,6 +36,15 @@ PYBIND11_MODULE(_C, m) {
     });
     m.def("current_instruction_set", &cpu::current_instruction_set);
     m.def("select_instruction_set", &cpu::select_instruction_set);
+
+    m.def(
+        "copy",
+        [](int threads, uintptr_t source, uintptr_t destination, int64_t num_bytes) {
+            cpu::copy(reinterpret_cast<const void*>(source), reinterpret_cast<void*>(destination),
+                      num_bytes, threads);
+        },
+        py::arg("threads"), py::kw_only(), py::arg("source"), py::arg("destination"),
+        py::arg("num_bytes"), py::call_guard<py::gil_scoped_release>());
 
     define_classes(m);
     define_cpu_operators(m);

@@ -5,9 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..gradients.buffers import GRADIENTS_PER_UPDATE, gradient_buffer
+from ..gradients.buffers import gradient_buffer
+from ..ops import native
 from ..ops.checks import check_positive
 from .gram import GramFisher
+
+# Gradients gathered before they are added to the Gram: with more of them its triangles are read and
+# written less often, but their own memory takes longer to come by than that saves.
+_GATHERED = 32
 
 
 class EmpiricalBlockFisherInverse:
@@ -56,11 +61,11 @@ class EmpiricalBlockFisherInverse:
             raise ValueError(f"the gradient must have {self.d} values, got {g.numel()}")
         if self._buffer is None or self._buffer.dtype != g.dtype:
             self._flush()
-            self._buffer = gradient_buffer(GRADIENTS_PER_UPDATE, self.d, g.dtype, self.dev)
+            self._buffer = gradient_buffer(_GATHERED, self.d, g.dtype, self.dev)
         self._inverse = None
-        self._buffer[self._gathered].copy_(g.detach().reshape(-1))
+        native.copy(g.detach().reshape(-1), self._buffer[self._gathered])
         self._gathered += 1
-        if self._gathered == GRADIENTS_PER_UPDATE:
+        if self._gathered == _GATHERED:
             self._flush()
 
     def _flush(self) -> GramFisher:

@@ -93,6 +93,24 @@ def run_on(state: Tensor) -> tuple[Any, int]:
     return core(), torch.get_num_threads()
 
 
+def copy(source: Tensor, destination: Tensor) -> None:
+    """Copy values; between contiguous CPU tensors of one type by the threads of the kernels.
+
+    Those of torch go on spinning for milliseconds, on the processors that a kernel wants next.
+    """
+    plain = source.is_contiguous() and destination.is_contiguous()
+    same = source.dtype == destination.dtype and source.shape == destination.shape
+    if not (plain and same and source.device.type == destination.device.type == "cpu"):
+        destination.copy_(source)
+        return
+    core().copy(
+        torch.get_num_threads(),
+        source=source.data_ptr(),
+        destination=destination.data_ptr(),
+        num_bytes=source.nbytes,
+    )
+
+
 def contiguous_rows(gradients: Tensor) -> Tensor:
     """Gradients with every row contiguous; rows may lie any distance apart."""
     return gradients if gradients.stride(1) == 1 else gradients.contiguous()
