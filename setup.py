@@ -104,7 +104,7 @@ def announcement(nvcc: str | None, archs: list[str], jobs: int) -> str:
     """
     seconds = CPU_SECONDS + (CUDA_SECONDS + CUDA_ARCH_SECONDS * len(archs) if nvcc else 0)
     minutes = max(1, round(seconds / min(jobs, MOST_AT_ONCE) / 60))
-    about = f"about {minutes} minute{'s' if minutes > 1 else ''} with {jobs} processors"
+    about = f"about {minutes} min, {jobs} compilations at a time"
     kernels = f"obert_kernels: compiling CPU kernels for {', '.join(INSTRUCTION_SETS)}"
     if not nvcc:
         return f"{kernels}, without CUDA; {about}"

@@ -51,17 +51,21 @@ class Keywords {
         if (given.size() > names_.size()) throw py::type_error(what_ + ": unknown arguments");
         Named parameters{};
         size_t i = 0;
-        std::apply([&](auto&... member) { (set_member(member, value(given, i++)), ...); },
-                   parameters.members());
+        std::apply([&](auto&... member) { (set(member, given, i++), ...); }, parameters.members());
         return parameters;
     }
 
   private:
     // Names are interned, as those of calls are: looked up without comparing characters.
-    py::handle value(const py::kwargs& given, size_t i) const {
-        PyObject* found = PyDict_GetItemWithError(given.ptr(), names_[i].ptr());
-        if (found == nullptr) throw py::type_error(what_ + " needs " + std::string(names_[i]));
-        return found;
+    template <class T>
+    void set(T& member, const py::kwargs& given, size_t i) const {
+        PyObject* value = PyDict_GetItemWithError(given.ptr(), names_[i].ptr());
+        if (value == nullptr) throw py::type_error(what_ + " needs " + std::string(names_[i]));
+        try {
+            set_member(member, value);
+        } catch (const py::cast_error&) {
+            throw py::type_error(what_ + ": " + std::string(names_[i]) + " has a wrong type");
+        }
     }
 
     std::string what_;

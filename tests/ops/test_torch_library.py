@@ -6,6 +6,7 @@ from problems import DAMPING, fresh_inverse, gradients, gram_of
 
 from obert_kernels import ops
 from obert_kernels.fisher.living import LiveFisher
+from obert_kernels.ops import native
 
 N, B = 110, 25
 
@@ -83,3 +84,19 @@ def test_compile_fullgraph():
     actual = compiled(gram.clone(), g, weight, keep, ops.new_status())
     for a, b in zip(actual, expected, strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_the_core_wants_every_argument_by_its_name():
+    core = native.core()
+    gram, out, status = torch.ones(1, 1).double(), torch.ones(1), ops.new_status()
+    fisher = native.fisher_parameters(core, gram, 1, 1, 1.0, 0.5, status)
+    given = {"fisher": fisher, "diagonal": out.data_ptr(), "diagonal_type": 0}
+    assert core.gram_diagonal(1, **given) == -1
+    assert out.item() == pytest.approx(2 / 3)
+    for wrong, message in (
+        ({"fisher": fisher, "diagonal": 0, "type": 0}, "gram_diagonal needs diagonal_type"),
+        ({**given, "other": 1}, "gram_diagonal: unknown arguments"),
+        ({**given, "fisher": 1}, "gram_diagonal: fisher has a wrong type"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            core.gram_diagonal(1, **wrong)
