@@ -13,6 +13,7 @@ try:
 except ModuleNotFoundError as missing:
     raise SystemExit(f"error: obert-prune needs {missing.name}; {INSTALL}") from missing
 
+from ..ops.checks import MAX_BLOCK_SIZE
 from ..ops.status import NumericalError
 from ..tasks.downloads import DownloadError
 from ..trials.outcome import number_or_word
@@ -119,7 +120,7 @@ def run(
         int | None,
         typer.Option(
             min=1,
-            max=256,
+            max=MAX_BLOCK_SIZE,
             help="Weights per Fisher block; time and memory grow with it. Default: 50, or the "
             "multiple of M below for N:M.",
             rich_help_panel="Fisher",

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from ..ops.checks import MAX_BLOCK_SIZE
 from ..trials.outcome import make_grid, number_or_word
 from ..trials.table import CSV_FILE
 from .config import Settings
@@ -60,7 +61,7 @@ def sweep(
         list[int] | None,
         typer.Option(
             min=1,
-            max=256,
+            max=MAX_BLOCK_SIZE,
             help="Weights per Fisher block. Default: 50, or the multiple of M below for N:M.",
             rich_help_panel=_GRID,
         ),

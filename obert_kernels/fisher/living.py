@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..ops.checks import MAX_BLOCK_SIZE
 from ..ops.living import gram_accumulate_living
-from ..ops.native import MAX_BLOCK_SIZE
 from ..ops.status import NumericalError
 from .base import Fisher, as_rows, came_back
 from .gram import GramFisher, gram_bytes

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..ops.native import MAX_BLOCK_SIZE
+from ..ops.checks import MAX_BLOCK_SIZE
 from .gram import gram_bytes
 
 # Sizes that blocks are rounded up to; each is one more call of every operator but the sum.

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .. import ops
 from ..gradients.buffers import gradient_buffer
-from ..ops import native
 from ..ops.checks import check_positive
 from .gram import GramFisher
 
@@ -63,7 +63,7 @@ class EmpiricalBlockFisherInverse:
             self._flush()
             self._buffer = gradient_buffer(_GATHERED, self.d, g.dtype, self.dev)
         self._inverse = None
-        native.copy(g.detach().reshape(-1), self._buffer[self._gathered])
+        ops.copy(g.detach().reshape(-1), self._buffer[self._gathered])
         self._gathered += 1
         if self._gathered == _GATHERED:
             self._flush()

@@ -12,10 +12,12 @@ from .gram import (
 )
 from .inverse import inverse_scores, inverse_update, woodbury_update
 from .living import gram_accumulate_living
+from .native import copy
 from .status import NumericalError, new_status, raise_for_status
 
 __all__ = [
     "NumericalError",
+    "copy",
     "gram_accumulate",
     "gram_accumulate_living",
     "gram_diagonal",

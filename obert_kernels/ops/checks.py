@@ -7,9 +7,11 @@ from numbers import Integral
 import torch
 from torch import Tensor
 
-from .native import MAX_BLOCK_SIZE
+from . import native
 from .packing import block_size_of, gram_shape
 
+MAX_BLOCK_SIZE = native.limit("max_block_size")
+MAX_PATTERN = native.limit("max_pattern")  # M of N:M
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 WIDE = (torch.float32, torch.float64)
 

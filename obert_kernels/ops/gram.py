@@ -24,6 +24,7 @@ from torch import Tensor
 
 from . import native
 from .checks import (
+    MAX_PATTERN,
     WIDE,
     check_devices,
     check_dtype,
@@ -34,7 +35,6 @@ from .checks import (
     check_weight,
     require,
 )
-from .native import MAX_PATTERN
 from .registration import operator
 
 _FISHER = "int block_size, float num_gradients, float damping, Tensor(a!) status"

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from . import native
-from .checks import WIDE, check_devices, check_dtype, check_gradients, require
-from .native import MAX_BLOCK_SIZE
+from .checks import MAX_BLOCK_SIZE, WIDE, check_devices, check_dtype, check_gradients, require
 from .registration import operator
 
 

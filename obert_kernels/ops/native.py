@@ -53,6 +53,11 @@ def core() -> ModuleType:
     return _core
 
 
+def limit(name: str) -> int:
+    """Return a limit of the core; without a core, whose reason an operator says, there is none."""
+    return getattr(_core, name, sys.maxsize)
+
+
 def failure() -> str | None:
     """Return why the core is missing, or None if it is loaded."""
     return _failure
@@ -61,10 +66,6 @@ def failure() -> str | None:
 _load()
 
 DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-# Without a core nothing has limits: the first operator that is called says so.
-MAX_BLOCK_SIZE: int = _core.max_block_size if _core else sys.maxsize
-MAX_PATTERN: int = _core.max_pattern if _core else sys.maxsize  # M of N:M
-
 _substitute: tuple[Any, int] | None = None
 
 

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..ops.checks import check_block_size
-from ..ops.native import MAX_PATTERN
+from ..ops.checks import MAX_PATTERN, check_block_size
 from ..plugins import Registry
 from .masks import check_scores, n_of_m_mask, prunes_anything, select_masks
 

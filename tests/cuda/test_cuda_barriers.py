@@ -191,11 +191,11 @@ def test_a_removed_barrier_is_found(
 
 SANITIZED = """
 import sys
-sys.path.insert(0, {tests!r})
+sys.path[:0] = {folders!r}
 from pathlib import Path
 import host_cuda_build
 import test_cuda_barriers
-from obert_kernels import ops
+from obert_kernels.ops import native
 module = host_cuda_build.load(Path({library!r}))
 for size in (4, 8, 20, 50, 64):
     with native.using(module):
@@ -222,7 +222,10 @@ def test_address_and_undefined_behaviour_sanitizers_find_nothing(tmp_path):
         ROOT / "build" / "host_cuda",
         extra=["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g1"],
     )
-    script = SANITIZED.format(tests=str(ROOT / "tests"), library=str(library))
+    script = SANITIZED.format(
+        folders=[str(ROOT / "tests" / "support"), str(ROOT / "tests" / "cuda")],
+        library=str(library),
+    )
     environment = {
         **os.environ,
         "LD_PRELOAD": " ".join(preload),

@@ -106,6 +106,22 @@ def test_reading_between_gradients(both):
     assert relative_error(ours.f_inv, theirs.f_inv) < 1e-4
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_a_gradient_is_copied_when_it_is_added(dtype):
+    """Its memory is used again, as that of ``.grad`` is; large ones are copied in pieces."""
+    d = 150_001
+    ours, expected = EmpiricalBlockFisherInverse(40, 20, d, 1e-3), GramFisher(d, 20)
+    g = torch.empty(d, 2, dtype=dtype)
+    for i in range(40):
+        g.normal_()
+        row = g[:, i % 2] if i < 20 else g[:, 0].contiguous()
+        ours.add_grad(row)
+        expected.accumulate(row.clone())
+        row.zero_()
+        g.zero_()
+    torch.testing.assert_close(ours.diag(), expected.diagonal(1e-3), rtol=1e-6, atol=0)
+
+
 def setup_pair(d=400, block_size=40, damping=1e-6):
     g = gradients(64, d, 1e-3)
     fisher = GramFisher(d, block_size)
