@@ -16,11 +16,8 @@ pytest.importorskip("typer")
 
 from tiny_text import save_model
 
-import obert_kernels
-from obert_kernels import prune
 from obert_kernels.commands import cli, demo, options, run
 from obert_kernels.deploy import checkpoints
-from obert_kernels.files import check_replaceable
 from obert_kernels.ops import native
 from obert_kernels.tasks.evaluate import accuracy
 from obert_kernels.tasks.loaders import make_loader
@@ -270,37 +267,6 @@ def test_amounts_of_memory(text: str, expected: int) -> None:
 def test_wrong_amounts_of_memory(text: str) -> None:
     with pytest.raises(ValueError, match="no amount of memory"):
         options.parse_bytes(text)
-
-
-def test_interrupted_save_leaves_the_old_checkpoint(tmp_path: Path, data_file: str) -> None:
-    model = transformers.AutoModelForSequenceClassification.from_pretrained(
-        save_model(tmp_path / "model", head=True)
-    )
-    result = prune(model, sparsity=0.5, selection="magnitude")
-    folder = checkpoints.save_pruned(result, None, tmp_path / "saved" / "half")
-    before = {path.name: path.read_bytes() for path in folder.iterdir()}
-
-    class BrokenTokenizer:
-        def save_pretrained(self, folder: Path) -> None:
-            raise OSError("disk full")
-
-    with pytest.raises(OSError, match="disk full"):
-        checkpoints.save_pruned(result, BrokenTokenizer(), folder)
-    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
-    with pytest.raises(OSError, match="disk full"):
-        checkpoints.save_pruned(result, BrokenTokenizer(), tmp_path / "saved" / "other")
-    assert [path.name for path in (tmp_path / "saved").iterdir()] == ["half"]
-
-
-def test_other_folders_are_not_replaced(tmp_path: Path) -> None:
-    (tmp_path / "thesis").mkdir()
-    (tmp_path / "thesis" / "chapter1.tex").write_text("x")
-    save_model(tmp_path / "model", head=True)
-    for name in ("thesis", "model"):
-        with pytest.raises(FileExistsError, match="was not written by obert_kernels"):
-            check_replaceable(tmp_path / name)
-    with pytest.raises(FileNotFoundError, match="holds no masks"):
-        obert_kernels.load_masks(tmp_path)
 
 
 def test_the_model_to_prune_is_not_replaced(
