@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .demo_sets import DEMO_PREFIX, load_demo_set
-from .text_data import TextData, _assemble, _Example
+from .text_data import Example, TextData, assemble
 
 if TYPE_CHECKING:
     import pandas
@@ -72,7 +72,7 @@ def load_text_data(
         frames, class_names = _read_hub(source)
     columns = _choose_columns(frames, source, text_column, pair_column, label_column)
     parts = {part: _examples(frame, columns) for part, frame in frames.items()}
-    return _assemble(source, parts, class_names.get(columns[2]))
+    return assemble(source, parts, class_names.get(columns[2]))
 
 
 def _read_file(path: Path) -> pandas.DataFrame:
@@ -177,7 +177,7 @@ def _first_known(
     return next((column for column in found if column not in exclude), None)
 
 
-def _examples(frame: pandas.DataFrame, columns: tuple[str, str | None, str]) -> list[_Example]:
+def _examples(frame: pandas.DataFrame, columns: tuple[str, str | None, str]) -> list[Example]:
     """Turn rows into examples; rows without a text or a label are left out."""
     text, pair, label = columns
     seconds = [None] * len(frame) if pair is None else _values(frame[pair])
@@ -195,7 +195,7 @@ def _examples(frame: pandas.DataFrame, columns: tuple[str, str | None, str]) -> 
                 )
             name = int(name)
         examples.append(
-            _Example(str(first).strip(), None if pair is None else str(second).strip(), str(name))
+            Example(str(first).strip(), None if pair is None else str(second).strip(), str(name))
         )
     return examples
 

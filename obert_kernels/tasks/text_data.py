@@ -9,10 +9,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    pass
 
 # Shares of train and dev; the rest is test.
 _TRAIN, _DEV = 0.75, 0.10
@@ -78,7 +74,9 @@ class TextData:
 
 
 @dataclass(frozen=True)
-class _Example:
+class Example:
+    """A text, or a pair of texts, and the name of its class."""
+
     text: str
     pair: str | None
     label: str
@@ -90,8 +88,8 @@ class _Example:
         return "\0".join(" ".join(part.casefold().split()) for part in parts)
 
 
-def _assemble(
-    source: str, parts: Mapping[str, list[_Example]], class_names: list[str] | None = None
+def assemble(
+    source: str, parts: Mapping[str, list[Example]], class_names: list[str] | None = None
 ) -> TextData:
     """Remove duplicates, index the classes and bring the parts into train, dev and test."""
     train, dev, test = _three_parts({part: rows for part, rows in parts.items() if rows})
@@ -117,8 +115,8 @@ def _assemble(
 
 
 def _three_parts(
-    parts: Mapping[str, list[_Example]],
-) -> tuple[list[_Example], list[_Example], list[_Example]]:
+    parts: Mapping[str, list[Example]],
+) -> tuple[list[Example], list[Example], list[Example]]:
     """Use the source's own parts where it has them, else a hash of the text."""
     if len(parts) <= 1:
         rows = next(iter(parts.values()), [])
@@ -143,7 +141,7 @@ def _hash_share(key: str) -> float:
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:6], "big") / 2**48
 
 
-def _without_duplicates(rows: list[_Example], seen: set[str]) -> list[_Example]:
+def _without_duplicates(rows: list[Example], seen: set[str]) -> list[Example]:
     fresh = []
     for row in rows:
         if row.key not in seen:
@@ -158,7 +156,7 @@ def _label_order(name: str) -> tuple[int, int, str]:
     return (0, int(name), name) if digits.isdecimal() else (1, 0, name)
 
 
-def _texts(rows: list[_Example], index: Mapping[str, int]) -> Texts:
+def _texts(rows: list[Example], index: Mapping[str, int]) -> Texts:
     pairs = [row.pair for row in rows if row.pair is not None]
     return Texts(
         texts=[row.text for row in rows],
