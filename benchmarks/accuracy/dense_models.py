@@ -1,24 +1,16 @@
-"""The fine-tuned models that the accuracy benchmarks prune; made once, kept in ``--work``."""
+"""The fine-tuned models that experiments prune; made once, kept in a folder."""
 
 from __future__ import annotations
 
 import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
-from obert_kernels.commands.progress_bars import ProgressBars
 from obert_kernels.files import whole_folder
+from obert_kernels.progress import Progress
+from obert_kernels.tasks.classification import ClassificationTask
 from obert_kernels.tasks.downloads import DemoPackage, cache_folder, demo_model_folder, fetch
-from obert_kernels.tasks.fine_tune import fine_tune
-from obert_kernels.tasks.loaders import make_loader
-from obert_kernels.tasks.precision import choose_precision
-from obert_kernels.tasks.seeds import seeded
-from obert_kernels.tasks.text_data import TextData
-
-# Of gradients, training and accuracies.
-PRECISION = choose_precision("auto")
 
 # Tokens; film reviews are longer than questions.
 MAX_LENGTH = {"trec": 64, "mr": 96}
@@ -30,28 +22,6 @@ _MPNET_SHA256 = (
     "6775455cc8e0828b0611175a6083264d3456c1a6827af0d366f40a75a7f7312b",
     "85cccecf48cb9f06050511311fa1e0c4626007796a70951cad4ac9a9a6df7135",
 )
-
-
-@dataclass(frozen=True)
-class Dense:
-    """How a dense model is made.
-
-    Attributes:
-        name: of the pretrained encoder.
-        epochs, learning_rate: of fine-tuning, batch 32.
-    """
-
-    name: str
-    epochs: float
-    learning_rate: float
-
-    def folder(self) -> Path:
-        """The pretrained encoder, fetched if needed."""
-        return demo_model_folder() if self.name == "all-MiniLM-L6-v2" else mpnet_folder()
-
-
-MINILM = Dense("all-MiniLM-L6-v2", epochs=2, learning_rate=2e-4)
-MPNET = Dense("all-mpnet-base-v2", epochs=2, learning_rate=3e-5)
 
 
 def mpnet_folder() -> Path:
@@ -80,35 +50,40 @@ def mpnet_folder() -> Path:
     return folder
 
 
+@dataclass(frozen=True)
+class Recipe:
+    """How a dense model is made: two epochs, batch 32.
+
+    Attributes:
+        source: returns the folder of the pretrained encoder, fetched if needed.
+        fine_tunings: how many there are; a seed takes one of them.
+    """
+
+    source: Callable[[], Path]
+    learning_rate: float
+    fine_tunings: int
+
+
+RECIPES = {
+    "all-MiniLM-L6-v2": Recipe(demo_model_folder, 2e-4, 1000),
+    "all-mpnet-base-v2": Recipe(mpnet_folder, 3e-5, 1),
+}
+
+
 def fine_tuned(
-    dense: Dense, dataset: str, seed: int, data: TextData, work: Path, progress: ProgressBars
+    model: str, data: str, seed: int, work: Path, progress: Progress | None = None
 ) -> Path:
-    """Return the folder of the model fine-tuned with this seed, made if it is not there."""
-    key = f"{dataset}-seed{seed}-epochs{dense.epochs:g}-lr{dense.learning_rate:g}"
-    if dense.name != MINILM.name:
-        key = f"{dense.name}-{key}"
-    folder = work / "dense" / key
-    if folder.is_dir():
-        return folder
-    source = dense.folder()
-    tokenizer = AutoTokenizer.from_pretrained(source)
-    with seeded(seed):
-        model = AutoModelForSequenceClassification.from_pretrained(
-            source, num_labels=len(data.label_names)
-        )
-    loader = make_loader(
-        tokenizer, data.train, 32, max_length=MAX_LENGTH[dataset], shuffle=True, seed=seed
-    )
-    fine_tune(
-        model,
-        loader,
-        dense.epochs,
-        dense.learning_rate,
-        dtype=PRECISION,
-        seed=seed,
-        progress=progress,
-    )
-    with whole_folder(folder) as fresh:
-        model.save_pretrained(fresh)
-        tokenizer.save_pretrained(fresh)
+    """Return the folder of a model of RECIPES fine-tuned with this seed, made if it is missing."""
+    recipe = RECIPES[model]
+    seed %= recipe.fine_tunings
+    folder = work / "dense" / f"{model}-{data}-seed{seed}"
+    if not folder.is_dir():
+        task = ClassificationTask.load(
+            str(recipe.source()), f"demo:{data}", max_length=MAX_LENGTH[data], seed=seed,
+            new_head=True, progress=progress,
+        )  # fmt: skip
+        task.fine_tune(2, learning_rate=recipe.learning_rate, batch_size=32)
+        with whole_folder(folder) as fresh:
+            task.model.save_pretrained(fresh)
+            task.tokenizer.save_pretrained(fresh)
     return folder

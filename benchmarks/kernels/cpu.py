@@ -25,7 +25,7 @@ from itertools import product
 import torch
 
 from benchmarks.support.contender import ReferenceInverse
-from benchmarks.support.report import line, made_by, table, write
+from benchmarks.support.report import line, made_by, new_document, table, write
 from obert_kernels import WoodburyFisher, ops
 from obert_kernels.gradients.buffers import gradient_buffer
 from obert_kernels.ops.packing import unpack_inverse
@@ -234,11 +234,11 @@ def cells(row: dict) -> list[object]:
 
 
 def markdown(document: dict) -> str:
-    top, m, about = document["ceilings"], document["config"]["m"], document["machine"]
+    top, m = document["ceilings"], document["config"]["m"]
     return "\n".join([
         "# CPU kernels against the reference algorithm",
         "",
-        f"{made_by(document['command'], about, kernels=True)}.  m = {m}; medians of "
+        f"{made_by(document)[0]}.  m = {m}; medians of "
         f"{document['config']['rounds']} alternated rounds.  Times from "
         f"gradients on are {m} times the measured time of one gradient (k in one call for ours, "
         "one by one for the reference), plus what follows.  Ceilings "
@@ -262,12 +262,12 @@ def main() -> None:
     parser.add_argument("--name", default="kernels_blocks", help="folder under results/")
     config = vars(parser.parse_args())
     name = config.pop("name")
-    top, outcomes = ceilings(), []
+    document = new_document(name, {**config, "m": M}, ceilings=(top := ceilings()))
     for columns, size, k in product(config["columns"], config["block"], config["k"]):
         new = measure(config["rows"], columns, size, k, config["rounds"], top)
         print(*map(line, map(cells, new)), sep="\n", flush=True)
-        outcomes += new
-    write(name, {**config, "m": M}, outcomes, markdown, ceilings=top)
+        document["outcomes"] += new
+    print(f"wrote {write(document, markdown)}")
 
 
 if __name__ == "__main__":

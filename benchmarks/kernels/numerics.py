@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from benchmarks.support.contender import ReferenceInverse
-from benchmarks.support.report import made_by, table, write
+from benchmarks.support.report import made_by, new_document, table, write
 from obert_kernels import GramFisher, NumericalError, WoodburyFisher
 
 SCALES = [1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0]
@@ -82,11 +82,11 @@ def outcome(run: Callable[[torch.Tensor], torch.Tensor], g: torch.Tensor, truth:
 
 
 def markdown(document: dict) -> str:
-    config, about, outcomes = (document[part] for part in ("config", "machine", "outcomes"))
+    config, outcomes = document["config"], document["outcomes"]
     return "\n".join([
         "# Accuracy of diag(F^-1) by gradient scale",
         "",
-        f"{made_by(document['command'], about, kernels=True)}.  "
+        f"{made_by(document)[0]}.  "
         f"{config['blocks']} blocks of B = {config['block']}, damping {config['damping']:g}, "
         "gradients with a shared direction and noise of the given scale.  Largest relative error "
         "against extended precision from the same float32 gradients.",
@@ -105,16 +105,16 @@ def main() -> None:
     parser.add_argument("--damping", type=float, default=1e-7)
     args = parser.parse_args()
     runs = paths(args.block, args.damping)
-    outcomes = []
+    document = new_document("numerics", vars(args))
     for m, scale in product(args.gradients, SCALES):
         torch.manual_seed(0)
         n = args.block * args.blocks
         g = (torch.randn(m, 1) * torch.randn(n) + torch.randn(m, n)) * scale
         truth = exact_diagonal(g, args.block, args.damping)
         errors = {name: outcome(run, g, truth) for name, run in runs.items()}
-        outcomes.append({"m": m, "scale": scale, **errors})
-        print(outcomes[-1], flush=True)
-    write("numerics", vars(args), outcomes, markdown)
+        document["outcomes"].append({"m": m, "scale": scale, **errors})
+        print(document["outcomes"][-1], flush=True)
+    write(document, markdown)
 
 
 if __name__ == "__main__":

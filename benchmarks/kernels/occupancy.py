@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.support.report import table, write
+from benchmarks.support.report import new_document, table, write
 from obert_kernels import ops
 from obert_kernels.ops import native
 from obert_kernels.ops.living import gram_accumulate_living
@@ -333,14 +333,14 @@ def describe(rows: list[dict[str, Any]], size: int) -> str:
 
 
 def markdown(document: dict[str, Any]) -> str:
-    rows = document["outcomes"]
+    rows, made = document["outcomes"], document["made_by"][0]["command"]
     label = LABEL[0].upper() + LABEL[1:]
     text = [
         "# Occupancy of the CUDA kernels",
         "",
         f"**{label}.**",
         "",
-        f"`{document['command']}` with nvcc {document['config']['nvcc']}: registers from "
+        f"`{made}` with nvcc {document['config']['nvcc']}: registers from "
         "`ptxas -v`, launches as the operators ask for them, occupancy (resident warps of 64) from "
         "the toolkit's `cuda_occupancy.h`.  "
         "Occupancy says how many warps are there to hide latency, not how fast a kernel is.  "
@@ -383,8 +383,9 @@ def main() -> None:
 
     host = host_cuda_build.load(host_cuda_build.build(ROOT / "build" / "host_cuda"))
     compiler = re.findall(r"release (\S+),", _run(["nvcc", "--version"]))[0]
-    config = {"nvcc": compiler, "note": LABEL}
-    write("occupancy", config, rows(host), markdown, calculated=True)
+    document = new_document("occupancy", {"nvcc": compiler, "note": LABEL})
+    document["outcomes"] = rows(host)
+    print(write(document, markdown, "calculated").read_text())
 
 
 if __name__ == "__main__":

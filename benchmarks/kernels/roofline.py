@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 
 from benchmarks.kernels import costs
 from benchmarks.kernels.costs import Cost
-from benchmarks.support.report import table, write
+from benchmarks.support.report import new_document, table, write
 
 M = 1024
 BLOCK_SIZE = 50
@@ -154,9 +154,9 @@ def markdown(document: dict) -> str:
     return "\n".join([
         "# Bounds on GPUs: a calculation, not a measurement",
         "",
-        f"`{document['command']}`.  **Nothing in this file was run on a GPU.**  It says "
-        "what bytes and flops (benchmarks/kernels/costs.py) and the peaks of data sheets allow, "
-        "not how near any kernel comes; `python benchmarks/gpu.py` measures that.",
+        f"`{document['made_by'][0]['command']}`.  **Nothing in this file was run on a GPU.**  "
+        "It says what bytes and flops (benchmarks/kernels/costs.py) and the peaks of data sheets "
+        "allow, not how near any kernel comes; `python benchmarks/gpu.py` measures that.",
         "",
         f"From {M} float32 gradients of BERT-base's encoder ({WEIGHTS / 1e6:.1f} M weights, "
         f"{BLOCKS} blocks of {BLOCK_SIZE}) to scores of single weights, k gradients a call.  A "
@@ -179,13 +179,14 @@ def markdown(document: dict) -> str:
 
 def main() -> None:
     argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
-    found = rows()
-    check_goal(found)
+    check_goal(rows())
     config = {
         "weights": WEIGHTS, "blocks": BLOCKS, "block_size": BLOCK_SIZE, "m": M,
         "devices": [asdict(device) for device in DEVICES],
     }  # fmt: skip
-    write("roofline", config, found, markdown, calculated=True)
+    document = new_document("roofline", config)
+    document["outcomes"] = rows()
+    print(write(document, markdown, "calculated").read_text())
 
 
 if __name__ == "__main__":

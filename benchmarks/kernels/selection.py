@@ -19,7 +19,7 @@ from functools import partial
 import torch
 
 from benchmarks.kernels.cpu import DAMPING, SCALE, SETTLE, seconds
-from benchmarks.support.report import made_by, table, write
+from benchmarks.support.report import made_by, new_document, table, write
 from obert_kernels import GramFisher
 from obert_kernels.fisher.living import block_fisher
 from obert_kernels.gradients.buffers import gradient_buffer
@@ -148,7 +148,7 @@ def markdown(document: dict) -> str:
     return "\n".join([
         "# Selection, and Fishers of living weights, on the CPU",
         "",
-        f"{made_by(document['command'], document['machine'], kernels=True)}; one "
+        f"{made_by(document)[0]}; one "
         f"{config['rows']}x{config['columns']} matrix, float64 Gram, "
         f"medians of {config['rounds']} alternated rounds.",
         "",
@@ -175,10 +175,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     args = parser.parse_args()
     n, shares = args.rows * args.columns, [1 - s for s in args.sparsity]
-    outcomes = selection_rows(n, args.block, args.rounds)
+    document = new_document("selection", vars(args))
+    outcomes = document["outcomes"]
+    outcomes += selection_rows(n, args.block, args.rounds)
     for dtype in (torch.float32, torch.bfloat16):
         outcomes += living_rows(n, 50, args.m, args.k, shares, dtype, args.rounds)
-    write("selection", vars(args), outcomes, markdown)
+    print(write(document, markdown).read_text())
 
 
 if __name__ == "__main__":

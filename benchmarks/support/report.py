@@ -1,4 +1,8 @@
-"""How results are written: a folder for each benchmark, JSON and Markdown for each machine."""
+"""How results are written: a folder for each benchmark, JSON and Markdown for each machine.
+
+A result is ``{"schema", "benchmark", "made_by": [{"command", "machine"}], "config", "outcomes"}``,
+an outcome a flat row; the Markdown is made of it.
+"""
 
 from __future__ import annotations
 
@@ -34,13 +38,15 @@ def machine_name(about: Mapping[str, str]) -> str:
     return name if about["kernels"] == "avx512" else f"{name}_{about['kernels']}"
 
 
-def made_by(command: str, about: Mapping[str, str], *, kernels: bool = False) -> str:
-    """The sentence on command and machine, without its full stop."""
-    used = [f"{about['threads']} threads"] if "threads" in about else []
-    used += [f"{about['kernels']} kernels"] if kernels else []
-    return ", ".join(
-        [f"`{command}` on {about['cpu']}", *used, f"torch {about['torch']}", about["date"]]
-    )
+def made_by(document: Mapping[str, Any]) -> list[str]:
+    """Command and machine, without a full stop; several where each did what was left to do."""
+    found = []
+    for run in document["made_by"]:
+        about = run["machine"]
+        used = [f"{about['threads']} threads"] if "threads" in about else []
+        used += [f"{about['kernels']} kernels", f"torch {about['torch']}", about["date"]]
+        found.append(", ".join([f"`{run['command']}` on {about['cpu']}", *used]))
+    return found
 
 
 def table(columns: Sequence[str], rows: Iterable[Iterable[object]]) -> list[str]:
@@ -52,35 +58,40 @@ def line(cells: Iterable[object]) -> str:
     return f"| {' | '.join(map(str, cells))} |"
 
 
-def write(
-    benchmark: str,
-    config: Mapping[str, Any],
-    outcomes: Sequence[Mapping[str, Any]],
-    markdown: Callable[[dict[str, Any]], str],
-    *,
-    calculated: bool = False,
-    **more: Any,
-) -> None:
-    """Write results/<benchmark>/<machine>.json and the .md that ``markdown`` makes of it.
+def new_document(benchmark: str, config: Mapping[str, Any], **more: Any) -> dict[str, Any]:
+    """A result of this command on this machine, without outcomes.
 
     Args:
-        config: what was measured, JSON-ready.
-        outcomes: a flat row each.
-        calculated: nothing was measured; the file is named so.
-        more: further entries of the document.
+        config: what is measured, JSON-ready.
+        more: further entries.
     """
-    about: Any = "none, calculated" if calculated else machine()
-    name = "calculated" if calculated else machine_name(about)
-    document = {
-        "schema": SCHEMA, "benchmark": benchmark, "command": command(), "machine": about,
-        "config": dict(config), **more, "outcomes": list(outcomes),
+    run = {"command": command(), "machine": machine()}
+    return {
+        "schema": SCHEMA, "benchmark": benchmark, "made_by": [run], "config": dict(config), **more,
+        "outcomes": [],
     }  # fmt: skip
-    path = RESULTS / benchmark / f"{name}.json"
+
+
+def write(
+    document: Mapping[str, Any],
+    markdown: Callable[[Mapping[str, Any]], str],
+    name: str | None = None,
+    results: Path = RESULTS,
+) -> Path:
+    """Write <benchmark>/<machine>.json and the .md that ``markdown`` makes of it; return the last.
+
+    Args:
+        name: in place of the machine's.
+    """
+    name = name or machine_name(document["made_by"][-1]["machine"])
+    path = results / document["benchmark"] / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(to_json(document), encoding="utf-8")
-    text = markdown(document)
-    path.with_suffix(".md").write_text(text, encoding="utf-8")
-    print(f"{text}\nwrote {path} and .md")
+    texts = {path: to_json(document), path.with_suffix(".md"): markdown(document)}
+    for file, text in texts.items():
+        partial = file.with_name(f"{file.name}.partial")
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(file)
+    return path.with_suffix(".md")
 
 
 def to_json(document: Mapping[str, Any]) -> str:

@@ -46,7 +46,9 @@ def test_every_launch_fits_on_a_multiprocessor():
         assert "refused" not in row, row
         assert row["thread_blocks"] >= 1 and 0 < row["occupancy"] <= 1, row
         assert row["limited_by"], row
-    text = occupancy.markdown({"command": "command", "config": {"nvcc": "13"}, "outcomes": rows})
+    text = occupancy.markdown(
+        {"made_by": [{"command": "command"}], "config": {"nvcc": "13"}, "outcomes": rows}
+    )
     assert occupancy.LABEL in text
     for size in occupancy.DESCRIBED:
         assert f"B = {size} is limited by " in text

@@ -1,0 +1,143 @@
+"""One pruning at one point: with the package, or as oBERT's authors published it."""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks.accuracy.experiment import Point
+from benchmarks.accuracy.tables import Row
+from benchmarks.support.contender import ReferenceInverse
+from obert_kernels import PruneReport, find_weights, prune
+from obert_kernels.gradients.losses import LossFn
+from obert_kernels.tasks.batches import fisher_batches, tokens_at_once
+from obert_kernels.tasks.classification import ClassificationTask
+
+BLOCK_SIZE = 50  # of the reference
+
+
+def loss_and_batches(
+    task: ClassificationTask, point: Point, one_by_one: bool = False
+) -> tuple[LossFn, Callable[..., list[Any]]]:
+    """What gradients are taken of, and what returns the batches for m gradients of g texts.
+
+    Args:
+        one_by_one: one gradient in a batch, in place of as many as fit.
+    """
+    gradients_of = point.get("gradients_of", "predictions")
+    by_length = point.get("by_length", gradients_of == "predictions")
+    tokens = 1 if one_by_one else tokens_at_once(task.model.config.hidden_size)
+
+    def batches(num_grads: int, texts_per_grad: int, steps: int = 1) -> list[Any]:
+        return fisher_batches(
+            task.tokenizer, task.data.train, num_grads, texts_per_grad, steps=steps,
+            max_length=task.max_length, max_tokens=tokens, by_length=by_length, seed=task.seed,
+        )  # fmt: skip
+
+    return replace(task, gradients_of=gradients_of).loss_fn, batches
+
+
+def prepared(task: ClassificationTask, point: Point) -> Callable[[], PruneReport]:
+    """Everything but the pruning, which the returned function does."""
+    num_grads, steps = point["texts"] // point["texts_per_grad"], point.get("steps", 1)
+    loss_fn, batches_of = loss_and_batches(task, point)
+    magnitude, held = point["selection"] == "magnitude", task.damping_batches()
+    batches = None if magnitude else batches_of(num_grads, point["texts_per_grad"], steps)
+    options = {n: point[n] for n in ("pattern", "selection", "schedule", "estimator") if n in point}
+    options["fisher_dtype"] = getattr(torch, point.get("fisher_dtype", "float64"))
+    if point["selection"] == "diagonal":
+        options["update"] = "sum"
+    if point.get("damping", "auto") != "auto":
+        options["damping"] = point["damping"]
+    elif point["selection"] == "greedy":
+        options["calibration"] = held
+    return lambda: prune(
+        task.model, batches, point["sparsity"], num_grads=num_grads,
+        samples_per_grad=point["texts_per_grad"], steps=steps, loss_fn=loss_fn, **options,
+    ).report  # fmt: skip
+
+
+@contextmanager
+def prune_once(task: ClassificationTask, point: Point) -> Iterator[Row]:
+    """Prune, and put the weights back when the block ends."""
+    weights = find_weights(task.model)
+    dense = {name: weight.detach().clone() for name, weight in weights.items()}
+    try:
+        report = prepared(task, point)()
+        trials = [
+            min((t for t in report.damping_trials if t.step == step), key=lambda t: t.cost)
+            for step in range(1, point.get("steps", 1) + 1)
+        ]
+        yield {"dampings": [trial.relative for trial in trials], **stages(report.seconds)}
+    finally:
+        with torch.no_grad():
+            for name, weight in weights.items():
+                weight.copy_(dense[name])
+
+
+def stages(seconds: dict[str, float]) -> Row:
+    row = {f"{name}_seconds": seconds.get(name, 0.0) for name in ("gradients", "fisher", "damping")}
+    selection = sum(seconds.get(name, 0.0) for name in ("scores", "masks", "update"))
+    return {**row, "selection_seconds": selection}
+
+
+def prune_whole(task: ClassificationTask, point: Point) -> Row:
+    """Seconds of the pruning alone, peak memory of this process, and accuracy."""
+    reference = point["selection"] == "reference"
+    work = prepared_reference(task, point) if reference else prepared(task, point)
+    start = time.perf_counter()
+    done = work()
+    seconds = time.perf_counter() - start
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    accuracy = task.evaluate(task.model, "test").accuracy
+    by_stage = stages(done.seconds if isinstance(done, PruneReport) else done)
+    return {"test_accuracy": accuracy, "seconds": seconds, **by_stage, "peak_gib": peak}
+
+
+def prepared_reference(task: ClassificationTask, point: Point) -> Callable[[], dict[str, float]]:
+    """The published procedure: one backward pass, einsum and baddbmm for each gradient."""
+    loss_fn, batches_of = loss_and_batches(task, point, one_by_one=True)
+    g = point["texts_per_grad"]
+    batches = batches_of(point["texts"] // g, g)
+    return lambda: prune_as_reference(
+        task.model, batches, loss_fn, point["sparsity"], point["damping"]
+    )
+
+
+def prune_as_reference(
+    model: nn.Module, batches: list[Any], loss_fn: LossFn, sparsity: float, damping: float
+) -> dict[str, float]:
+    """Diagonal scores, one global ranking, sum update; returns seconds by stage."""
+    model.eval()
+    weights = find_weights(model)
+    fishers = {
+        name: ReferenceInverse(len(batches), BLOCK_SIZE, weight.numel(), damping)
+        for name, weight in weights.items()
+    }
+    seconds = {"gradients": 0.0, "fisher": 0.0}
+    for batch in batches:
+        start = time.perf_counter()
+        model.zero_grad()
+        loss_fn(model, batch).backward()
+        middle = time.perf_counter()
+        for name, weight in weights.items():
+            fishers[name].add_grad(weight.grad.flatten())
+        seconds["gradients"] += middle - start
+        seconds["fisher"] += time.perf_counter() - middle
+    start = time.perf_counter()
+    with torch.no_grad():
+        scores = torch.cat([fishers[name].scores(w.flatten()) for name, w in weights.items()])
+        removed = torch.zeros(len(scores), dtype=torch.bool)
+        removed[scores.topk(round(sparsity * len(scores)), largest=False).indices] = True
+        parts = removed.split([weight.numel() for weight in weights.values()])
+        for (name, weight), part in zip(weights.items(), parts, strict=True):
+            new = fishers[name].update(weight.flatten(), ~part)
+            weight.copy_(new.view_as(weight))
+    return {**seconds, "update": time.perf_counter() - start}
