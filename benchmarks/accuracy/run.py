@@ -83,7 +83,7 @@ def measure(wanted: list[Point], known: list[Row], work: Path, record: Record) -
         dense = task.evaluate(task.model, "test").accuracy
         check_same(known, {"model": model, "data": data, "seed": seed}, dense)
         for (*_, steps), here in parts(some, *SHARED):
-            way = measure_grid if (steps or 1) == 1 else measure_one_by_one
+            way = measure_grid if steps is None else measure_one_by_one
             way(task, here, lambda point, row, dense=dense: record(point, {"dense": dense, **row}))
 
 
@@ -146,7 +146,7 @@ def figures(outcome: Outcome) -> Row:
 
 
 def measure_one_by_one(task: ClassificationTask, wanted: list[Point], record: Record) -> None:
-    """Several sub-steps: nothing to share."""
+    """With ``steps`` there is nothing to share, and the damping of each is shown."""
     for point in wanted:
         with prune_once(task, point) as row:
             held, test = task.evaluate(task.model, "dev"), task.evaluate(task.model, "test")

@@ -137,7 +137,7 @@ def ways(rows: list[Row], experiment: Mapping[str, Any]) -> list[str]:
         cells = []
         for some in by_sparsity.values():
             shown = cell(values(some, where).values())
-            if shown and marked and where["selection"] == marked:
+            if shown and marked and "damping" in where:
                 best = best_damping(select(some, {"selection": marked}), "dev_accuracy")
                 shown = f"**{shown}**" if best == where["damping"] else shown
             cells.append(shown)
