@@ -34,4 +34,4 @@ class Clock:
 
 
 def silent(stage: str, done: int, total: int) -> None:
-    """Progress that nobody watches."""
+    """Show no progress."""

@@ -18,7 +18,7 @@ from ..ops.status import NumericalError
 from ..tasks.downloads import DownloadError
 from ..trials.outcome import number_or_word
 from .cli_sweep import sweep
-from .config import Settings
+from .config import RunConfig
 from .demo import demo_settings
 from .options import (
     Data,
@@ -191,7 +191,7 @@ def run(
     values: dict[str, Any] = locals().copy()
     load_plugins(plugin)
     values["sparsity"] = sparsity or [prescribed_sparsity(pattern)]
-    _prune(Settings(**{**values, "damping": number_or_word(damping)}))
+    _prune(RunConfig(**{**values, "damping": number_or_word(damping)}))
 
 
 app.command()(sweep)
@@ -216,7 +216,7 @@ def demo(
     _prune(demo_settings(dataset, output, seed))
 
 
-def _prune(settings: Settings) -> None:
+def _prune(settings: RunConfig) -> None:
     with ProgressBars() as bars:
         prune_classifier(settings, bars, typer.echo)
 

@@ -10,7 +10,7 @@ import typer
 from ..ops.checks import MAX_BLOCK_SIZE
 from ..trials.outcome import make_grid, number_or_word
 from ..trials.table import CSV_FILE
-from .config import Settings
+from .config import RunConfig
 from .options import (
     Data,
     EstimatorName,
@@ -119,7 +119,7 @@ def sweep(
     for then. The best is chosen on held-back texts.
     """
     load_plugins(plugin)
-    settings = Settings(
+    settings = RunConfig(
         model=model,
         data=data,
         sparsity=sparsity or [prescribed_sparsity(pattern)],

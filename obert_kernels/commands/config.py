@@ -15,7 +15,7 @@ from ..tasks.task import Task
 
 
 @dataclass(frozen=True)
-class Settings:
+class RunConfig:
     """Everything a run depends on; the options of ``obert-prune run`` explain each."""
 
     model: str
@@ -76,7 +76,7 @@ class Settings:
 
 
 def load_task(
-    settings: Settings, *, hold_back: bool = True, progress: Progress | None = None
+    settings: RunConfig, *, hold_back: bool = True, progress: Progress | None = None
 ) -> Task:
     """Return the model and the data of a run, see :meth:`ClassificationTask.load`."""
     return ClassificationTask.load(
@@ -102,6 +102,6 @@ def check_output(folder: Path) -> None:
             raise NotADirectoryError(f"--output {folder}: {path} is a file, choose another folder")
 
 
-def plain(settings: Settings) -> dict[str, Any]:
+def plain(settings: RunConfig) -> dict[str, Any]:
     """JSON-ready."""
     return {**asdict(settings), "output": str(settings.output)}

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..tasks.classification import DEMO_MODEL
 from ..tasks.demo_sets import DEMO_PREFIX, DEMO_SETS
-from .config import Settings
+from .config import RunConfig
 
 # For 2 CPU cores and five minutes.
 _DEMO_SETTINGS: dict[str, Any] = {
@@ -22,7 +22,7 @@ _DEMO_SETTINGS: dict[str, Any] = {
 }
 
 
-def demo_settings(dataset: str, output: Path, seed: int = 0) -> Settings:
+def demo_settings(dataset: str, output: Path, seed: int = 0) -> RunConfig:
     """Return the settings of the demo on ``"trec"`` or ``"mr"``.
 
     Raises:
@@ -31,4 +31,4 @@ def demo_settings(dataset: str, output: Path, seed: int = 0) -> Settings:
     if dataset not in DEMO_SETS:
         raise ValueError(f"there is no demo set {dataset!r}: choose {' or '.join(DEMO_SETS)}")
     data = DEMO_PREFIX + dataset
-    return Settings(model=DEMO_MODEL, data=data, output=output, seed=seed, **_DEMO_SETTINGS)
+    return RunConfig(model=DEMO_MODEL, data=data, output=output, seed=seed, **_DEMO_SETTINGS)

@@ -80,7 +80,7 @@ PatternName = Annotated[
     str,
     typer.Option(
         help="unstructured; block4 (any block<c>): c consecutive weights of a row go "
-        "together; block4x1: of a column; 2:4 (any N:M): at most 2 of every 4 survive.",
+        "together; block4x1: of a column; 2:4 (any N:M): at most 2 of every 4 remain.",
         rich_help_panel="Pruning",
     ),
 ]

@@ -23,14 +23,14 @@ from ..sparsity.masks import check_sparsity
 from ..tasks.task import Task
 from ..trials.grid import TrialLoop
 from ..trials.outcome import Outcome, Scores
-from .config import Settings, check_output, load_task, plain
+from .config import RunConfig, check_output, load_task, plain
 from .plots import plot_accuracy
 
 PLOT_FILE = "accuracy.png"
 
 
 def prune_classifier(
-    settings: Settings, progress: Progress | None = None, echo: Callable[[str], object] = print
+    settings: RunConfig, progress: Progress | None = None, echo: Callable[[str], object] = print
 ) -> dict[str, Any]:
     """Load, fine-tune if asked, prune at every sparsity, and save; what the commands do.
 
@@ -115,7 +115,7 @@ def prune_classifier(
     return report
 
 
-def _check(settings: Settings) -> dict[float, Path]:
+def _check(settings: RunConfig) -> dict[float, Path]:
     """Check what can be checked before any work; return the folder of each sparsity."""
     for name in ("num_grads", "grad_batch_size", "batch_size", "max_length", "steps"):
         if getattr(settings, name) < 1:
@@ -161,7 +161,7 @@ def _check_summary_replaceable(folder: Path) -> None:
         )
 
 
-def _fine_tune(settings: Settings, task: Task) -> None:
+def _fine_tune(settings: RunConfig, task: Task) -> None:
     """Fine-tune the dense model, if asked, and save it in the sub-folder ``dense``."""
     if settings.finetune_epochs <= 0:
         return
@@ -173,7 +173,7 @@ def _fine_tune(settings: Settings, task: Task) -> None:
 
 
 def _train(
-    settings: Settings, task: Task, epochs: float, masks: dict[str, torch.Tensor] | None = None
+    settings: RunConfig, task: Task, epochs: float, masks: dict[str, torch.Tensor] | None = None
 ) -> None:
     task.fine_tune(
         epochs, learning_rate=settings.learning_rate, batch_size=settings.batch_size, masks=masks
@@ -181,7 +181,7 @@ def _train(
 
 
 def _write_summary(
-    settings: Settings,
+    settings: RunConfig,
     task: Task,
     dense: float,
     rows: Sequence[tuple[str, Outcome]],

@@ -21,14 +21,14 @@ from ..trials.budget import Budget
 from ..trials.grid import TrialLoop
 from ..trials.outcome import Outcome, Scores, label, point_of
 from ..trials.table import CSV_FILE, TABLE_FILE, TrialTable, check_basis, format_table, write_basis
-from .config import Settings, check_output, load_task
+from .config import RunConfig, check_output, load_task
 from .plots import plot_sweep
 
 PLOT_FILE = "sweep.png"
 
 
 def sweep_classifier(
-    settings: Settings,
+    settings: RunConfig,
     grid: Sequence[PruningConfig],
     budget: float | None = None,
     progress: Progress | None = None,
@@ -102,7 +102,7 @@ def sweep_classifier(
     return table.outcomes
 
 
-def _basis(settings: Settings) -> dict[str, Any]:
+def _basis(settings: RunConfig) -> dict[str, Any]:
     """What trials depend on besides the task, their setting and sparsity, JSON-ready."""
     return {
         "pattern": settings.pattern,
@@ -163,7 +163,7 @@ def _name(trial: tuple[PruningConfig, float], grid: Sequence[PruningConfig]) -> 
 
 
 def _write_summary(
-    settings: Settings,
+    settings: RunConfig,
     task: Task,
     outcomes: Sequence[Outcome],
     dense: Scores,

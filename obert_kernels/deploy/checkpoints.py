@@ -30,7 +30,7 @@ def save_pruned(
 
     Returns:
         The folder, holding ``config.json``, ``model.safetensors``, the tokenizer's files,
-        ``masks.safetensors`` (one bool tensor per pruned weight, its shape, True = survives)
+        ``masks.safetensors`` (one bool tensor per pruned weight, its shape, True = remains)
         and ``report.json``.
 
     Raises:
@@ -47,7 +47,7 @@ def save_pruned(
 
 
 def save_masks(masks: Mapping[str, torch.Tensor], folder: str | Path) -> None:
-    """Write ``masks`` (name -> bool tensor, True = survives) to ``folder/masks.safetensors``."""
+    """Write ``masks`` (name -> bool tensor, True = remains) to ``folder/masks.safetensors``."""
     from safetensors.torch import save_file
 
     tensors = {name: mask.detach().to("cpu").contiguous() for name, mask in masks.items()}
@@ -55,7 +55,7 @@ def save_masks(masks: Mapping[str, torch.Tensor], folder: str | Path) -> None:
 
 
 def load_masks(folder: str | Path) -> dict[str, torch.Tensor]:
-    """Return the masks saved in ``folder``: name -> bool tensor, True = survives.
+    """Return the masks saved in ``folder``: name -> bool tensor, True = remains.
 
     Raises:
         FileNotFoundError: ``folder`` holds no masks.

@@ -48,9 +48,9 @@ class Fisher(ABC):
     float32, new weights have the type of the old ones.
 
     One is made by the factory that :func:`register_fisher` was given, which may be the class:
-    ``factory(alive, block_size, group_size, dtype=, name=)`` with
+    ``factory(remaining, block_size, group_size, dtype=, name=)`` with
 
-    - ``alive``: bool ``[n]``, the remaining weights; others are never asked for;
+    - ``remaining``: bool ``[n]``, the remaining weights; others are never asked for;
     - ``block_size``: B; ``group_size``: consecutive weights that belong together in some way;
     - ``dtype``: of the Gram, or whatever is wide enough for sums over gradients;
     - ``name``: used in error messages.

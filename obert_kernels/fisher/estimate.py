@@ -35,7 +35,7 @@ class FisherEstimate:
         samples_per_grad: as given; None: one batch each.
         pattern: the order of the weights in a block, and the groups that can be scored.
         block_size: B.
-        dead: weights that were zero then, flat in the order of the pattern, of matrices that had
+        zeros: weights that were zero then, flat in the order of the pattern, of matrices that had
             some; a Fisher of the remaining weights alone knows itself.
     """
 
@@ -47,7 +47,7 @@ class FisherEstimate:
     samples_per_grad: int | None = None
     pattern: Pattern = UNSTRUCTURED
     block_size: int = 50
-    dead: dict[str, Tensor] = field(default_factory=dict)
+    zeros: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Estimation:
@@ -112,16 +112,16 @@ class Estimation:
         assert self.config.block_size is not None
         fishers: dict[str, Fisher] = {}
         for name, weight in weights.items():
-            alive = self.pattern.flat(weight.detach() != 0)
+            remaining = self.pattern.flat(weight.detach() != 0)
             fishers[name] = create(
-                alive, self.config.block_size, self.pattern.span,
+                remaining, self.config.block_size, self.pattern.span,
                 dtype=self.config.torch_dtype, name=name,
             )  # fmt: skip
         # Of a pruned weight no gradient is added: its rows and columns stay zero.
-        dead = zero_weights(fishers, weights, self.pattern)
+        zeros = zero_weights(fishers, weights, self.pattern)
         add_all = self._gather if self.samples is None else self._stream
         progress("gradients", 0, self.config.num_grads)
-        add_all(weights, plan, fishers, dead, clock, progress, source or self.source)
+        add_all(weights, plan, fishers, zeros, clock, progress, source or self.source)
         return fishers
 
     def _gather(
@@ -129,7 +129,7 @@ class Estimation:
         weights: Mapping[str, nn.Parameter],
         plan: MemoryPlan,
         fishers: Mapping[str, Fisher],
-        dead: Mapping[str, Tensor],
+        zeros: Mapping[str, Tensor],
         clock: Clock,
         progress: Progress,
         source: BatchSource,
@@ -146,8 +146,8 @@ class Estimation:
                 with clock.stage("gradients"):
                     for name, gradient in next(gradients).items():
                         row = buffers[name][gathered].copy_(self.pattern.flat(gradient))
-                        if name in dead:
-                            row.masked_fill_(dead[name], 0)
+                        if name in zeros:
+                            row.masked_fill_(zeros[name], 0)
                 gathered += 1
                 if gathered == k or index == num_grads - 1:
                     with clock.stage("fisher"):
@@ -161,7 +161,7 @@ class Estimation:
         weights: Mapping[str, nn.Parameter],
         plan: MemoryPlan,
         fishers: Mapping[str, Fisher],
-        dead: Mapping[str, Tensor],
+        zeros: Mapping[str, Tensor],
         clock: Clock,
         progress: Progress,
         source: BatchSource,
@@ -169,8 +169,8 @@ class Estimation:
         """Many gradients a batch, added matrix by matrix while its backward pass runs."""
 
         def add(name: str, gradients: Tensor) -> None:
-            if name in dead:
-                gradients.masked_fill_(dead[name], 0)
+            if name in zeros:
+                gradients.masked_fill_(zeros[name], 0)
             with clock.stage("fisher"):
                 fishers[name].accumulate(gradients)
 
@@ -206,4 +206,4 @@ def zero_weights(
     """Weights that are zero, where there are some and the Fisher would look at them."""
     looked_at = (name for name, fisher in fishers.items() if fisher.looks_at_pruned)
     zero = ((name, pattern.flat(weights[name].detach() == 0)) for name in looked_at)
-    return {name: dead for name, dead in zero if bool(torch.any(dead))}
+    return {name: zeros for name, zeros in zero if bool(torch.any(zeros))}

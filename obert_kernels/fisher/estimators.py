@@ -13,7 +13,7 @@ from .base import Fisher
 from .gram import gram_bytes
 from .living import block_fisher, fisher_bytes
 
-# Called with (alive, block_size, group_size, dtype=, name=), as the class Fisher says.
+# Called with (remaining, block_size, group_size, dtype=, name=), as the class Fisher says.
 Create = Callable[..., Fisher]
 NumBytes = Callable[[Tensor, int, int, torch.dtype], int]
 
@@ -29,8 +29,10 @@ class Estimator:
 estimators: Registry[Estimator] = Registry("estimator")
 
 
-def _as_large_as_a_gram(alive: Tensor, block_size: int, group_size: int, dtype: torch.dtype) -> int:
-    return gram_bytes(alive.numel(), block_size, dtype)
+def _as_large_as_a_gram(
+    remaining: Tensor, block_size: int, group_size: int, dtype: torch.dtype
+) -> int:
+    return gram_bytes(remaining.numel(), block_size, dtype)
 
 
 def register_fisher(
@@ -40,7 +42,7 @@ def register_fisher(
 
     Args:
         name: of the estimator.
-        num_bytes: called as ``num_bytes(alive, block_size, group_size, dtype)`` before there is
+        num_bytes: called as ``num_bytes(remaining, block_size, group_size, dtype)`` before there is
             one; without it the memory of a Gram is assumed.
     """
 

@@ -210,7 +210,7 @@ class GramFisher(Fisher):
 
         Args:
             weight: ``[n]``.
-            keep: ``[n]`` bool, True for the survivors; a zero among them may move.
+            keep: ``[n]`` bool, True for weights that remain; a zero among them may move.
             damping: of F.
             group_size: weights removed together under the sum rule.
             rule: "sum" adds the updates of all groups as if each were removed alone (oBERT);

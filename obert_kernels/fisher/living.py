@@ -19,7 +19,14 @@ from ..ops.living import gram_accumulate_living
 from ..ops.status import NumericalError
 from .base import Fisher, as_rows, came_back
 from .gram import GramFisher, gram_bytes
-from .living_layout import _BLOCK_BYTES, _PLACE_BYTES, _live_bytes, _Living, _living, _places
+from .living_layout import (
+    BLOCK_BYTES,
+    PLACE_BYTES,
+    RemainingLayout,
+    layout_bytes,
+    layout_of,
+    places_by_size,
+)
 
 # Tables and a call for each size take time and room of their own: not for less than a quarter.
 _WORTHWHILE = 0.75
@@ -29,46 +36,48 @@ _MOST_WEIGHTS = 2**31 - 1  # int32 says which weight stands at a place
 
 
 def _size(
-    alive: Tensor, block_size: int, group_size: int, dtype: torch.dtype
-) -> tuple[int, _Living | None]:
-    """Memory of a Fisher, and the living weights if it is one of them alone."""
-    full = gram_bytes(alive.numel(), block_size, dtype)
-    if alive.numel() <= _MOST_WEIGHTS and not bool(alive.all()):
-        living = _living(alive, block_size, group_size)
-        live = _live_bytes(living, group_size, dtype)
+    remaining: Tensor, block_size: int, group_size: int, dtype: torch.dtype
+) -> tuple[int, RemainingLayout | None]:
+    """Memory of a Fisher, and the remaining weights if it is one of them alone."""
+    full = gram_bytes(remaining.numel(), block_size, dtype)
+    if remaining.numel() <= _MOST_WEIGHTS and not bool(remaining.all()):
+        layout = layout_of(remaining, block_size, group_size)
+        live = layout_bytes(layout, group_size, dtype)
         if live < _WORTHWHILE * full:
-            return int(live), living
+            return int(live), layout
     return full, None
 
 
 def fisher_bytes(
-    alive: Tensor,
+    remaining: Tensor,
     block_size: int,
     group_size: int = 1,
     dtype: torch.dtype = torch.float64,
 ) -> int:
     """Memory that :func:`block_fisher` will take."""
-    return _size(alive, block_size, group_size, dtype)[0]
+    return _size(remaining, block_size, group_size, dtype)[0]
 
 
 def block_fisher(
-    alive: Tensor,
+    remaining: Tensor,
     block_size: int,
     group_size: int = 1,
     *,
     dtype: torch.dtype = torch.float64,
     name: str = "weights",
 ) -> GramFisher | LiveFisher:
-    """Return a Fisher of the living weights alone if that is worthwhile, else of all weights.
+    """Return a Fisher of the remaining weights alone if that is worthwhile, else of all weights.
 
     Args:
-        alive: bool, the weights that are left.
+        remaining: bool, the weights that are left.
         block_size, group_size, dtype, name: as for :class:`LiveFisher`.
     """
-    living = _size(alive, block_size, group_size, dtype)[1]
-    if living is not None:
-        return LiveFisher(alive, block_size, group_size, dtype=dtype, name=name, living=living)
-    return GramFisher(alive.numel(), block_size, dtype=dtype, device=alive.device, name=name)
+    layout = _size(remaining, block_size, group_size, dtype)[1]
+    if layout is not None:
+        return LiveFisher(remaining, block_size, group_size, dtype=dtype, name=name, layout=layout)
+    return GramFisher(
+        remaining.numel(), block_size, dtype=dtype, device=remaining.device, name=name
+    )
 
 
 @dataclass
@@ -81,16 +90,16 @@ class _Part:
 
 
 class LiveFisher(Fisher):
-    """Block Fisher of the living weights of a matrix; does what :class:`GramFisher` does
+    """Block Fisher of the remaining weights of a matrix; does what :class:`GramFisher` does
     but for ``inverse`` and ``solve``.
 
     Args:
-        alive: ``[n]`` bool, the weights that are left.
-        block_size: B, of the blocks that the living weights are taken from.
+        remaining: ``[n]`` bool, True for weights that are not pruned.
+        block_size: B, of the blocks that the remaining weights are taken from.
         group_size: c, if groups of consecutive weights are to be scored.
         dtype: type of the Grams.
         name: used in error messages.
-        living: what :func:`_living` says of them, if that has been asked.
+        layout: what :func:`layout_of` says of them, if that has been asked.
 
     Raises:
         ValueError: a block with whole groups is larger than the largest there can be, or there
@@ -101,48 +110,48 @@ class LiveFisher(Fisher):
 
     def __init__(
         self,
-        alive: Tensor,
+        remaining: Tensor,
         block_size: int = 50,
         group_size: int = 1,
         *,
         dtype: torch.dtype = torch.float64,
         name: str = "weights",
-        living: _Living | None = None,
+        layout: RemainingLayout | None = None,
     ) -> None:
-        if alive.numel() > _MOST_WEIGHTS:
-            raise ValueError(f"{name} has {alive.numel()} weights; {_MOST_WEIGHTS} is the most")
-        self.num_weights = alive.numel()
+        if remaining.numel() > _MOST_WEIGHTS:
+            raise ValueError(f"{name} has {remaining.numel()} weights; {_MOST_WEIGHTS} is the most")
+        self.num_weights = remaining.numel()
         self.block_size = block_size
         self.group_size = group_size
         self.name = name
-        self.device = alive.device
+        self.device = remaining.device
         self.num_gradients = 0
-        if living is None:
-            living = _living(alive, block_size, group_size)
-        places = {size: p for size, p in _places(living.needed, group_size).items() if p}
+        if layout is None:
+            layout = layout_of(remaining, block_size, group_size)
+        places = {size: p for size, p in places_by_size(layout.needed, group_size).items() if p}
         if places and max(places) > MAX_BLOCK_SIZE:
             raise ValueError(
                 f"{name}: blocks of {block_size} have up to {max(places)} places in whole groups "
                 f"of {group_size}; {MAX_BLOCK_SIZE} is the most: choose a smaller block_size"
             )
         sizes = torch.tensor(list(places), dtype=torch.long, device=self.device)
-        self._lay_out(living, sizes, dtype)
+        self._lay_out(layout, sizes, dtype)
 
-    def _lay_out(self, living: _Living, sizes: Tensor, dtype: torch.dtype) -> None:
+    def _lay_out(self, layout: RemainingLayout, sizes: Tensor, dtype: torch.dtype) -> None:
         """Find a place for every weight, and for the Gram of every block."""
-        part = torch.searchsorted(sizes, living.needed)
+        part = torch.searchsorted(sizes, layout.needed)
         size = sizes[part]
         end = torch.cumsum(size, 0)
         self._first_place = torch.cat([end.new_zeros(1), end])
         places = int(self._first_place[-1])
         self._source = torch.full((places,), -1, dtype=torch.int32, device=self.device)
-        at = self._first_place[living.block] + living.place
-        self._source[at] = living.weight.int()
+        at = self._first_place[layout.block] + layout.place
+        self._source[at] = layout.weight.int()
         triangle = sizes * (sizes + 1) // 2
         blocks = torch.bincount(part, minlength=len(sizes))
         starts = (torch.cumsum(blocks * triangle, 0) - blocks * triangle).tolist()
         self._gram = torch.zeros(int((blocks * triangle).sum()), dtype=dtype, device=self.device)
-        self._gram_start = torch.zeros_like(living.needed)
+        self._gram_start = torch.zeros_like(layout.needed)
         self._parts: list[_Part] = []
         # By part: the weight at each place, and whether there is none.
         self._index = torch.empty_like(self._source)
@@ -164,7 +173,7 @@ class LiveFisher(Fisher):
     @property
     def num_bytes(self) -> int:
         """Memory it takes."""
-        tables = _PLACE_BYTES * len(self._source) + _BLOCK_BYTES * len(self._gram_start)
+        tables = PLACE_BYTES * len(self._source) + BLOCK_BYTES * len(self._gram_start)
         return self._gram.nbytes + tables
 
     def accumulate(self, gradients: Tensor) -> None:

@@ -15,8 +15,8 @@ from ..sparsity.patterns import Pattern
 from .config import FisherConfig
 from .estimators import estimators
 
-# Of a weight while masks are chosen: its score, the key it is sorted by, and whether it is there,
-# its group is, it goes, and it stays.  (Later, new weights in place of scores and keys.)
+# Of a weight while masks are chosen: float32 score, int32 sort key, and four bool masks (present,
+# present group, to be pruned, new).  Later, new weights take the place of scores and keys.
 _SELECTION_BYTES = 12
 # Where Linux says what a container may use.
 _CONTAINER = Path("/sys/fs/cgroup")
@@ -32,7 +32,7 @@ class MemoryPlan:
         buffer_bytes: gathered gradients of the largest pass, or of the largest matrix where
             gradients are streamed.
         other_bytes: scores and masks, later masks and new weights (all matrices), and the weights
-            of before where they are kept.
+            before the first step where they are kept.
         gradients_per_update: k.
     """
 
@@ -60,7 +60,7 @@ class MemoryPlan:
 def available_memory(device: torch.device) -> int | None:
     """Free memory in bytes of a device or of this machine (or container); None if unknown."""
     if device.type == "cuda":
-        # What torch keeps of freed tensors counts as taken there, but is to be had.
+        # What torch keeps of freed tensors counts as taken there, but can be used.
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + kept
     try:
@@ -78,7 +78,7 @@ def available_memory(device: torch.device) -> int | None:
 
 
 def _left_in_container(folder: Path) -> int:
-    """Bytes up to a container's own limit; what it keeps of files that were read is to be had."""
+    """Bytes up to a container's own limit; what it keeps of files that were read can be used."""
     limit, used = (int((folder / f"memory.{name}").read_text()) for name in ("max", "current"))
     lines = (folder / "memory.stat").read_text().splitlines()
     files = next(int(line.split()[1]) for line in lines if line.startswith("inactive_file "))
@@ -109,7 +109,7 @@ def plan_passes(
             what is free now.
         streamed: gradients come one matrix at a time and need not be gathered.
         can_split: there may be several passes.
-        keeps_weights: those of before are kept, to be put back if a later sub-step fails.
+        keeps_weights: a copy of the weights is kept, to be put back if a later sub-step fails.
 
     Raises:
         MemoryError: it does not fit; the message gives the figures and the remedies.

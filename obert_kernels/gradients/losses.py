@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .batches import samples_in, tensors_in
-from .ignored_labels import LEFT_OUT
+from .ignored_labels import IGNORED
 
 LossFn = Callable[[nn.Module, Any], Tensor]
 
@@ -56,9 +56,9 @@ def prediction_loss(model: nn.Module, batch: Any) -> Tensor:
     "empirical Fisher" (Kunstner, Balles, Hennig: Limitations of the empirical Fisher
     approximation, 2019).  A gradient of g samples stands for 1/g of the mean of their g matrices.
 
-    It is the Fisher matrix of predictions softened by a temperature without end (the loss of
-    distillation).  That of the predictions as they are hardly hears of samples the model is sure
-    of, most of those it was fitted to, though pruning moves them as well.
+    It is the Fisher matrix of predictions in the limit of infinite temperature, as in distillation.
+    That of the predictions themselves is almost insensitive to samples the model is sure of, which
+    are most of those it was fitted to; pruning moves them as well.
 
     The value is the model's own loss where batches have labels, else 0.  The same sample gets
     the same u every time, and torch's own random state is left alone.
@@ -113,18 +113,18 @@ def _own_loss(model: nn.Module, batch: Mapping[str, Any], output: Any) -> Tensor
 
 
 def _of_predictions(output: Any, logits: Tensor, batch: Mapping[str, Any]) -> Tensor:
-    pushes = _pushes(batch, logits).flatten(0, -2).to(logits.device)
+    pushes = random_logit_directions(batch, logits).flatten(0, -2).to(logits.device)
     logits = logits.flatten(0, -2).float()
     labels = batch.get("labels")
     if isinstance(labels, Tensor) and labels.numel() == len(logits):
-        counts = (labels.flatten() != LEFT_OUT).to(logits.device)
+        counts = (labels.flatten() != IGNORED).to(logits.device)
         logits, pushes = logits[counts], pushes[counts]
     change = (logits * pushes).sum(dim=1).mean()
     own = _part(output, "loss")
     return change - change.detach() + (0.0 if own is None else own.detach())
 
 
-def _pushes(batch: Mapping[str, Any], logits: Tensor) -> Tensor:
+def random_logit_directions(batch: Mapping[str, Any], logits: Tensor) -> Tensor:
     """Return u for every sample, in the shape of the logits, float32 on the CPU.
 
     Those of a sample are decided by what its rows of the batch hold, so that it has the same ones

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .backward import backward, evaluation, grads_of
 from .batches import to_device
-from .ignored_labels import check_any_counts, is_left_out
+from .ignored_labels import all_labels_ignored, require_some_label
 from .losses import LossFn, model_loss
 from .source import BatchSource
 
@@ -55,14 +55,14 @@ def batch_gradients(
         for index, (where, batch) in enumerate(BatchSource.of(batches).take(num_grads)):
             with grads_of(model, weights):
                 loss = loss_fn(model, to_device(batch, device))
-                counts = not is_left_out(batch, loss)
+                counts = not all_labels_ignored(batch, loss)
                 if counts:
                     check_loss(loss, where)
                     backward(loss, weights.values())
                 found = {name: weight.grad for name, weight in weights.items()}
             any_counts |= counts
             if index == num_grads - 1:
-                check_any_counts(any_counts)
+                require_some_label(any_counts)
             if counts and not is_part:
                 check_reached(any(gradient is not None for gradient in found.values()), where)
             gradients = {

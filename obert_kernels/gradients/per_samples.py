@@ -20,7 +20,12 @@ from ..sparsity.patterns import UNSTRUCTURED, Pattern
 from .backward import Tap, anchor_of, backward, frozen, grads_of, removed
 from .batches import samples_in, split_batch, tensors_in, to_device
 from .buffers import STREAMED_PER_UPDATE
-from .ignored_labels import check_any_counts, counted, is_left_out, leaves_out
+from .ignored_labels import (
+    all_labels_ignored,
+    has_ignored_labels,
+    require_some_label,
+    without_ignored_samples,
+)
 from .losses import LossFn, model_loss
 from .per_batch import check_loss, check_reached
 from .source import BatchSource
@@ -238,7 +243,7 @@ class GroupGradients:
             for where, batch in BatchSource.of(batches).take():
                 done += self._gradients_of(recorder, batch, num_grads - done, where)
                 if done == num_grads:
-                    check_any_counts(self.any_counts)
+                    require_some_label(self.any_counts)
                 yield done
                 if done == num_grads:
                     return
@@ -248,7 +253,7 @@ class GroupGradients:
         samples = samples_in(batch)
         self.largest = max(self.largest, samples or 0)
         # Samples left out of the loss have no share in its mean over the batch.
-        if samples is not None and not leaves_out(batch):
+        if samples is not None and not has_ignored_labels(batch):
             try:
                 return self._pass(recorder, batch, most, where)
             except NotServed:
@@ -263,7 +268,7 @@ class GroupGradients:
 
     @contextmanager
     def _recording(self, receive: Receive) -> Iterator[_Recorder]:
-        """Taps at every linear layer that owns one of the weights; the model frozen, in eval
+        """Hooks on every linear layer that owns one of the weights; the model frozen, in eval
         mode."""
         recorder = _Recorder(self, receive)
         names: dict[Tensor, str] = {weight: name for name, weight in self.weights.items()}
@@ -282,7 +287,7 @@ class GroupGradients:
         listening = recorder.listening(batch, most, where)
         with listening, torch.inference_mode(False), torch.enable_grad():
             loss = self.loss_fn(self.model, to_device(batch, self.device))
-            if is_left_out(batch, loss):
+            if all_labels_ignored(batch, loss):
                 recorder.hand_on_zeros()
             else:
                 self.any_counts = True
@@ -298,7 +303,7 @@ class GroupGradients:
         Raises:
             NotServed: they do, or the batch does not reach a matrix; the message names it.
         """
-        batch = counted(to_device(batch, self.device))
+        batch = without_ignored_samples(to_device(batch, self.device))
         # A group that is all of the batch has the same gradient in it, whatever the loss.
         half = max(1, (samples_in(batch) or 0) // 2)
         if half < self.group:
@@ -349,7 +354,7 @@ class GroupGradients:
                 handle = weight.register_post_accumulate_grad_hook(partial(take, name))
                 stack.enter_context(removed(handle))
             loss = self.loss_fn(self.model, batch)
-            if not is_left_out(batch, loss):
+            if not all_labels_ignored(batch, loss):
                 check_loss(loss, where)
                 backward(loss, self.weights.values())
         return found

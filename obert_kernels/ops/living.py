@@ -1,4 +1,4 @@
-"""The operator that adds gradients to Grams of the living weights alone; as :mod:`.ops`.
+"""The operator that adds gradients to Grams of the remaining weights alone; as :mod:`.ops`.
 
 Its blocks have different sizes and hold some of the weights.  ``gram`` is flat, one packed lower
 triangle after the other, block b from ``gram_start[b]`` on; ``first_place`` (``[blocks + 1]``)

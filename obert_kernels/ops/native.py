@@ -149,7 +149,7 @@ def update_parameters(
         keep: mask.
         group_size: weights that go together.
         joint: the rule.
-        blocks: number of predicted increases, 0 where nobody asks for them.
+        blocks: number of predicted increases, 0 for none.
     """
     new, increase = torch.empty_like(weight), weight.new_zeros(blocks, dtype=torch.float64)
     update = module.Update(

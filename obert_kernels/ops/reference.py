@@ -250,7 +250,7 @@ def gram_n_of_m(
     damping: float,
     status: Tensor,
 ) -> Tensor:
-    """Mask under which of every ``group`` consecutive weights at most ``kept`` survive, bool.
+    """Mask under which of every ``group`` consecutive weights at most ``kept`` remain, bool.
 
     The groups of a block take their turn from the first to the last.  Of each the set Q goes whose
     removal costs least, ``1/2 w_Q^T ([F_SS^-1]_QQ)^-1 w_Q``, S the weights left by then and w as

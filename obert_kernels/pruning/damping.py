@@ -27,8 +27,8 @@ _LEAST, _MOST = 1e-6, 1e2
 
 def mean_diagonal(fishers: Mapping[str, Fisher], keep: Mapping[str, Tensor]) -> float:
     """Mean square of a weight's gradients, over all weights that are left."""
-    living = sum(int(keep[name].sum()) for name in fishers)
-    return sum(fisher.mean_squares() for fisher in fishers.values()) / max(1, living)
+    remaining = sum(int(keep[name].sum()) for name in fishers)
+    return sum(fisher.mean_squares() for fisher in fishers.values()) / max(1, remaining)
 
 
 def choose_damping(

@@ -25,7 +25,7 @@ class PruneResult(NamedTuple):
 
     Attributes:
         model: the model given, pruned in place.
-        masks: parameter name to bool tensor of its shape, True for the survivors.
+        masks: parameter name to bool tensor of its shape, True for the weights that remain.
         report: figures per layer, times, memory.
     """
 
@@ -72,7 +72,7 @@ def prune(
         pattern: "unstructured"; "block4" (any "block<c>"): c consecutive weights along the input
             dimension live or die together; "block4x1" (any "block<c>x1"): c along the output
             dimension, along which the Fisher blocks then run, too; "2:4" (any N:M up to 16): at
-            most 2 of every 4 weights along the input dimension survive.
+            most 2 of every 4 weights along the input dimension remain.
         num_grads: m, number of gradients.
         samples_per_grad: None: each batch gives one gradient.  g: one backward pass gives a
             gradient of every g samples of its batch, so large batches are best (64 g samples);
@@ -95,9 +95,9 @@ def prune(
             (oBERT's) by the OBS saliency of each weight or group as if it went alone; "magnitude"
             by size (needs no batches unless an update is asked for); or what
             :func:`register_saliency` was given.
-        update: how survivors make up for the pruned: "joint" (exact inside each block), "sum"
-            (oBERT's), or "none".  Default: "sum" for the diagonal selection, "none" for magnitude
-            and others that use no Fisher, else "joint".
+        update: how the remaining weights make up for the pruned: "joint" (exact inside each block),
+            "sum" (oBERT's), or "none".  Default: "sum" for the diagonal selection, "none" for
+            magnitude and others that use no Fisher, else "joint".
         scope: "global" for one ranking over all matrices, "layer" for one in each.
         steps: sub-steps R; in each the Fisher of the weights that are left is estimated anew,
             from ``num_grads`` further gradients of the model as it is by then; a selection without

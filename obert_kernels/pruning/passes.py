@@ -100,8 +100,8 @@ def from_estimate(step: PruningStep, estimate: FisherEstimate, damping: DampingC
     Raises:
         ValueError: weights are back that had no part in the estimate.
     """
-    for name, dead in estimate.dead.items():
-        if name in step.weights and bool((step.flat_weight(name)[dead] != 0).any()):
+    for name, zeros in estimate.zeros.items():
+        if name in step.weights and bool((step.flat_weight(name)[zeros] != 0).any()):
             raise came_back(name)
     fishers = {name: estimate.fishers[name] for name in step.weights}
     return _finish(step, *_select_and_update(step, fishers, damping), damping, estimate.plan)

@@ -62,7 +62,7 @@ def predict(model: nn.Module, batches: Iterable[Any], loss_fn: LossFn | None = N
 def divergence(before: Predictions, after: Predictions) -> float | None:
     """Return the Kullback-Leibler divergence of the classes' probabilities, before from after.
 
-    Its second derivative by the weights, at those of before, is the Fisher matrix, so that this
+    Its second derivative by the weights, taken before pruning, is the Fisher matrix, so that this
     is what a pruning by the Fisher keeps small.
 
     Returns:

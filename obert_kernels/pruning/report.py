@@ -16,7 +16,7 @@ class DampingTrial(NamedTuple):
         relative: damping over the mean diagonal of the Fisher.
         loss: mean loss of the calibration batches afterwards; infinite if the Fisher was not
             positive definite.
-        divergence: of the predictions from those of before, in nats a sample; None where the
+        divergence: of the predictions from those before pruning, in nats a sample; None where the
             model does not classify, and the loss decides.
         step: 1 for the first sub-step.
         chosen: it is the one.
@@ -46,7 +46,7 @@ class LayerReport:
         pruned: how many of them are zero now.
         predicted_increase: ``1/2 d^T F d`` for its change d: of the loss, or of half the
             variance of the logits' change where gradients are of predictions (of g samples: a g-th
-            of it); None where the survivors were not updated.
+            of it); None without an update.
     """
 
     name: str
@@ -90,7 +90,7 @@ class PruneReport:
 
     @property
     def predicted_increase(self) -> float | None:
-        """Sum over the matrices; None where the survivors were not updated."""
+        """Sum over the matrices; None without an update."""
         parts = [x.predicted_increase for x in self.layers]
         return None if any(p is None for p in parts) else float(sum(p or 0.0 for p in parts))
 

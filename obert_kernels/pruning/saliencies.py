@@ -127,7 +127,7 @@ def default_update(selection: str) -> str:
 
 @register_saliency("greedy")
 def greedy(problem: ScoringInputs) -> dict[str, Tensor]:
-    """Cost of exact removals one after the other; for N:M one for survivors and zero."""
+    """Cost of exact removals one after the other; for N:M 1 for what remains, else 0."""
     pattern, scores = problem.pattern, {}
     for name in problem.names():
         fisher, given = problem.fishers[name], (problem.flat(name), problem.keep[name])

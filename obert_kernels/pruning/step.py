@@ -13,7 +13,7 @@ from ..fisher.base import Fisher
 from ..gradients.backward import evaluation
 from ..gradients.losses import LossFn
 from ..progress import Clock, Progress, silent
-from ..sparsity.masks import alive_groups
+from ..sparsity.masks import remaining_groups
 from ..sparsity.patterns import Pattern
 from ..sparsity.schedules import sub_targets
 from .config import PruningConfig
@@ -89,11 +89,11 @@ class PruningStep:
         """Targets of each sub-step, from what is pruned now to the step's own."""
         steps, schedule = self.config.steps, self.config.schedule
         c = self.pattern.group_size
-        alive = {name: alive_groups(keep, c) for name, keep in self.keep.items()}
+        remaining = {name: remaining_groups(keep, c) for name, keep in self.keep.items()}
         if not self.ranks_each_layer_alone:
             assert isinstance(self.sparsity, float)
-            groups = sum(a.numel() for a in alive.values())
-            present = 1 - sum(int(a.sum()) for a in alive.values()) / groups
+            groups = sum(a.numel() for a in remaining.values())
+            present = 1 - sum(int(a.sum()) for a in remaining.values()) / groups
             return list(sub_targets(present, self.sparsity, steps, schedule))
         by_name = {
             name: sub_targets(
@@ -102,7 +102,7 @@ class PruningStep:
                 steps,
                 schedule,
             )
-            for name, a in alive.items()
+            for name, a in remaining.items()
         }
         return [{name: found[i] for name, found in by_name.items()} for i in range(steps)]
 
@@ -139,7 +139,7 @@ class PruningStep:
         return scores
 
     def masks(self, scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Choose the survivors among the matrices scored."""
+        """Choose the masks of the matrices scored."""
         with self.clock.stage("masks"):
             return self.pattern.select(scores, self.keep, self.sparsity, self.config.scope)
 

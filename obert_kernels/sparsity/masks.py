@@ -2,7 +2,7 @@
 
 Everything here speaks of groups of c consecutive weights (c = 1: single weights) of a matrix
 flattened by its :class:`obert_kernels.sparsity.patterns.Pattern`.  A mask is True where a weight
-survives.  Weights that are zero when pruning starts count as pruned and stay so; a group counts
+remains.  Weights that are zero when pruning starts count as pruned and stay so; a group counts
 as pruned when all its weights are.
 """
 
@@ -30,7 +30,7 @@ def magnitude_scores(weight: Tensor, group_size: int = 1) -> Tensor:
     return weight.detach().flatten().float().square().view(-1, group_size).sum(dim=1)
 
 
-def alive_groups(keep: Tensor, group_size: int) -> Tensor:
+def remaining_groups(keep: Tensor, group_size: int) -> Tensor:
     """Groups with at least one weight left, bool ``[n / group_size]``."""
     return keep.flatten().view(-1, group_size).any(dim=1)
 
@@ -58,8 +58,8 @@ def _bucket(histogram: Tensor, count: int) -> tuple[int, int]:
     return bucket, int(total[bucket - 1]) if bucket > 0 else 0
 
 
-def _smallest(scores: Mapping[str, Tensor], alive: Mapping[str, Tensor], count: int) -> dict:
-    """Mark the ``count`` smallest scores among the living groups of all matrices together.
+def _smallest(scores: Mapping[str, Tensor], remaining: Mapping[str, Tensor], count: int) -> dict:
+    """Mark the ``count`` smallest scores among the remaining groups of all matrices together.
 
     Radix selection on the bits of the scores, so that no copy of all scores is sorted.  Ties
     go by position: first matrix first, then lowest index.
@@ -67,27 +67,27 @@ def _smallest(scores: Mapping[str, Tensor], alive: Mapping[str, Tensor], count: 
     keys = {name: _sortable(score, name) for name, score in scores.items()}
     high = torch.zeros(1 << 15, dtype=torch.int64, device="cpu")
     for name, key in keys.items():
-        high += _histogram(key[alive[name]] >> 16, 1 << 15)
+        high += _histogram(key[remaining[name]] >> 16, 1 << 15)
     prefix, before = _bucket(high, count)
     low = torch.zeros(1 << 16, dtype=torch.int64, device="cpu")
     for name, key in keys.items():
-        low += _histogram(key[alive[name] & (key >> 16 == prefix)] & 0xFFFF, 1 << 16)
+        low += _histogram(key[remaining[name] & (key >> 16 == prefix)] & 0xFFFF, 1 << 16)
     suffix, inside = _bucket(low, count - before)
     threshold = prefix << 16 | suffix
     ties = count - before - inside
     chosen = {}
     for name, key in keys.items():
-        equal = alive[name] & (key == threshold)
+        equal = remaining[name] & (key == threshold)
         taken = equal & (torch.cumsum(equal, 0) <= ties)
         ties -= int(taken.sum())
-        chosen[name] = (alive[name] & (key < threshold)) | taken
+        chosen[name] = (remaining[name] & (key < threshold)) | taken
     return chosen
 
 
-def _groups_to_prune(alive: Collection[Tensor], sparsity: float) -> int:
-    """How many living groups must go to reach a sparsity; not above 0 if it is reached."""
-    groups = sum(a.numel() for a in alive)
-    present = groups - sum(int(a.sum()) for a in alive)
+def _groups_to_prune(remaining: Collection[Tensor], sparsity: float) -> int:
+    """How many remaining groups must go to reach a sparsity; not above 0 if it is reached."""
+    groups = sum(a.numel() for a in remaining)
+    present = groups - sum(int(a.sum()) for a in remaining)
     return round(sparsity * groups) - present
 
 
@@ -98,22 +98,22 @@ def prunes_anything(
     scope: str = "global",
 ) -> bool:
     """Say whether :func:`select_masks` would prune any group, whatever the scores."""
-    alive = {name: alive_groups(mask, group_size) for name, mask in keep.items()}
+    remaining = {name: remaining_groups(mask, group_size) for name, mask in keep.items()}
     if isinstance(sparsity, Mapping):
-        return any(_groups_to_prune([alive[name]], sparsity[name]) > 0 for name in alive)
+        return any(_groups_to_prune([remaining[name]], sparsity[name]) > 0 for name in remaining)
     if scope == "layer":
-        return any(_groups_to_prune([a], sparsity) > 0 for a in alive.values())
-    return _groups_to_prune(alive.values(), sparsity) > 0
+        return any(_groups_to_prune([a], sparsity) > 0 for a in remaining.values())
+    return _groups_to_prune(remaining.values(), sparsity) > 0
 
 
 def _prune_to(
     scores: Mapping[str, Tensor], keep: Mapping[str, Tensor], sparsity: float, group_size: int
 ) -> dict[str, Tensor]:
-    alive = {name: alive_groups(keep[name], group_size) for name in scores}
-    count = _groups_to_prune(alive.values(), sparsity)
+    remaining = {name: remaining_groups(keep[name], group_size) for name in scores}
+    count = _groups_to_prune(remaining.values(), sparsity)
     if count <= 0:  # nothing is revived when the target lies below the present sparsity
         return {name: keep[name].clone() for name in scores}
-    gone = _smallest(scores, alive, count)
+    gone = _smallest(scores, remaining, count)
     return {
         name: keep[name] & ~gone[name].repeat_interleave(group_size).view_as(keep[name])
         for name in scores
@@ -121,7 +121,7 @@ def _prune_to(
 
 
 def n_of_m_mask(scores: Tensor, keep: Tensor, kept: int, span: int) -> Tensor:
-    """Keep the ``kept`` living weights of the highest score in every ``span`` consecutive ones.
+    """Keep the ``kept`` remaining weights of the highest score in every ``span`` consecutive ones.
 
     Of equal scores the first goes first.
 
@@ -131,9 +131,9 @@ def n_of_m_mask(scores: Tensor, keep: Tensor, kept: int, span: int) -> Tensor:
         kept: N.
         span: M.
     """
-    living = scores.double().masked_fill(~keep, -math.inf).view(-1, span)
-    order = living.argsort(dim=1, stable=True)
-    lowest = torch.zeros_like(living, dtype=torch.bool)
+    left = scores.double().masked_fill(~keep, -math.inf).view(-1, span)
+    order = left.argsort(dim=1, stable=True)
+    lowest = torch.zeros_like(left, dtype=torch.bool)
     lowest.scatter_(1, order[:, : span - kept], True)
     return keep & ~lowest.flatten()
 
@@ -145,7 +145,7 @@ def select_masks(
     group_size: int = 1,
     scope: str = "global",
 ) -> dict[str, Tensor]:
-    """Choose the weights that survive.
+    """Choose the weights that remain.
 
     Exactly ``round(sparsity * groups)`` groups end up pruned, counted over all matrices
     together (scope "global") or in each (scope "layer"), ties included; where more are pruned
