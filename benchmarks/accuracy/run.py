@@ -27,7 +27,7 @@ from benchmarks.accuracy.experiment import Point, key, load, points
 from benchmarks.accuracy.prune_once import loss_and_batches, prune_once, prune_whole
 from benchmarks.accuracy.tables import Row, markdown, parts
 from benchmarks.support.report import RESULTS, machine_name, new_document, write
-from obert_kernels import load_plugin, make_grid, run_grid
+from obert_kernels import PruningConfig, load_plugin, make_grid, run_grid
 from obert_kernels.tasks.classification import ClassificationTask
 from obert_kernels.tasks.downloads import cache_folder
 from obert_kernels.tasks.precision import choose_precision, precision_name
@@ -110,24 +110,27 @@ def measure_grid(task: ClassificationTask, wanted: list[Point], record: Record) 
     """As ``obert-prune sweep`` does it: an estimate serves all points that can share it."""
     first = wanted[0]
     loss_fn, batches_of = loss_and_batches(task, first)
-    by_trial = {(setting(point), point["sparsity"]): point for point in wanted}
-    settings, sparsities = map(dict.fromkeys, zip(*by_trial, strict=True))
-    unwanted = [trial for trial in product(settings, sparsities) if trial not in by_trial]
+    trials = {Outcome(configuration(point), point["sparsity"]): point for point in wanted}
+    by_key = {outcome.key: point for outcome, point in trials.items()}
+    configs = list({outcome.key[0]: outcome.config for outcome in trials}.values())
+    sparsities = list(dict.fromkeys(outcome.target for outcome in trials))
+    every = [Outcome(*trial) for trial in product(configs, sparsities)]
+    unwanted = [outcome for outcome in every if outcome.key not in by_key]
 
     def scores(model: torch.nn.Module) -> Scores:
         held, test = task.evaluate(model, "dev"), task.evaluate(model, "test")
         return Scores(held.accuracy, held.loss, test.accuracy)
 
     run_grid(
-        task.model, batches_of, scores, settings, sparsities,
+        task.model, batches_of, scores, configs, sparsities,
         pattern=first["pattern"], estimator=first.get("estimator", "gram"), loss_fn=loss_fn,
         fisher_dtype=getattr(torch, first.get("fisher_dtype", "float64")),
-        calibration=task.damping_batches(), finished=[Outcome(*trial) for trial in unwanted],
-        on_outcome=lambda outcome: record(by_trial[outcome.key], figures(outcome)),
+        calibration=task.damping_batches(), finished=unwanted,
+        on_outcome=lambda outcome: record(by_key[outcome.key], figures(outcome)),
     )  # fmt: skip
 
 
-def setting(point: Point) -> Any:
+def configuration(point: Point) -> PruningConfig:
     axes = ("texts", "texts_per_grad", "selection", "update", "damping")
     given = {name: [point[name]] for name in axes if name in point}
     return make_grid(**given, pattern=point["pattern"])[0]
