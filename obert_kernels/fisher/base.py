@@ -56,7 +56,7 @@ class Fisher(ABC):
     - ``name``: used in error messages.
 
     Attributes:
-        num_weights: n.
+        num_weights: n, weights of the matrix.
         num_gradients: m, gradients seen so far.
         looks_at_pruned: gradients of pruned weights are set to zero before it gets them.
     """

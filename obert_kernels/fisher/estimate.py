@@ -28,13 +28,13 @@ class FisherEstimate:
 
     Attributes:
         fishers: parameter name to its block Fisher.
-        num_grads: m.
+        num_grads: m, number of gradients.
         seconds: "gradients" and "fisher".
         plan: memory and passes.
         notes: what the user should know about the batches.
         samples_per_grad: as given; None: one batch each.
         pattern: the order of the weights in a block, and the groups that can be scored.
-        block_size: B.
+        block_size: B, weights per block.
         zeros: weights that were zero then, flat in the order of the pattern, of matrices that had
             some; a Fisher of the remaining weights alone knows itself.
     """

@@ -187,7 +187,7 @@ class GramFisher(Fisher):
             weight: ``[n]``.
             keep: ``[n]`` bool, False for weights that are gone already.
             damping: of F.
-            kept: N.
+            kept: N, weights that stay of each group.
             group: M, at most 16; the block size is a multiple of it.
 
         Returns:

@@ -33,7 +33,7 @@ class MemoryPlan:
             gradients are streamed.
         other_bytes: scores and masks, later masks and new weights (all matrices), and the weights
             before the first step where they are kept.
-        gradients_per_update: k.
+        gradients_per_update: k, gradients added at once.
     """
 
     passes: list[list[str]]

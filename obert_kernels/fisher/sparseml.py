@@ -25,7 +25,7 @@ class EmpiricalBlockFisherInverse:
     Args:
         num_grads: m, the divisor, whatever number of gradients is added.
         fisher_block_size: B, 1 to 256.
-        num_weights: d.
+        num_weights: d, weights of the matrix.
         damp: damping.
         device: where the Gram lives.
 

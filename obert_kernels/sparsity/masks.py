@@ -128,8 +128,8 @@ def n_of_m_mask(scores: Tensor, keep: Tensor, kept: int, span: int) -> Tensor:
     Args:
         scores: ``[n]``.
         keep: present mask, bool ``[n]``.
-        kept: N.
-        span: M.
+        kept: N, weights that stay of each span.
+        span: M, consecutive weights.
     """
     left = scores.double().masked_fill(~keep, -math.inf).view(-1, span)
     order = left.argsort(dim=1, stable=True)

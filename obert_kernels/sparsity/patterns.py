@@ -120,7 +120,7 @@ class NofM(Pattern):
     """At most ``kept`` of every ``span`` consecutive weights stay (N:M).
 
     Attributes:
-        kept: N.
+        kept: N, weights that stay of every M.
     """
 
     kept: int = 2

@@ -161,7 +161,7 @@ def make_grid(
 
     Args:
         texts: n; m = n // g gradients are taken.
-        texts_per_grad: g.
+        texts_per_grad: g, texts in each gradient.
         block_size: B; None: what the pattern takes by default.
         damping: numbers or "auto".
         selection: as for :func:`obert_kernels.prune`.
