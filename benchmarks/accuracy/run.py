@@ -27,7 +27,7 @@ from benchmarks.accuracy.experiment import Point, key, load, points
 from benchmarks.accuracy.prune_once import loss_and_batches, prune_once, prune_whole
 from benchmarks.accuracy.tables import Row, markdown, parts
 from benchmarks.support.report import RESULTS, machine_name, new_document, write
-from obert_kernels import PruningConfig, load_plugin, make_grid, run_grid
+from obert_kernels import FisherConfig, PruningConfig, load_plugin, make_grid, run_grid
 from obert_kernels.tasks.classification import ClassificationTask
 from obert_kernels.tasks.downloads import cache_folder
 from obert_kernels.tasks.precision import choose_precision, precision_name
@@ -123,9 +123,7 @@ def measure_grid(task: ClassificationTask, wanted: list[Point], record: Record) 
 
     run_grid(
         task.model, batches_of, scores, configs, sparsities,
-        pattern=first["pattern"], estimator=first.get("estimator", "gram"), loss_fn=loss_fn,
-        fisher_dtype=getattr(torch, first.get("fisher_dtype", "float64")),
-        calibration=task.damping_batches(), finished=unwanted,
+        loss_fn=loss_fn, calibration=task.damping_batches(), finished=unwanted,
         on_outcome=lambda outcome: record(by_key[outcome.key], figures(outcome)),
     )  # fmt: skip
 
@@ -133,7 +131,10 @@ def measure_grid(task: ClassificationTask, wanted: list[Point], record: Record) 
 def configuration(point: Point) -> PruningConfig:
     axes = ("texts", "texts_per_grad", "selection", "update", "damping")
     given = {name: [point[name]] for name in axes if name in point}
-    return make_grid(**given, pattern=point["pattern"])[0]
+    fisher = FisherConfig(
+        estimator=point.get("estimator", "gram"), dtype=point.get("fisher_dtype", "float64")
+    )
+    return make_grid(**given, base=PruningConfig(pattern=point["pattern"], fisher=fisher))[0]
 
 
 FIGURES = (

@@ -63,9 +63,11 @@ def prune_classifier(
     def recover(result: PruneResult) -> None:
         _train(settings, task, settings.recovery_epochs, result.masks)
 
-    def on_outcome(row: Outcome, result: PruneResult | None) -> None:
-        if result is None:
+    def on_outcome(row: Outcome) -> None:
+        if row.error:
             raise NumericalError(row.error)
+
+    def on_pruned(row: Outcome, result: PruneResult) -> None:
         method = "magnitude" if row.config is magnitude else "obert_kernels"
         rows.append((method, row))
         if method == "magnitude":
@@ -92,6 +94,7 @@ def prune_classifier(
         task.loss_fn,
         settings.max_memory,
         recover if settings.recovery_epochs else None,
+        on_pruned,
         on_outcome,
         one_damping=True,
         progress=progress or silent,

@@ -14,12 +14,11 @@ from torch import nn
 
 from ..progress import Progress, silent
 from ..pruning.config import PruningConfig
-from ..pruning.oneshot import PruneResult
 from ..tasks.digests import digest
 from ..tasks.task import Task
 from ..trials.budget import Budget
 from ..trials.grid import TrialLoop
-from ..trials.outcome import Outcome, Scores, label, point_of
+from ..trials.outcome import Outcome, Scores, canonical, label, point_of
 from ..trials.table import CSV_FILE, TABLE_FILE, TrialTable, check_basis, format_table, write_basis
 from .config import RunConfig, check_output, load_task
 from .plots import plot_sweep
@@ -94,7 +93,7 @@ def sweep_classifier(
     loop.budget = Budget(None if budget is None else budget - (clock() - started) / 60, clock)
     done = {outcome.key for outcome in table.outcomes}
     left_out = loop.run(
-        (config, target) for config, target in trials if (point_of(config), target) not in done
+        (config, target) for config, target in trials if (canonical(config), target) not in done
     )
     _write_summary(settings, task, table.outcomes, dense, echo)
     if left_out:
@@ -132,7 +131,7 @@ class _Reporter:
         echo: Callable[[str], object],
         at_first: Callable[[], None],
     ) -> None:
-        wanted = {(point_of(config), target) for config in grid for target in sparsities}
+        wanted = {(canonical(config), target) for config in grid for target in sparsities}
         self.done = len(wanted & {outcome.key for outcome in table.outcomes})
         self.count = len(wanted)
         self.new = 0
@@ -140,7 +139,7 @@ class _Reporter:
         if self.done:
             echo(f"{self.done} of {self.count} trials are in {table.path} and not done again")
 
-    def __call__(self, outcome: Outcome, result: PruneResult | None) -> None:
+    def __call__(self, outcome: Outcome) -> None:
         if self.new == 0:
             self._at_first()
         self._table.append(outcome)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ..ops.checks import check_block_size
 from .estimators import estimators
 
 VERSION = 1
@@ -93,6 +94,11 @@ class FisherConfig:
             raise TypeError(f"dtype must be 'float64' or 'float32', got {self.dtype!r}")
         one_of("gradients_of", self.gradients_of, GRADIENTS_OF)
         estimators.find(self.estimator)
+        if self.block_size is not None:
+            check_block_size(self.block_size)
+        for name in ("num_grads", "samples_per_grad", "block_size"):  # not numpy's, for JSON
+            if (value := getattr(self, name)) is not None:
+                object.__setattr__(self, name, int(value))
 
     @property
     def torch_dtype(self) -> torch.dtype:

@@ -56,12 +56,11 @@ class BatchSource:
         Raises:
             ValueError: there are none, or they cannot be started over and end too early.
         """
-        wanted = "" if count is None else f" of num_grads={count}"
         for _ in numbers() if count is None else range(count):
             if not self._pieces:
                 batch = self._ahead.popleft() if self._ahead else self._next_of_pass()
                 if batch is _END:
-                    batch = self._next_after_restart(wanted)
+                    batch = self._next_after_restart(count)
                 self._pieces += [batch] if self._size is None else split_batch(batch, self._size)
             where = f"{self._unit} {self._first + self.taken}"
             self.taken += 1
@@ -72,7 +71,7 @@ class BatchSource:
             self._under_way = iter(self._batches)
         return next(self._under_way, _END)
 
-    def _next_after_restart(self, wanted: str) -> Any:
+    def _next_after_restart(self, count: int | None) -> Any:
         if not self.taken and not self._kept_back:
             raise ValueError("batches is empty: no gradient can be computed")
         fresh = iter(self._batches)
@@ -84,6 +83,7 @@ class BatchSource:
                 self._has_new_order |= index == 0 and not _are_equal(again, known)
             batch = next(fresh, _END)
         if batch is _END:
+            wanted = "" if count is None or self.taken >= count else f" of num_grads={count}"
             raise ValueError(
                 f"batches ended after {self.taken}{wanted}: pass a list or a DataLoader, which can "
                 "be iterated again, or a smaller num_grads"

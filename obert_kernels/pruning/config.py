@@ -7,7 +7,7 @@ those that do by :meth:`PruningConfig.check`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from numbers import Real
 from typing import Any
@@ -19,7 +19,7 @@ from ..ops.checks import check_positive
 from ..sparsity.layers import find_weights
 from ..sparsity.patterns import Pattern, find_pattern
 from ..sparsity.schedules import SCHEDULES
-from .saliencies import default_update, uses_fisher
+from .saliencies import default_update, saliencies, uses_fisher
 
 SCOPES = ("global", "layer")
 UPDATES = ("sum", "joint", "none")
@@ -63,6 +63,11 @@ class PruningConfig:
     fisher: FisherConfig = field(default_factory=FisherConfig)
 
     def __post_init__(self) -> None:
+        if not isinstance(self.fisher, FisherConfig):
+            raise TypeError(f"fisher must be a FisherConfig, got {self.fisher!r}")
+        if self.params is not None and not isinstance(self.params, Iterable):
+            raise TypeError(f"params must be names or re: patterns, got {self.params!r}")
+        saliencies.find(self.selection)
         shape = self.shape
         update = self.update
         if update in (None, "auto"):
@@ -78,6 +83,7 @@ class PruningConfig:
             update=update,
             damping=_checked_damping(self.damping),
             params=None if params is None else tuple(params),
+            steps=int(self.steps),
             fisher=replace(self.fisher, block_size=block_size),
         )
 
@@ -119,7 +125,7 @@ class PruningConfig:
     def from_dict(cls, content: Mapping[str, Any]) -> PruningConfig:
         """Undo :meth:`to_dict`; see :func:`obert_kernels.fisher.config.read_values`."""
         values = read_values(cls, content)
-        if "fisher" in values:
+        if isinstance(values.get("fisher"), Mapping):
             values["fisher"] = FisherConfig.from_dict(values["fisher"])
         return cls(**values)
 

@@ -148,14 +148,8 @@ def prune(
     )
     if config is None:
         config = keywords
-    elif keywords != PruningConfig():
-        default = PruningConfig()
-        names = [
-            f.name
-            for f in fields(keywords)
-            if getattr(keywords, f.name) != getattr(default, f.name)
-        ]
-        raise ValueError(f"give config or keywords, not both: {', '.join(names)}")
+    elif given := [*_changed(keywords), *(["update"] if update is not None else [])]:
+        raise ValueError(f"give config or keywords, not both: {', '.join(dict.fromkeys(given))}")
     if config.params is None:
         config = replace(config, params=_implied_names(model, sparsity, fisher))
     elif isinstance(sparsity, Mapping):
@@ -163,6 +157,18 @@ def prune(
     pruner = Pruner(model, config, loss_fn=loss_fn, max_memory=max_memory, progress=progress)
     report = pruner.step(sparsity, batches, fisher=fisher, calibration=calibration)
     return PruneResult(model, pruner.masks, report)
+
+
+def _changed(keywords: PruningConfig) -> list[str]:
+    """Names of the keywords that are not at their defaults."""
+    default = PruningConfig()
+    pairs = ((keywords, default), (keywords.fisher, default.fisher))
+    return [
+        "fisher_dtype" if known.name == "dtype" else known.name
+        for config, plain in pairs
+        for known in fields(config)
+        if known.name != "fisher" and getattr(config, known.name) != getattr(plain, known.name)
+    ]
 
 
 def names_of(params: str | Iterable[str] | None) -> tuple[str, ...] | None:

@@ -19,7 +19,7 @@ from ..sparsity.masks import check_sparsity
 from .config import PruningConfig
 from .passes import DampingChoice, SubStep, from_estimate, in_steps, with_estimate, without_fisher
 from .predictions import Calibration
-from .report import LayerReport, PruneReport, total_or_none
+from .report import NOTHING_TO_PRUNE, LayerReport, PruneReport, total_or_none
 from .score_cache import ScoreCache
 from .step import PruningStep
 from .weights import present_masks
@@ -64,21 +64,19 @@ class Pruner:
         self.loss_fn = loss_fn or LOSSES[self.config.fisher.gradients_of]
         self.max_memory = max_memory
         self.progress = progress or silent
-        self._masks: dict[str, Tensor] | None = None
+        self._masks = {name: weight.detach() != 0 for name, weight in self.weights.items()}
         self._history: list[PruneReport] = []
         self._relative_damping: float | None = None
 
     @property
     def masks(self) -> dict[str, Tensor]:
         """Parameter name to bool tensor of its shape, True for the weights that remain."""
-        if self._masks is None:
-            return {name: weight.detach() != 0 for name, weight in self.weights.items()}
         return dict(self._masks)
 
     def apply_masks(self) -> None:
         """Set pruned weights to zero again, as an optimizer's step may have moved them."""
         with torch.no_grad():
-            for name, mask in (self._masks or {}).items():
+            for name, mask in self._masks.items():
                 self.weights[name].mul_(mask)
 
     def plan(
@@ -118,6 +116,7 @@ class Pruner:
             ValueError, TypeError, MemoryError: as for :func:`obert_kernels.prune`.
         """
         check_batches(batches)
+        self.weights = self.config.check(self.model)
         estimation = self._estimation(BatchSource(batches), self.weights)
         plan = self.plan(streamed=estimation.samples is not None, can_split=False)
         clock = Clock()
@@ -170,6 +169,7 @@ class Pruner:
         """
         if batches is not None:
             check_batches(batches)
+        self.weights = self.config.check(self.model)  # others may stand there by now
         self._check_pruned_are_zero()
         targets = self._targets(sparsity)
         weights = self.weights
@@ -189,14 +189,11 @@ class Pruner:
         )
         done, notes = self._run(step, fisher, calibration)
         report = self._report(step, done, notes, fisher)
-        report.settings["sparsity"] = (
-            dict(sparsity)
-            if isinstance(sparsity, Mapping)
-            else self.config.shape.target_sparsity(sparsity)
-        )
+        wanted = self.config.shape.target_sparsity(sparsity)
+        report.settings["sparsity"] = dict(wanted) if isinstance(wanted, Mapping) else wanted
         new = done[-1].masks
         self._masks = {
-            **self.masks,
+            **self._masks,
             **{name: self.config.shape.matrix(new[name], weights[name]) for name in weights},
         }
         self._relative_damping = done[-1].relative_damping or self._relative_damping
@@ -212,8 +209,10 @@ class Pruner:
         """Return what the sub-steps did, and notes."""
         config = self.config
         if not step.prunes_anything:
-            note = "the model was at least this sparse already; nothing was pruned or revived"
-            return [without_fisher(step)], [note]
+            nothing = without_fisher(step)
+            if config.update != "none":
+                nothing = nothing._replace(increase=dict.fromkeys(step.weights, 0.0))
+            return [nothing], [NOTHING_TO_PRUNE]
         if not config.uses_fisher:
             return in_steps(_with_lasting_batches(step), lambda here, _: without_fisher(here)), []
         if fisher is not None:
@@ -256,10 +255,12 @@ class Pruner:
             for name in match_names(self.weights, [pattern]):
                 if targets.setdefault(name, check_sparsity(value)) != value:
                     raise ValueError(f"sparsity: {name} is matched twice, with different values")
+        if not targets:
+            raise ValueError("sparsity is empty: give a number, or one for each matrix by name")
         return targets
 
     def _check_pruned_are_zero(self) -> None:
-        for name, mask in (self._masks or {}).items():
+        for name, mask in self._masks.items():
             if bool((self.weights[name].detach()[~mask] != 0).any()):
                 raise ValueError(
                     f"{name} has pruned weights that are not zero any more: call apply_masks() "
@@ -348,6 +349,14 @@ class Pruner:
         """
         if state.get("version") != _STATE_VERSION:
             raise ValueError(f"state of a Pruner: version {state.get('version')!r} is not known")
+        missing = {"config", "masks", "relative_damping"} - state.keys()
+        if missing:
+            raise ValueError(f"state of a Pruner: it has no {', '.join(sorted(missing))}")
+        pattern = PruningConfig.from_dict(state["config"]).pattern
+        if pattern != self.config.pattern:
+            raise ValueError(
+                f"state of a Pruner: its masks have pattern {pattern}, not {self.config.pattern}"
+            )
         masks = {name: mask.bool() for name, mask in state["masks"].items()}
         shapes = {name: tuple(weight.shape) for name, weight in self.weights.items()}
         if {name: tuple(mask.shape) for name, mask in masks.items()} != shapes:

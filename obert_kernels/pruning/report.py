@@ -7,6 +7,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NamedTuple
 
+NOTHING_TO_PRUNE = "the model was at least this sparse already; nothing was pruned or revived"
+
 
 class DampingTrial(NamedTuple):
     """One trial pruning.
@@ -112,9 +114,11 @@ class PruneReport:
             replace(layer, predicted_increase=total_or_none(increases[name]))
             for name, layer in latest.items()
         ]
-        notes = list(dict.fromkeys(note for report in reports for note in report.notes))
+        notes = dict.fromkeys(note for report in reports for note in report.notes)
+        if not all(NOTHING_TO_PRUNE in report.notes for report in reports):
+            notes.pop(NOTHING_TO_PRUNE, None)
         memory = max((report.memory for report in reports), key=lambda m: m.get("gram", 0))
-        return cls(layers, reports[-1].settings, dict(seconds), memory, notes, trials)
+        return cls(layers, reports[-1].settings, dict(seconds), memory, list(notes), trials)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""

@@ -95,7 +95,8 @@ def register_saliency(name: str, *, uses_fisher: bool = True) -> Callable[[Salie
     """Register a function by the name that ``selection=`` takes.
 
     It gets a :class:`ScoringInputs` and returns, for each name in ``problem.weights``, non-negative
-    scores ``[n / group_size]`` in the order of the pattern.
+    scores ``[n / group_size]`` in the order of the pattern.  Trials at several sparsities, from the
+    same weights with the same Fisher and damping, ask for them once.
 
     Args:
         name: of the saliency.

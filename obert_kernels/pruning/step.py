@@ -128,7 +128,7 @@ class PruningStep:
         if self.scores is None:
             scores = compute()
         else:
-            scores = self.scores.once((self.config.selection, damping), compute)
+            scores = self.scores.once((self.config.selection, damping, *names), compute)
         for name in names:
             groups = self.keep[name].numel() // self.pattern.group_size
             if name not in scores or scores[name].shape != (groups,):

@@ -22,7 +22,7 @@ from ..pruning.score_cache import ScoreCache
 from ..pruning.weights import restored
 from ..sparsity.masks import check_sparsity
 from .budget import Budget
-from .outcome import GridPoint, Outcome, Scores, point_of, values_to_try
+from .outcome import Outcome, Scores, canonical, estimate_key, point_of, values_to_try
 
 Trial = tuple[PruningConfig, float]
 
@@ -63,8 +63,8 @@ class TrialLoop:
         loss_fn: what gradients are taken of; None: what the configuration says.
         max_memory: bytes, as for :func:`obert_kernels.prune`.
         recover: called after each pruning, for example to fine-tune under the masks.
-        on_outcome: called after each trial while the model is pruned, with what pruning returned
-            (None if it failed).
+        on_pruned: called after each evaluation while the model is pruned.
+        on_outcome: called after each trial, also if it failed, when the weights are back.
         one_damping: choose a damping "auto" at the highest sparsity and use it for all, where an
             estimate serves them all; else it is chosen for each.
         progress: called as ``progress(stage, done, total)``.
@@ -78,7 +78,8 @@ class TrialLoop:
     loss_fn: LossFn | None = None
     max_memory: int | None = None
     recover: Callable[[PruneResult], None] | None = None
-    on_outcome: Callable[[Outcome, PruneResult | None], None] = lambda outcome, result: None
+    on_pruned: Callable[[Outcome, PruneResult], None] = lambda outcome, result: None
+    on_outcome: Callable[[Outcome], None] = lambda outcome: None
     one_damping: bool = False
     progress: Progress = silent
     budget: Budget = Budget(None)  # noqa: RUF009  (without an end it holds nothing)
@@ -97,7 +98,7 @@ class TrialLoop:
                 raise ValueError(
                     "damping 'auto' needs calibration batches: pass calibration, or numbers"
                 )
-        for config in {point_of(config).estimate: config for config, _ in trials}.values():
+        for config in dict.fromkeys(config for config, _ in trials):
             pruner = self._pruner(config)
             if config.uses_fisher:
                 pruner.plan(streamed=config.fisher.samples_per_grad is not None)
@@ -106,7 +107,7 @@ class TrialLoop:
         """Do trials, those of one estimate together; return those there was no time for."""
         groups: dict[Any, list[Trial]] = {}
         for trial in trials:
-            groups.setdefault(point_of(trial[0]).estimate, []).append(trial)
+            groups.setdefault(estimate_key(trial[0]), []).append(trial)
         return [left for group in groups.values() for left in self._run_group(group)]
 
     def _run_group(self, group: Sequence[Trial]) -> list[Trial]:
@@ -116,7 +117,7 @@ class TrialLoop:
         preparation = ("estimate" if first.uses_fisher else "batches", texts)
         prepared: _Prepared | None = None
         left_out = []
-        dampings: dict[GridPoint, PruneResult] = {}
+        dampings: dict[PruningConfig, PruneResult] = {}
         for trial in group:
             kind = _kind(trial[0])
             if prepared is None and self.budget.allows(preparation, (kind, 1.0)):
@@ -127,7 +128,8 @@ class TrialLoop:
                 continue
             with self.budget.timed(kind):
                 highest = max(target for config, target in group if config == trial[0])
-                self._trial(*trial, prepared, highest, dampings)
+                outcome = self._trial(*trial, prepared, highest, dampings)
+            self.on_outcome(outcome)
         return left_out
 
     def _pruner(self, config: PruningConfig) -> Pruner:
@@ -151,7 +153,10 @@ class TrialLoop:
         plan = pruner.plan(streamed=found.texts_per_grad is not None)
         if len(plan.passes) > 1:
             return _Prepared(batches)
-        fisher = pruner.fisher(batches)
+        try:
+            fisher = pruner.fisher(batches)
+        except MemoryError:  # gradients cannot be streamed from this model: in passes they fit
+            return _Prepared(batches)
         room = ScoreCache.if_room(pruner.weights, plan.total_bytes, self.max_memory)
         return _Prepared(batches, fisher, room)
 
@@ -161,9 +166,9 @@ class TrialLoop:
         target: float,
         prepared: _Prepared,
         highest: float,
-        dampings: dict[GridPoint, PruneResult],
-    ) -> None:
-        """Prune, recover, evaluate, tell, and put the weights back."""
+        dampings: dict[PruningConfig, PruneResult],
+    ) -> Outcome:
+        """Prune, recover, evaluate, and put the weights back."""
         started = time.perf_counter()
         pruner = self._pruner(config)
         changing: Mapping[str, Tensor] = pruner.weights
@@ -174,10 +179,10 @@ class TrialLoop:
             figures: dict[str, Any] = {}
             try:
                 if self.one_damping and prepared.fisher and config.damping == "auto":
-                    if point_of(config) not in dampings:
+                    if config not in dampings:
                         with restored(pruner.weights):
-                            dampings[point_of(config)] = self._prune(pruner, highest, prepared)
-                    result = self._prune_like(config, target, prepared, dampings[point_of(config)])
+                            dampings[config] = self._prune(pruner, highest, prepared)
+                    result = self._prune_like(config, target, prepared, dampings[config])
                 else:
                     result = self._prune(pruner, target, prepared)
             except NumericalError as error:  # this damping is too small; others may not be
@@ -196,7 +201,10 @@ class TrialLoop:
                 seconds |= report.seconds
             figures |= seconds_of(seconds)
             took = time.perf_counter() - started
-            self.on_outcome(Outcome(config, target, **figures, trial_seconds=took), result)
+            outcome = Outcome(config, target, **figures, trial_seconds=took)
+            if result is not None:
+                self.on_pruned(outcome, result)
+        return outcome
 
     def _prune(self, pruner: Pruner, target: float, prepared: _Prepared) -> PruneResult:
         report = pruner.step(
@@ -277,7 +285,7 @@ def run_grid(
     outcomes = list(finished)
     done = {outcome.key for outcome in outcomes}
 
-    def add(outcome: Outcome, result: PruneResult | None) -> None:
+    def add(outcome: Outcome) -> None:
         outcomes.append(outcome)
         if on_outcome is not None:
             on_outcome(outcome)
@@ -293,9 +301,9 @@ def run_grid(
         progress=progress or silent,
         budget=Budget(budget, clock),
     )
-    wanted = list(product({point_of(config): config for config in configs}.values(), targets))
+    wanted = list(product({canonical(config): config for config in configs}.values(), targets))
     loop.check(wanted)
-    left = loop.run(trial for trial in wanted if (point_of(trial[0]), trial[1]) not in done)
+    left = loop.run(trial for trial in wanted if (canonical(trial[0]), trial[1]) not in done)
     return GridResult(outcomes, left)
 
 

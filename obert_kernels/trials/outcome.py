@@ -35,11 +35,6 @@ class GridPoint(NamedTuple):
             return None
         return self.num_grads * self.texts_per_grad
 
-    @property
-    def estimate(self) -> tuple[int | None, int | None, int | None]:
-        """Configurations with the same can share a Fisher."""
-        return self.num_grads, self.texts_per_grad, self.block_size
-
 
 def point_of(config: PruningConfig) -> GridPoint:
     """Return what tells a configuration from the others of a grid."""
@@ -50,6 +45,27 @@ def point_of(config: PruningConfig) -> GridPoint:
     if not config.uses_fisher:
         return GridPoint(*ranking, *texts)
     return GridPoint(*ranking, *texts, config.fisher.block_size, config.damping)
+
+
+def canonical(config: PruningConfig) -> PruningConfig:
+    """Return the same with defaults for what it does not look at: equal ones prune alike."""
+    if config.uses_fisher:
+        return config
+    point, default = point_of(config), PruningConfig(pattern=config.pattern)
+    fisher = replace(
+        default.fisher,
+        num_grads=point.num_grads or default.fisher.num_grads,
+        samples_per_grad=point.texts_per_grad,
+    )
+    return replace(config, damping=default.damping, fisher=fisher)
+
+
+def estimate_key(config: PruningConfig) -> object:
+    """Return what configurations that can share a Fisher, or batches, have in common."""
+    if not config.uses_fisher:
+        point = point_of(config)
+        return point.num_grads, point.texts_per_grad
+    return config.fisher, config.params, config.shape.order, config.shape.span, config.steps > 1
 
 
 def at_point(base: PruningConfig, point: GridPoint) -> PruningConfig:
@@ -123,9 +139,9 @@ class Outcome:
         return point_of(self.config)
 
     @property
-    def key(self) -> tuple[GridPoint, float]:
+    def key(self) -> tuple[PruningConfig, float]:
         """What trial it was."""
-        return self.point, self.target
+        return canonical(self.config), self.target
 
     @property
     def rank(self) -> tuple[float, float, float]:
@@ -183,14 +199,14 @@ def make_grid(
         "selection": selection, "update": update, "damping": damping,
     }  # fmt: skip
     values = [values_to_try(name, given) for name, given in tried.items()]
-    configs: dict[GridPoint, PruningConfig] = {}
+    configs: dict[PruningConfig, None] = {}
     for n, g, size, ranking, rule, value in product(*values):
         fisher = replace(
             base.fisher, num_grads=_gradients(n, g), samples_per_grad=g, block_size=size
         )
         config = replace(base, selection=ranking, update=rule, damping=value, fisher=fisher)
-        configs.setdefault(point_of(config), at_point(base, point_of(config)))
-    return sorted(configs.values(), key=_cost)
+        configs[canonical(config)] = None
+    return sorted(configs, key=_cost)
 
 
 def values_to_try(name: str, given: Iterable[Any]) -> list[Any]:

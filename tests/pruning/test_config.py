@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import FrozenInstanceError, replace
 
+import numpy as np
 import pytest
 import torch
 from tiny import TinyEncoder, batches, snapshot, unchanged
@@ -16,6 +17,10 @@ from obert_kernels import FisherConfig, PruningConfig, prune, register_saliency
     ("values", "error", "message"),
     [
         ({"selection": "random"}, ValueError, "selection must be one of greedy"),
+        ({"selection": "random", "update": "joint"}, ValueError, "selection must be one of greedy"),
+        ({"fisher": {"num_grads": 3}}, TypeError, "fisher must be a FisherConfig"),
+        ({"fisher": None}, TypeError, "fisher must be a FisherConfig"),
+        ({"params": 3}, TypeError, "params must be names or re: patterns, got 3"),
         ({"update": "mean"}, ValueError, "update must be 'sum', 'joint' or 'none', got 'mean'"),
         ({"damping": "much"}, ValueError, "damping must be a positive number or 'auto'"),
         ({"damping": -1.0}, ValueError, "damping must be positive"),
@@ -43,6 +48,7 @@ def test_wrong_values(values, error, message):
     [
         ({"num_grads": 0}, ValueError, "num_grads must be at least 1, got 0"),
         ({"num_grads": True}, TypeError, "num_grads must be a whole number, got True"),
+        ({"block_size": -3}, ValueError, "block_size must be between 1 and 256, got -3"),
         ({"samples_per_grad": 0}, ValueError, "samples_per_grad must be at least 1"),
         ({"dtype": torch.float32}, TypeError, "dtype must be 'float64' or 'float32'"),
         ({"gradients_of": "texts"}, ValueError, "gradients_of must be 'predictions' or 'labels'"),
@@ -91,6 +97,11 @@ def test_to_json_and_back():
     assert PruningConfig.from_dict(PruningConfig().to_dict()) == PruningConfig()
 
 
+def test_whole_numbers_of_numpy_are_written():
+    config = PruningConfig(steps=np.int64(2), fisher=FisherConfig(num_grads=np.int32(8)))
+    assert json.loads(json.dumps(config.to_dict()))["steps"] == 2
+
+
 def test_what_it_cannot_read():
     content = PruningConfig().to_dict()
     with pytest.raises(ValueError, match="this is no PruningConfig but 'FisherConfig'"):
@@ -124,8 +135,8 @@ def test_prune_takes_one_in_place_of_keywords():
         selection="diagonal", damping=1e-3,
     )  # fmt: skip
     assert unchanged(model, snapshot(other))
-    with pytest.raises(ValueError, match="give config or keywords, not both: update, fisher"):
-        prune(model, batches(), 0.7, config=config, num_grads=4, update="none")
+    with pytest.raises(ValueError, match="give config or keywords, not both: update, num_grads"):
+        prune(model, batches(), 0.7, config=config, num_grads=4, update="sum")
 
 
 def test_what_gradients_are_taken_of():

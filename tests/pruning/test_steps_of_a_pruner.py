@@ -131,3 +131,48 @@ def test_a_state_of_something_else_is_refused():
         Pruner(TinyEncoder(width=8)).load_state_dict(state)
     with pytest.raises(ValueError, match="version 7 is not known"):
         pruner.load_state_dict({**state, "version": 7})
+
+
+def test_what_stands_in_the_model_now_is_pruned():
+    """Not what stood there when the pruner was made."""
+    model = TinyEncoder()
+    pruner = Pruner(model, PruningConfig(selection="magnitude"))
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    model.load_state_dict(state, assign=True)
+    pruner.step(0.5)
+    assert pruner.report().sparsity == 0.5
+    assert all((w == 0).any() for n, w in model.named_parameters() if n in pruner.masks)
+    model.layer[0]["wide"].weight.data[0, 0] = torch.inf
+    with pytest.raises(ValueError, match="holds NaN or infinite weights"):
+        pruner.step(0.75)
+
+
+def test_weights_that_are_pruned_already_stay_so():
+    model = TinyEncoder()
+    prune(model, sparsity=0.5, selection="magnitude")
+    pruner = Pruner(model, CONFIG)
+    train(model, batches(), 1)
+    with pytest.raises(ValueError, match="pruned weights that are not zero"):
+        pruner.step(0.75, batches())
+    pruner.apply_masks()
+    assert sum(int((w == 0).sum()) for w in pruner.weights.values()) == 576
+    assert pruner.step(0.75, batches()).sparsity == 0.75
+
+
+def test_a_step_with_nothing_to_do_is_no_loss():
+    pruner = Pruner(TinyEncoder(), CONFIG)
+    pruner.step(0.6, batches())
+    assert "nothing was pruned" in pruner.step(0.5, batches()).notes[0]
+    assert pruner.report().predicted_increase > 0 and not pruner.report().notes
+
+
+def test_faults_of_a_step_and_of_a_state():
+    pruner = Pruner(TinyEncoder(), CONFIG)
+    with pytest.raises(ValueError, match="sparsity is empty"):
+        pruner.step({}, batches())
+    state = pruner.state_dict()
+    with pytest.raises(ValueError, match="has no masks"):
+        pruner.load_state_dict({k: v for k, v in state.items() if k != "masks"})
+    other = Pruner(TinyEncoder(), PruningConfig(pattern="block4"))
+    with pytest.raises(ValueError, match="its masks have pattern unstructured, not block4"):
+        other.load_state_dict(state)

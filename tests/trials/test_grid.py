@@ -52,7 +52,7 @@ def test_combinations_that_differ_in_nothing_run_once():
     assert point_of(settings[0]) == GridPoint("magnitude", "none"), (
         "knows neither gradients nor damping"
     )
-    estimates = list(dict.fromkeys(point_of(setting).estimate for setting in settings))
+    estimates = list(dict.fromkeys(point_of(setting)[2:5] for setting in settings))
     assert estimates[:3] == [(None, None, None), (2, 16, 10), (4, 8, 10)], "the cheapest first"
     assert {s.update for s in settings if s.selection == "diagonal"} == {"sum"}
     assert {s.update for s in settings if s.selection == "greedy"} == {"joint"}
@@ -209,7 +209,7 @@ def test_finished_trials_need_no_estimate(estimates):
     assert again.outcomes == first.outcomes and not estimates
     more = tiny_grid(model, SETTINGS, [0.5], finished=first.outcomes)
     assert len(more.outcomes) == len(SETTINGS)
-    assert len(estimates) == len({point_of(s).estimate for s in SETTINGS[4:] if s.uses_fisher})
+    assert len(estimates) == len({point_of(s)[2:5] for s in SETTINGS[4:] if s.uses_fisher})
 
 
 def test_a_fisher_that_does_not_fit_is_made_in_passes(estimates):
@@ -286,6 +286,59 @@ def test_faults_are_found_before_any_work(estimates, sparsity, options, message)
     with pytest.raises(ValueError, match=message):
         tiny_grid(tiny.TinyEncoder(), [GREEDY, MAGNITUDE], [sparsity], **options)
     assert not estimates
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"pattern": "block4"}, {"scope": "layer"}, {"params": ("re:layer.0",)}, {"steps": 2},
+        {"fisher": {"dtype": "float32"}}, {"fisher": {"gradients_of": "labels"}},
+    ],
+)  # fmt: skip
+def test_configurations_may_differ_in_anything(changed):
+    """Nothing is dropped, and no Fisher serves what it was not made for."""
+    fisher = replace(GREEDY.fisher, **changed.get("fisher", {}))
+    other = replace(GREEDY, **{**changed, "fisher": fisher})
+    model = tiny.TinyEncoder()
+    model.eval()
+    outcomes = grid.run_grid(
+        model, tiny.batches, evaluate, [GREEDY, other, replace(other, damping=1e-2)], [0.5]
+    ).outcomes
+    assert [outcome.config for outcome in outcomes] == [GREEDY, other, replace(other, damping=1e-2)]
+    assert not any(outcome.error for outcome in outcomes)
+    before = tiny.snapshot(model)
+    for outcome in outcomes:
+        data = tiny.batches(4, 2)
+        prune(model, data, 0.5, config=outcome.config)
+        assert evaluate(model).dev_loss == outcome.dev_loss
+        model.load_state_dict(before)
+    broken = replace(GREEDY, params=("nothing",))
+    with pytest.raises(ValueError, match="matches no prunable weight"):
+        grid.run_grid(model, tiny.batches, None, [broken, GREEDY], [0.5])
+
+
+def test_outcomes_are_told_when_the_weights_are_back():
+    model = tiny.TinyEncoder()
+    before = tiny.snapshot(model)
+    told = []
+    tiny_grid(
+        model, [GREEDY], [0.5], on_outcome=lambda _: told.append(tiny.unchanged(model, before))
+    )
+    assert told == [True]
+
+
+def test_a_model_that_hooks_cannot_serve_is_pruned_in_passes(monkeypatch):
+    """Its gathered gradients do not fit beside the whole Fisher; that shows at the estimate."""
+    model, weights = tiny.TinyEncoder(), find_weights(tiny.TinyEncoder(), ["re:layer.*weight"])
+    setting = replace(GREEDY, fisher=replace(GREEDY.fisher, num_grads=16))
+
+    def not_a_mean(model, batch):
+        return model(**batch)["loss"] * len(batch["labels"])
+
+    plan = Pruner(model, replace(setting, params=tuple(weights))).plan(streamed=True)
+    budget = plan.total_bytes + 1000
+    (outcome,) = tiny_grid(model, [setting], [0.5], loss_fn=not_a_mean, max_memory=budget).outcomes
+    assert outcome.sparsity == 0.5 and not outcome.error
 
 
 def test_automatic_damping_needs_calibration():
