@@ -12,14 +12,14 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import product
 from typing import Any
 
 import torch
 
 from benchmarks.support.contender import ReferenceInverse
-from benchmarks.support.report import made_by, table, write
+from benchmarks.support.report import made_by, new_document, table, write
 from obert_kernels import EmpiricalBlockFisherInverse
 
 DAMPING = 1e-7
@@ -61,7 +61,7 @@ def measure(rows: int, columns: int, size: int, m: int, rounds: int) -> dict[str
     }
 
 
-def markdown(document: dict[str, Any]) -> str:
+def markdown(document: Mapping[str, Any]) -> str:
     rows = [
         (
             row["matrix"], row["block_size"], row["m"], f"{row['reference_s']:.4g}",
@@ -69,7 +69,7 @@ def markdown(document: dict[str, Any]) -> str:
         )
         for row in document["outcomes"]
     ]  # fmt: skip
-    by = made_by(document["command"], document["machine"], kernels=True)
+    by = made_by(document)[0]
     head = (
         f"# EmpiricalBlockFisherInverse, fed one gradient at a time\n\n{by}.  From the first "
         "gradient to the diagonal of the inverse, first touch of all memory and copies included; "
@@ -88,8 +88,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     config = vars(parser.parse_args())
     cases = product(config["columns"], config["block"], config["m"])
-    outcomes = [measure(config["rows"], *case, config["rounds"]) for case in cases]
-    write("one_by_one", config, outcomes, markdown)
+    document = new_document("one_by_one", config)
+    document["outcomes"] = [measure(config["rows"], *case, config["rounds"]) for case in cases]
+    print(f"wrote {write(document, markdown)}\n{markdown(document)}")
 
 
 if __name__ == "__main__":
