@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..gradients.buffers import large_tensor
 from ..ops.checks import check_block_size
 from ..ops.packing import gram_shape, unpack_inverse
 from .base import Fisher, as_rows, is_joint, wide
@@ -55,7 +54,7 @@ class GramFisher(Fisher):
         check_block_size(block_size)
         if dtype not in (torch.float32, torch.float64):
             raise TypeError(f"dtype must be float32 or float64, got {dtype}")
-        gram = large_tensor(gram_shape(num_weights, block_size), dtype, device, zero=True)
+        gram = torch.zeros(gram_shape(num_weights, block_size), dtype=dtype, device=device)
         self._hold(gram, num_weights, block_size, 0, name)
 
     def _hold(

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 
-import numpy
 import torch
 from torch import Tensor
 
@@ -29,26 +27,6 @@ def row_bytes(num_weights: int, itemsize: int) -> int:
     return pages * _PAGE + 320
 
 
-def large_tensor(
-    shape: tuple[int, ...],
-    dtype: torch.dtype,
-    device: torch.device | str = "cpu",
-    *,
-    zero: bool = False,
-) -> Tensor:
-    """Memory for much data, uninitialised or zero.
-
-    On the CPU it comes in large pages, as numpy asks for them, and only when it is first used: by
-    the threads of a kernel, not before by one that writes zeros.
-    """
-    if torch.device(device).type != "cpu":
-        return (torch.zeros if zero else torch.empty)(shape, dtype=dtype, device=device)
-    size = math.prod(shape) * dtype.itemsize
-    room = torch.from_numpy((numpy.zeros if zero else numpy.empty)(size + 64, numpy.uint8))
-    start = -room.data_ptr() % 64
-    return room[start : start + size].view(dtype).view(shape)
-
-
 def gradient_buffer(
     count: int,
     num_weights: int,
@@ -63,7 +41,7 @@ def gradient_buffer(
     makes the Gram a quarter faster.
     """
     distance = row_bytes(num_weights, dtype.itemsize) // dtype.itemsize
-    return large_tensor((count, distance), dtype, device)[:, :num_weights]
+    return torch.empty((count, distance), dtype=dtype, device=device)[:, :num_weights]
 
 
 def gradient_buffers(count: int, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
