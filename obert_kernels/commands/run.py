@@ -102,7 +102,7 @@ def prune_classifier(
     magnitude = PruningConfig(
         pattern=config.pattern, scope=config.scope, params=config.params, selection="magnitude"
     )
-    trials = [(how, target) for how in (magnitude, config) for target in sorted(folders)]
+    trials = [(how, target) for target in sorted(folders) for how in (magnitude, config)]
     loop.check(trials)
     echo(task.describe(settings.params))
     _fine_tune(settings, task)

@@ -17,7 +17,7 @@ from ..pruning.config import PruningConfig
 from ..tasks.digests import digest
 from ..tasks.task import Task
 from ..trials.budget import Budget
-from ..trials.grid import TrialLoop
+from ..trials.grid import TrialLoop, grouped
 from ..trials.outcome import Outcome, Scores, canonical, label, point_of
 from ..trials.table import CSV_FILE, TABLE_FILE, TrialTable, check_basis, format_table, write_basis
 from .config import RunConfig, check_output, load_task
@@ -93,7 +93,7 @@ def sweep_classifier(
     loop.budget = Budget(None if budget is None else budget - (clock() - started) / 60, clock)
     done = {outcome.key for outcome in table.outcomes}
     left_out = loop.run(
-        (config, target) for config, target in trials if (canonical(config), target) not in done
+        grouped(trial for trial in trials if (canonical(trial[0]), trial[1]) not in done)
     )
     _write_summary(settings, task, table.outcomes, dense, echo)
     if left_out:

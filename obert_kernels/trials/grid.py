@@ -51,8 +51,8 @@ class _Prepared(NamedTuple):
 class TrialLoop:
     """Prunes and evaluates one model again and again, always from the same weights.
 
-    A Fisher is estimated once for all trials with the same gradients and block size; it is freed
-    before the next one is estimated.  Where ``max_memory`` does not hold it whole, or pruning takes
+    A Fisher is estimated once for all trials in a row that can share it; it is freed before the
+    next one is estimated.  Where ``max_memory`` does not hold it whole, or pruning takes
     several steps, each trial makes its own.
 
     Attributes:
@@ -104,31 +104,37 @@ class TrialLoop:
                 pruner.plan(streamed=config.fisher.samples_per_grad is not None)
 
     def run(self, trials: Iterable[Trial]) -> list[Trial]:
-        """Do trials, those of one estimate together; return those there was no time for."""
-        groups: dict[Any, list[Trial]] = {}
-        for trial in trials:
-            groups.setdefault(estimate_key(trial[0]), []).append(trial)
-        return [left for group in groups.values() for left in self._run_group(group)]
+        """Do trials in the order given; return those there was no time for.
 
-    def _run_group(self, group: Sequence[Trial]) -> list[Trial]:
-        """Do the trials of one estimate; return those there was no time for."""
-        first = group[0][0]
-        texts = float(point_of(first).texts or 1)
-        preparation = ("estimate" if first.uses_fisher else "batches", texts)
-        prepared: _Prepared | None = None
-        left_out = []
+        What a trial needs is kept for those after it that can share it: see :func:`grouped`.
+        """
+        trials = list(trials)
+        highest: dict[PruningConfig, float] = {}
+        for config, target in trials:
+            highest[config] = max(target, highest.get(config, target))
         dampings: dict[PruningConfig, PruneResult] = {}
-        for trial in group:
-            kind = _kind(trial[0])
-            if prepared is None and self.budget.allows(preparation, (kind, 1.0)):
-                with self.budget.timed(*preparation):
-                    prepared = self._prepare(first)
-            if prepared is None or not self.budget.allows((kind, 1.0)):
-                left_out.append(trial)
+        prepared: _Prepared | None = None
+        key: object = None
+        left_out = []
+        for config, target in trials:
+            point, kind = point_of(config), _kind(config)
+            if point.num_grads is None:  # it needs nothing, and what is there is kept
+                here: _Prepared | None = _Prepared()
+            else:
+                if key != estimate_key(config):
+                    key, prepared, here = estimate_key(config), None, None  # frees the Fisher
+                    dampings.clear()
+                texts = float(point.texts or 1)
+                work = ("estimate" if config.uses_fisher else "batches", texts)
+                if prepared is None and self.budget.allows(work, (kind, 1.0)):
+                    with self.budget.timed(*work):
+                        prepared = self._prepare(config)
+                here = prepared
+            if here is None or not self.budget.allows((kind, 1.0)):
+                left_out.append((config, target))
                 continue
             with self.budget.timed(kind):
-                highest = max(target for config, target in group if config == trial[0])
-                outcome = self._trial(*trial, prepared, highest, dampings)
+                outcome = self._trial(config, target, here, highest[config], dampings)
             self.on_outcome(outcome)
         return left_out
 
@@ -303,8 +309,18 @@ def run_grid(
     )
     wanted = list(product({canonical(config): config for config in configs}.values(), targets))
     loop.check(wanted)
-    left = loop.run(trial for trial in wanted if (canonical(trial[0]), trial[1]) not in done)
+    left = loop.run(
+        grouped(trial for trial in wanted if (canonical(trial[0]), trial[1]) not in done)
+    )
     return GridResult(outcomes, left)
+
+
+def grouped(trials: Iterable[Trial]) -> list[Trial]:
+    """Return the trials in their order, but those that can share an estimate together."""
+    groups: dict[object, list[Trial]] = {}
+    for trial in trials:
+        groups.setdefault(estimate_key(trial[0]), []).append(trial)
+    return [trial for group in groups.values() for trial in group]
 
 
 def _with(
