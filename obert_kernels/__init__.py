@@ -31,7 +31,7 @@ from .sparsity.layers import find_weights
 from .sparsity.masks import magnitude_scores, select_masks
 from .sparsity.patterns import Pattern, register_pattern
 from .trials.grid import run_grid
-from .trials.outcome import make_grid
+from .trials.outcome import Outcome, Scores, make_grid
 
 __version__ = _version("obert-kernels")
 
@@ -45,12 +45,14 @@ __all__ = [
     "LayerReport",
     "LiveFisher",
     "NumericalError",
+    "Outcome",
     "Pattern",
     "Problem",
     "PruneReport",
     "PruneResult",
     "Pruner",
     "PruningConfig",
+    "Scores",
     "ScoringInputs",
     "WoodburyFisher",
     "batch_gradients",

@@ -30,7 +30,8 @@ _STATE_VERSION = 1
 class Pruner:
     """Prunes a model in place, in steps; what comes between them, say training, is the caller's.
 
-    Weights that are zero when a step starts count as pruned.
+    Weights that are zero when it is made, or when a step starts, count as pruned: make it when
+    pruning begins.
 
     Args:
         model: any module.
@@ -77,7 +78,7 @@ class Pruner:
         """Set pruned weights to zero again, as an optimizer's step may have moved them."""
         with torch.no_grad():
             for name, mask in self._masks.items():
-                self.weights[name].mul_(mask)
+                self.weights[name].mul_(mask.to(self.weights[name].device))
 
     def plan(
         self,
@@ -187,7 +188,11 @@ class Pruner:
             progress=self.progress,
             scores=scores,
         )
-        done, notes = self._run(step, fisher, calibration)
+        try:
+            done, notes = self._run(step, fisher, calibration)
+        except BaseException:  # which may come just after the new weights were written
+            self._masks |= {name: weight.detach() != 0 for name, weight in weights.items()}
+            raise
         report = self._report(step, done, notes, fisher)
         wanted = self.config.shape.target_sparsity(sparsity)
         report.settings["sparsity"] = dict(wanted) if isinstance(wanted, Mapping) else wanted
@@ -261,7 +266,8 @@ class Pruner:
 
     def _check_pruned_are_zero(self) -> None:
         for name, mask in self._masks.items():
-            if bool((self.weights[name].detach()[~mask] != 0).any()):
+            weight = self.weights[name].detach()
+            if bool((weight[~mask.to(weight.device)] != 0).any()):
                 raise ValueError(
                     f"{name} has pruned weights that are not zero any more: call apply_masks() "
                     "after every step of the optimizer"

@@ -125,10 +125,8 @@ class PruningStep:
             with self.clock.stage("scores"), evaluation(self.model):
                 return saliencies.find(self.config.selection).scores(inputs)
 
-        if self.scores is None:
-            scores = compute()
-        else:
-            scores = self.scores.once((self.config.selection, damping, *names), compute)
+        key = self.config.pattern, self.config.selection, damping, *names
+        scores = compute() if self.scores is None else self.scores.once(key, compute)
         for name in names:
             groups = self.keep[name].numel() // self.pattern.group_size
             if name not in scores or scores[name].shape != (groups,):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from tempfile import TemporaryDirectory
@@ -61,7 +62,7 @@ def fine_tune(
         {"params": [p for p in parameters if p.dim() > 1], "weight_decay": 0.01},
         {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
     ]
-    with TemporaryDirectory() as unused, seeded(seed, device), _put_back(model):
+    with TemporaryDirectory() as unused, seeded(seed, device), _put_back(model), _own_precision():
         trainer = _Trainer(
             model,
             TrainingArguments(
@@ -112,6 +113,21 @@ class _Report(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.progress(self.stage, state.global_step, state.max_steps)
+
+
+@contextmanager
+def _own_precision() -> Iterator[None]:
+    """Without the mixed precision that ``accelerate launch`` asks for: it would wrap the model."""
+    name = "ACCELERATE_MIXED_PRECISION"
+    before = os.environ.get(name)
+    os.environ[name] = "no"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 @contextmanager

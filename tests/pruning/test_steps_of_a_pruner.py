@@ -7,6 +7,7 @@ import torch
 from tiny import TinyEncoder, batches, snapshot, train, unchanged
 
 from obert_kernels import FisherConfig, Pruner, PruningConfig, prune
+from obert_kernels.pruning import passes
 
 CONFIG = PruningConfig(
     damping=1e-3, fisher=FisherConfig(num_grads=8, samples_per_grad=2, block_size=10)
@@ -176,3 +177,17 @@ def test_faults_of_a_step_and_of_a_state():
     other = Pruner(TinyEncoder(), PruningConfig(pattern="block4"))
     with pytest.raises(ValueError, match="its masks have pattern unstructured, not block4"):
         other.load_state_dict(state)
+
+
+def test_an_interruption_after_the_writing_leaves_weights_and_masks_in_step(monkeypatch):
+    def interrupted(*arguments):
+        real(*arguments)
+        raise KeyboardInterrupt
+
+    real = passes.commit
+    monkeypatch.setattr(passes, "commit", interrupted)
+    pruner = Pruner(TinyEncoder(), CONFIG)
+    with pytest.raises(KeyboardInterrupt):
+        pruner.step(0.5, batches())
+    for name, mask in pruner.masks.items():
+        assert torch.equal(mask, pruner.weights[name] != 0)

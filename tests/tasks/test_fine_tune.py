@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import random
 from pathlib import Path
 from typing import Any
@@ -138,3 +139,20 @@ def test_a_loss_that_is_no_number_ends_it(task: ClassificationTask, value: float
 def test_masks_of_another_model_are_refused(task: ClassificationTask) -> None:
     with pytest.raises(ValueError, match="masks name parameters the model does not have: x"):
         fine_tune(task.model, loader_of(task), 1.0, masks={"x": torch.ones(2) > 0})
+
+
+@pytest.mark.parametrize("asked", [None, "bf16"])
+def test_the_precision_of_a_launcher_is_not_taken(
+    task: ClassificationTask, monkeypatch: pytest.MonkeyPatch, asked: str | None
+) -> None:
+    """``accelerate launch`` asks for it by a variable, which would wrap the model for good."""
+    name = "ACCELERATE_MIXED_PRECISION"
+    monkeypatch.delenv(name, raising=False)
+    if asked is not None:
+        monkeypatch.setenv(name, asked)
+    seen = set()
+    layer = task.model.get_encoder() if hasattr(task.model, "get_encoder") else task.model
+    layer.register_forward_hook(lambda *_: seen.add(torch.is_autocast_enabled("cpu")))
+    fine_tune(task.model, loader_of(task), 0.2)
+    assert seen == {False} and os.environ.get(name) == asked
+    assert "forward" not in vars(task.model)

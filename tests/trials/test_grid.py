@@ -317,6 +317,14 @@ def test_configurations_may_differ_in_anything(changed):
         grid.run_grid(model, tiny.batches, None, [broken, GREEDY], [0.5])
 
 
+def test_patterns_that_share_a_fisher_share_no_scores():
+    model = tiny.TinyEncoder()
+    fisher = replace(GREEDY.fisher, block_size=12)
+    configs = [replace(GREEDY, pattern=name, fisher=fisher) for name in ("block4", "2:4")]
+    outcomes = tiny_grid(model, configs, [0.5]).outcomes
+    assert [outcome.sparsity for outcome in outcomes] == [0.5, 0.5]
+
+
 def test_outcomes_are_told_when_the_weights_are_back():
     model = tiny.TinyEncoder()
     before = tiny.snapshot(model)
