@@ -15,7 +15,7 @@ from ..gradients.per_batch import batch_gradients
 from ..gradients.per_samples import GroupGradients, NotServed
 from ..gradients.source import BatchSource
 from ..progress import Clock, Progress
-from ..sparsity.patterns import UNSTRUCTURED, Pattern
+from ..sparsity.patterns import DEFAULT_BLOCK_SIZE, UNSTRUCTURED, Pattern
 from .base import Fisher
 from .config import FisherConfig
 from .estimators import estimators
@@ -46,7 +46,7 @@ class FisherEstimate:
     notes: list[str]
     samples_per_grad: int | None = None
     pattern: Pattern = UNSTRUCTURED
-    block_size: int = 50
+    block_size: int = DEFAULT_BLOCK_SIZE
     zeros: dict[str, Tensor] = field(default_factory=dict)
 
 

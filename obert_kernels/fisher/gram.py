@@ -16,6 +16,7 @@ from torch import Tensor
 from .. import ops
 from ..ops.checks import check_block_size
 from ..ops.packing import gram_shape, unpack_inverse
+from ..sparsity.patterns import DEFAULT_BLOCK_SIZE
 from .base import Fisher, as_rows, is_joint, wide
 
 
@@ -43,7 +44,7 @@ class GramFisher(Fisher):
     def __init__(
         self,
         num_weights: int,
-        block_size: int = 50,
+        block_size: int = DEFAULT_BLOCK_SIZE,
         *,
         dtype: torch.dtype = torch.float64,
         device: torch.device | str = "cpu",

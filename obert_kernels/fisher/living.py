@@ -17,6 +17,7 @@ from torch import Tensor
 from ..ops.checks import MAX_BLOCK_SIZE
 from ..ops.living import gram_accumulate_living
 from ..ops.status import NumericalError
+from ..sparsity.patterns import DEFAULT_BLOCK_SIZE
 from .base import Fisher, as_rows, came_back
 from .gram import GramFisher, gram_bytes
 from .living_layout import (
@@ -111,7 +112,7 @@ class LiveFisher(Fisher):
     def __init__(
         self,
         remaining: Tensor,
-        block_size: int = 50,
+        block_size: int = DEFAULT_BLOCK_SIZE,
         group_size: int = 1,
         *,
         dtype: torch.dtype = torch.float64,

@@ -8,6 +8,7 @@ from torch import Tensor
 from .. import ops
 from ..ops.checks import check_block_size, check_positive
 from ..ops.packing import gram_shape, unpack_inverse
+from ..sparsity.patterns import DEFAULT_BLOCK_SIZE
 from .base import as_rows, is_joint, wide
 
 
@@ -35,7 +36,7 @@ class WoodburyFisher:
         self,
         num_weights: int,
         num_gradients: int,
-        block_size: int = 50,
+        block_size: int = DEFAULT_BLOCK_SIZE,
         *,
         damping: float = 1e-7,
         device: torch.device | str = "cpu",

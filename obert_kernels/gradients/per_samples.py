@@ -42,7 +42,7 @@ class _Recorder:
 
     def __init__(self, wanted: GroupGradients, receive: Receive) -> None:
         self.weights = wanted.weights
-        self.group = wanted.group
+        self.samples_per_grad = wanted.samples_per_grad
         self.groups_at_once = wanted.groups_at_once
         self.pattern = wanted.pattern
         self.is_part = wanted.is_part
@@ -65,8 +65,8 @@ class _Recorder:
     def _start(self, batch: Any, most: int, where: str) -> None:
         samples = samples_in(batch) or 0
         # A single group is taken whole, whatever its layers make of its samples.
-        is_whole = samples <= self.group
-        self.samples, self.size = (1, 1) if is_whole else (samples, self.group)
+        is_whole = samples <= self.samples_per_grad
+        self.samples, self.size = (1, 1) if is_whole else (samples, self.samples_per_grad)
         # Rows of two dimensions are whole samples, or the parts of all of them, such as tokens.
         widths = {tensor.shape[1] for tensor in tensors_in(batch) if tensor.dim() > 1}
         self.rows = {samples, samples * widths.pop()} if len(widths) == 1 else {samples}
@@ -218,7 +218,7 @@ class GroupGradients:
         self.model = model
         self.pattern = pattern
         self.weights = weights
-        self.group = samples_per_grad
+        self.samples_per_grad = samples_per_grad
         self.groups_at_once = groups_at_once
         self.loss_fn = loss_fn or model_loss
         self.device = next(iter(weights.values())).device
@@ -257,11 +257,11 @@ class GroupGradients:
             try:
                 return self._pass(recorder, batch, most, where)
             except NotServed:
-                if samples <= self.group:
+                if samples <= self.samples_per_grad:
                     raise
         self.split += 1
         done = 0
-        for part in split_batch(batch, self.group):
+        for part in split_batch(batch, self.samples_per_grad):
             if done < most:
                 done += self._pass(recorder, part, most - done, where)
         return done
@@ -292,7 +292,7 @@ class GroupGradients:
             else:
                 self.any_counts = True
                 recorder.backward(loss)
-        return min(-(-(samples_in(batch) or 0) // self.group), most)
+        return min(-(-(samples_in(batch) or 0) // self.samples_per_grad), most)
 
     def check(self, batch: Any, where: str = "batch 0") -> None:
         """Compare the first group's gradients with those of autograd for that group alone.
@@ -306,9 +306,9 @@ class GroupGradients:
         batch = without_ignored_samples(to_device(batch, self.device))
         # A group that is all of the batch has the same gradient in it, whatever the loss.
         half = max(1, (samples_in(batch) or 0) // 2)
-        if half < self.group:
+        if half < self.samples_per_grad:
             return self._with_group(half).check(batch, where)
-        alone = split_batch(batch, self.group)[0]
+        alone = split_batch(batch, self.samples_per_grad)[0]
         expected = self._from_autograd(alone, where)
         found: dict[str, Tensor] = {}
         tolerance = 1e-3
@@ -328,8 +328,8 @@ class GroupGradients:
             error = (found.get(name, torch.zeros_like(known)) - known).norm()
             if not error <= tolerance * known.norm():
                 raise NotServed(
-                    f"the first {self.group} samples of a batch have another gradient of {name} "
-                    "when they are alone, or its layer is not called as a module"
+                    f"the first {self.samples_per_grad} samples of a batch have another gradient "
+                    f"of {name} when they are alone, or its layer is not called as a module"
                 )
         return None
 

@@ -22,93 +22,15 @@ from obert_kernels import (
 from obert_kernels.pruning import score_cache
 from obert_kernels.pruning.score_cache import ScoreCache
 from obert_kernels.trials import grid
-from obert_kernels.trials.budget import Budget
-from obert_kernels.trials.grid import TrialLoop
 from obert_kernels.trials.outcome import (
-    GridPoint,
     Outcome,
     Scores,
     best_by_target,
-    label,
     make_grid,
     point_of,
 )
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-# Which trials
-
-
-def test_combinations_that_differ_in_nothing_run_once():
-    settings = make_grid(
-        texts=[64, 32, 64],
-        texts_per_grad=[8, 16],
-        block_size=[None, 50, 10],
-        damping=["auto", 1e-3, 0.001],
-        selection=["greedy", "diagonal", "magnitude"],
-    )
-    assert len(settings) == len(set(settings)) == 1 + 2 * 2 * 2 * 2 * 2
-    assert point_of(settings[0]) == GridPoint("magnitude", "none"), (
-        "knows neither gradients nor damping"
-    )
-    estimates = list(dict.fromkeys(point_of(setting)[2:5] for setting in settings))
-    assert estimates[:3] == [(None, None, None), (2, 16, 10), (4, 8, 10)], "the cheapest first"
-    assert {s.update for s in settings if s.selection == "diagonal"} == {"sum"}
-    assert {s.update for s in settings if s.selection == "greedy"} == {"joint"}
-
-
-def test_texts_that_give_the_same_gradients_are_one_setting():
-    settings = make_grid(texts=[64, 71], texts_per_grad=[8])
-    assert [(point_of(s).texts, s.fisher.num_grads) for s in settings] == [(64, 8)]
-
-
-def test_updates_can_be_asked_for():
-    settings = make_grid(selection=["diagonal", "magnitude"], update=["auto", "joint"])
-    assert [(setting.selection, setting.update) for setting in settings] == [
-        ("magnitude", "none"), ("diagonal", "sum"), ("diagonal", "joint"), ("magnitude", "joint"),
-    ]  # fmt: skip
-    assert [setting.uses_fisher for setting in settings] == [False, True, True, True]
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"texts": [8]}, "8 texts give no gradient of 16"),
-        ({"texts_per_grad": [0]}, "at least 1"),
-        ({"pattern": "2:4", "block_size": [50]}, "multiple of 4"),
-        ({"pattern": "rows"}, "pattern must be"),
-    ],
-)
-def test_impossible_grids(options, message):
-    with pytest.raises(ValueError, match=message):
-        make_grid(**options)
-
-
-@pytest.mark.parametrize(
-    "options", [{"texts": 1024}, {"block_size": None}, {"selection": "greedy"}, {"damping": 1e-7}]
-)
-def test_one_value_is_no_list(options):
-    (name, value), *_ = options.items()
-    with pytest.raises(TypeError, match=rf"{name} is a list .* write \[{value!r}\]"):
-        make_grid(**options)
-
-
-def test_names_tell_apart_what_stands_side_by_side():
-    settings = make_grid(texts=[32, 64], damping=["auto", 1e-3], selection=["greedy", "magnitude"])
-    names = [label(point_of(setting), [point_of(s) for s in settings]) for setting in settings]
-    assert names[:3] == ["magnitude", "greedy, n 32, damping auto", "greedy, n 32, damping 0.001"]
-    assert len(set(names)) == len(names)
-    assert label(point_of(GREEDY), [point_of(GREEDY)]) == "greedy"
-
-
-def test_names_tell_apart_settings_without_a_fisher():
-    @register_saliency("looking", uses_fisher=False)
-    def looking(problem):
-        raise NotImplementedError
-
-    settings = [point_of(config) for config in make_grid(texts=[32, 64], selection=["looking"])]
-    assert [label(one, settings) for one in settings] == ["looking, n 32", "looking, n 64"]
 
 
 # run_grid
@@ -355,85 +277,6 @@ def test_automatic_damping_needs_calibration():
             tiny.TinyEncoder(), tiny.batches, evaluate, [replace(GREEDY, damping="auto")], [0.5],
             params=["re:layer.*weight"],
         )  # fmt: skip
-
-
-# The budget
-
-
-def test_no_work_starts_when_the_budget_is_over(estimates, monkeypatch):
-    clock = tiny.FakeClock()
-    real = TrialLoop._trial
-
-    def takes_50_seconds(*arguments: Any) -> None:
-        clock.now += 50
-        return real(*arguments)
-
-    monkeypatch.setattr(TrialLoop, "_trial", takes_50_seconds)
-    result = tiny_grid(tiny.TinyEncoder(), SETTINGS, [0.5, 0.75], budget=2, clock=clock)
-    # Two of magnitude take 100 seconds; of those with a Fisher nothing is known, so one starts.
-    assert len(result.outcomes) == 3
-    assert [outcome.config.selection for outcome in result.outcomes[:2]] == ["magnitude"] * 2
-    assert len(result.outcomes) + len(result.left_out) == 2 * len(SETTINGS)
-    assert len(estimates) == 1
-    nothing = tiny_grid(tiny.TinyEncoder(), SETTINGS, [0.5], budget=0, clock=clock)
-    assert not nothing.outcomes and len(nothing.left_out) == len(SETTINGS)
-    assert len(estimates) == 1
-
-
-def test_an_estimate_is_not_counted_for_those_without_one(monkeypatch):
-    @register_saliency("glancing", uses_fisher=False)
-    def glancing(problem):
-        return {name: problem.flat(name).abs() for name in problem.names()}
-
-    clock = tiny.FakeClock()
-    real = TrialLoop._prepare
-
-    def takes_5_minutes(loop: TrialLoop, config: PruningConfig) -> Any:
-        clock.now += 300 * config.uses_fisher
-        return real(loop, config)
-
-    monkeypatch.setattr(TrialLoop, "_prepare", takes_5_minutes)
-    looks_at_texts = replace(GREEDY, selection="glancing", update="none")
-    other_blocks = replace(GREEDY, fisher=replace(GREEDY.fisher, block_size=4))
-    settings = [GREEDY, looks_at_texts, other_blocks]
-    result = tiny_grid(tiny.TinyEncoder(), settings, [0.5], budget=9, clock=clock)
-    assert [o.config.selection for o in result.outcomes] == ["greedy", "glancing"]
-    assert len(result.left_out) == 1
-
-
-def test_the_budget_counts_on_what_was_before():
-    clock = tiny.FakeClock()
-    budget = Budget(10, clock)
-    assert budget.allows(("estimate", 1e9)), "nothing is known yet"
-    for seconds in (120, 60):
-        with budget.timed("estimate", 100):
-            clock.now += seconds
-    assert budget.allows(("estimate", 700))  # 60 seconds for 100 texts, 7 minutes left
-    assert not budget.allows(("estimate", 701))
-    assert not budget.allows(("estimate", 650), ("estimate", 60))
-    clock.now += 420
-    assert not budget.allows(("unknown", 1))
-    assert Budget(None, clock).allows(("estimate", 1e9))
-
-
-def test_an_estimate_that_ate_the_budget_is_not_used(monkeypatch, estimates):
-    clock = tiny.FakeClock()
-    real = TrialLoop._prepare
-
-    def takes_5_minutes(*arguments: Any) -> Any:
-        clock.now += 300
-        return real(*arguments)
-
-    monkeypatch.setattr(TrialLoop, "_prepare", takes_5_minutes)
-    result = tiny_grid(tiny.TinyEncoder(), [GREEDY], [0.5, 0.75], budget=4, clock=clock)
-    assert not result.outcomes and len(result.left_out) == 2 and len(estimates) == 1
-
-
-def test_seconds_by_stage():
-    known = {"gradients": 1, "fisher": 2, "damping": 4, "scores": 8, "masks": 16, "update": 32}
-    assert grid.seconds_of(known) == {
-        "gradients_seconds": 1, "fisher_seconds": 2, "damping_seconds": 4, "selection_seconds": 56,
-    }  # fmt: skip
 
 
 # Scores that trials share
