@@ -73,7 +73,7 @@ class BatchSource:
 
     def _next_after_restart(self, count: int | None) -> Any:
         if not self.taken and not self._kept_back:
-            raise ValueError("batches is empty: no gradient can be computed")
+            raise _no_batches()
         fresh = iter(self._batches)
         batch = _END
         if fresh is not self._batches:
@@ -108,7 +108,7 @@ class BatchSource:
             held.append(batch)
             samples += samples_in(batch) or 1
         if not held:
-            raise ValueError("batches is empty: no gradient can be computed")
+            raise _no_batches()
         if (batch := self._next_of_pass()) is not _END:
             self._ahead.append(batch)
             self._kept_back = held
@@ -143,7 +143,7 @@ class BatchSource:
     def _look_ahead(self) -> bool:
         batch = self._next_of_pass()
         if batch is _END and not self._ahead:
-            raise ValueError("batches is empty: no gradient can be computed")
+            raise _no_batches()
         if batch is not _END:
             self._ahead.append(batch)
         return batch is not _END
@@ -184,6 +184,10 @@ class BatchSource:
                 f"{self.taken / available:.1f} times"
             )
         return notes
+
+
+def _no_batches() -> ValueError:
+    return ValueError("batches is empty: no gradient can be computed")
 
 
 def _are_equal(first: Any, second: Any) -> bool:
