@@ -185,6 +185,7 @@ template <class T, class... Allowed>
 void check_atomic(const T* pointer) {
     static_assert(is_one_of<T, Allowed...>, "CUDA has no such atomic for this type");
     check_access(pointer);
+    counted.atomic_count += 1;
 }
 
 }  // namespace host_cuda::detail

@@ -37,8 +37,11 @@ std::mutex launch_mutex;
 size_t opt_in_limit = kSharedBytes - kGuardBytes;
 std::map<const void*, size_t> opted_in;
 cudaError_t last_error = cudaSuccess;
+cudaError_t next_launch = cudaSuccess;
 bool recording = false;
 std::vector<Launch> recorded;
+uint64_t first_block_to_run = 0;
+uint64_t blocks_to_run = ~uint64_t{0};
 
 // Beyond what the kernel asked for: poisoned for the sanitizer, else a pattern that is checked.
 class SharedMemoryGuard {
@@ -87,13 +90,19 @@ void run_grid(size_t shared_bytes) {
     };
     const SharedMemoryGuard guard(shared_bytes);
     // All thread blocks in steps of a number without common divisor, from anywhere.
-    const uint64_t count = uint64_t{gridDim.x} * gridDim.y * gridDim.z;
+    const uint64_t all = uint64_t{gridDim.x} * gridDim.y * gridDim.z;
+    const uint64_t before = std::min(first_block_to_run, all);
+    const uint64_t count = std::min(blocks_to_run, all - before);
+    if (count == 0) {
+        throw_error("none of its thread blocks is to run");
+    }
     uint64_t step = random_bits() % count;
     while (std::gcd(step, count) != 1) {
         ++step;
     }
-    uint64_t linear = random_bits() % count;
-    for (uint64_t done = 0; done < count; ++done, linear = (linear + step) % count) {
+    uint64_t place = random_bits() % count;
+    for (uint64_t done = 0; done < count; ++done, place = (place + step) % count) {
+        const uint64_t linear = before + place;
         blockIdx = {static_cast<unsigned>(linear % gridDim.x),
                     static_cast<unsigned>(linear / gridDim.x % gridDim.y),
                     static_cast<unsigned>(linear / gridDim.x / gridDim.y)};
@@ -114,6 +123,9 @@ void run_grid(size_t shared_bytes) {
 }
 
 cudaError_t check_launch(const cudaLaunchConfig_t& config, const void* kernel) {
+    if (next_launch != cudaSuccess) {
+        return std::exchange(next_launch, cudaSuccess);
+    }
     const dim3 grid = config.gridDim;
     const dim3 block = config.blockDim;
     if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.x > 0x7fffffff || grid.y > 65535 ||
@@ -208,6 +220,18 @@ void set_seed(uint64_t seed) {
     detail::random_state = seed;
 }
 
+void set_thread_blocks(uint64_t first, uint64_t count) {
+    detail::first_block_to_run = first;
+    detail::blocks_to_run = count;
+}
+void forget_attributes() {
+    detail::opted_in.clear();
+    detail::last_error = cudaSuccess;
+}
+void refuse_next_launch(cudaError_t error) {
+    detail::next_launch = error;
+}
+
 void set_shared_memory_limit(int bytes) {
     if (bytes < 0 || static_cast<size_t>(bytes) > kSharedBytes - kGuardBytes) {
         throw std::invalid_argument("shared memory limit of " + std::to_string(bytes) +
@@ -225,6 +249,30 @@ cudaError_t cudaGetLastError() {
     return std::exchange(host_cuda::detail::last_error, cudaSuccess);
 }
 
+// Kernels compiled with -fsanitize=alignment call this where a pointer is not what its type asks
+// for, as that of a vector in shared memory, which a device would not load; in place of the
+// compiler's library, which ends the process.
+#pragma GCC visibility push(hidden)
+extern "C" {
+
+struct TypeMismatch {
+    const char* file;
+    uint32_t line, column;
+    const void* type;
+    unsigned char log_alignment;
+    unsigned char kind;
+};
+void __ubsan_handle_type_mismatch_v1(const TypeMismatch* where, const void* pointer) {
+    const size_t alignment = size_t{1} << where->log_alignment;
+    host_cuda::detail::fail_misaligned(pointer, alignment, where->file, where->line);
+}
+void __ubsan_handle_type_mismatch_v1_abort(const TypeMismatch* where, const void* pointer) {
+    __ubsan_handle_type_mismatch_v1(where, pointer);
+}
+
+}  // extern "C"
+#pragma GCC visibility pop
+
 // For Python's ctypes.
 #pragma GCC visibility push(default)
 extern "C" {
@@ -236,13 +284,14 @@ void host_cuda_reset_counters() {
     host_cuda::reset_counters();
 }
 
-// load bytes, store bytes, load count, store count
+// load bytes, store bytes, load count, store count, atomic operations
 void host_cuda_counters(uint64_t* values) {
     const host_cuda::Counters& counted = host_cuda::counters();
     values[0] = counted.load_bytes;
     values[1] = counted.store_bytes;
     values[2] = counted.load_count;
     values[3] = counted.store_count;
+    values[4] = counted.atomic_count;
 }
 
 // Returns whether the limit is possible; if not, the former one stays.

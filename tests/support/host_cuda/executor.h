@@ -9,9 +9,10 @@
 //   (also where the hardware would let exited threads count as arrived);
 // * a warp operation whose mask leaves out the caller or names a lane that has exited or does not
 //   exist; lanes of one mask at different operations;
-// * a misaligned vector load or store, a write behind the dynamic shared memory that was asked
-//   for, a stack of more than 64 KiB.
-// A shuffle that reads a lane outside of its mask gets all bits set (NaN, -1).
+// * a shuffle that reads a lane outside of its mask;
+// * a misaligned load or store (of shared memory: where the kernels are compiled with
+//   -fsanitize=alignment), a write behind the dynamic shared memory that was asked for, a stack of
+//   more than 64 KiB.
 //
 // The executor stays usable after an error; destructors of what lived in the kernel don't run.
 #pragma once
@@ -28,12 +29,14 @@
 
 namespace host_cuda {
 
-// What went through __ldg, __ldcs, __ldcg, __ldca, __stcs and __stcg since the last reset.
+// What went through __ldg, __ldcs, __ldcg, __ldca, __stcs and __stcg since the last reset, and the
+// atomic operations.
 struct Counters {
     uint64_t load_bytes;
     uint64_t store_bytes;
     uint64_t load_count;
     uint64_t store_count;
+    uint64_t atomic_count;
 };
 
 const Counters& counters();
@@ -45,6 +48,16 @@ void set_seed(uint64_t seed);
 // The most dynamic shared memory a kernel may opt in to, in bytes: 0 to 231424, the default.
 // Throws std::invalid_argument.
 void set_shared_memory_limit(int bytes);
+
+// Of each grid that follows only the thread blocks first .. first + count run: large offsets in
+// memory that nobody backs need no time for what lies before them.
+void set_thread_blocks(uint64_t first, uint64_t count);
+
+// As on a new device: no kernel has opted in to more shared memory, and there was no error.
+void forget_attributes();
+
+// The next launch is refused with this error, as by a device that is out of memory, say.
+void refuse_next_launch(cudaError_t error);
 
 // What the code of a launch asked for.
 struct Launch {
@@ -106,7 +119,8 @@ uint64_t wait_for_warp(WarpOperation operation, unsigned mask, uint64_t value, i
 
 // Ends the launch with an error, or throws at once where no kernel runs.
 [[noreturn]] void fail(const char* what);
-[[noreturn]] void fail_misaligned(const void* pointer, size_t alignment);
+[[noreturn]] void fail_misaligned(const void* pointer, size_t alignment, const char* file = nullptr,
+                                  unsigned line = 0);
 
 }  // namespace detail
 }  // namespace host_cuda

@@ -6,6 +6,7 @@
 #include <stdexcept>
 
 #include "../../../csrc/pruning/operators.h"
+#include "cuda_runtime.h"
 #include "executor.h"
 
 namespace py = pybind11;
@@ -17,6 +18,11 @@ PYBIND11_MODULE(host_cuda, m) {
     m.def("set_seed", &host_cuda::set_seed);
     m.def("set_shared_memory_limit", &host_cuda::set_shared_memory_limit);
     m.def("set_recording", &host_cuda::set_recording);
+    m.def("set_thread_blocks", &host_cuda::set_thread_blocks);
+    m.def("forget_attributes", &host_cuda::forget_attributes);
+    m.def("refuse_next_launch",
+          [](int error) { host_cuda::refuse_next_launch(cudaError_t(error)); });
+    m.def("last_error", [] { return int(cudaPeekAtLastError()); });
     // The kernel: where its code begins in the file of this module.
     m.def("last_launch", [] {
         if (host_cuda::launches().empty()) throw std::runtime_error("no launch was recorded");
@@ -50,6 +56,7 @@ PYBIND11_MODULE(host_cuda, m) {
         out["store_bytes"] = counters.store_bytes;
         out["load_count"] = counters.load_count;
         out["store_count"] = counters.store_count;
+        out["atomic_count"] = counters.atomic_count;
         return out;
     });
 }

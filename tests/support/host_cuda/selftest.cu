@@ -51,8 +51,7 @@ __global__ void warp_operations(double* out) {
     row[4] = __shfl_sync(0xffffffffu, static_cast<unsigned>(lane), 9, 8);
     row[5] = __ballot_sync(0xffffffffu, lane % 3 == 0);
     row[6] = 2 * __any_sync(0xffffffffu, lane == 7) + __all_sync(0xffffffffu, lane != 7);
-    // The source is not in the mask: undefined on a device, all bits set here.
-    row[7] = lane < 4 ? __shfl_sync(0xfu, lane, 5) : 0;
+    row[7] = lane < 4 ? __shfl_sync(0xfu, lane, 3) : 0;
     __syncwarp();
 }
 
@@ -168,7 +167,10 @@ __global__ void mistake(int kind, float* memory) {
         case 7: memory[0] = recurse(300, 1); break;
         case 8: __shfl_sync(0xffffffffu, lane, 0, 12); break;
         case 9: __trap(); break;
-        case 10: obert_shared[64 + thread / 63] = 1; break;  // 64 bytes are asked for
+        case 10: obert_shared[64 + thread / 63] = 1; break;              // 64 bytes are asked for
+        case 11: __shfl_xor_sync(0xffu << (lane & ~7), lane, 8); break;  // of another team of 8
+        case 12: __shfl_sync(0xffu << (lane & ~7), lane, 3); break;
+        case 13: reinterpret_cast<float4*>(obert_shared + 4)->x = 1; break;
     }
 }
 

@@ -243,10 +243,12 @@ void complete_warp_operation(int warp, const Thread& last) {
     for (unsigned rest = last.mask; rest != 0; rest &= rest - 1) {
         const int lane = __builtin_ctz(rest);
         Thread& thread = lanes[lane];
-        const bool source_takes_part = (last.mask >> thread.source_lane & 1) != 0;
-        const uint64_t shuffled =
-            source_takes_part ? lanes[thread.source_lane].value : ~uint64_t{0};
-        thread.result = is_shuffle ? shuffled : ballot;
+        if (is_shuffle && (last.mask >> thread.source_lane & 1) == 0) {
+            stop("lane " + std::to_string(lane) + " reads lane " +
+                 std::to_string(thread.source_lane) + ", which is not in the mask of " +
+                 describe(last.operation, last.mask) + ": " + describe_threads());
+        }
+        thread.result = is_shuffle ? lanes[thread.source_lane].value : ballot;
         make_ready(warp * kWarpSize + lane);
     }
     waiting_lanes[warp] &= ~last.mask;
@@ -337,9 +339,13 @@ void fail(const char* what) {
     stop(describe_current() + ": " + what);
 }
 
-void fail_misaligned(const void* pointer, size_t alignment) {
-    char text[96];
-    std::snprintf(text, sizeof(text), "address %p is not a multiple of %zu", pointer, alignment);
+void fail_misaligned(const void* pointer, size_t alignment, const char* file, unsigned line) {
+    char text[400];
+    const int length = std::snprintf(text, sizeof(text), "address %p is not a multiple of %zu",
+                                     pointer, alignment);
+    if (file != nullptr) {
+        std::snprintf(text + length, sizeof(text) - length, " (%s:%u)", file, line);
+    }
     fail(text);
 }
 
