@@ -1,12 +1,14 @@
 """Saving a pruned model: a normal Hugging Face checkpoint, its masks and a report.
 
 A folder appears under its name only when it is whole: everything is written into a temporary
-folder beside it, which is renamed at the end.
+folder beside it, which is renamed at the end.  What cannot be written there is saved in the folder
+for temporary files, and the error says where.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ import torch
 from ..files import REPORT_FILE, whole_folder, write_json
 
 MASKS_FILE = "masks.safetensors"
+STATE_FILE = "state_dict.pt"
 
 
 def save_pruned(
@@ -25,25 +28,68 @@ def save_pruned(
     Args:
         result: what :func:`obert_kernels.prune` returned.
         tokenizer: tokenizer to save beside the model, or None.
-        folder: where to save; an earlier checkpoint of this function there is replaced.
+        folder: where to save; an earlier checkpoint of this function there is replaced, if nothing
+            was added to it or changed in it.
         extra: further JSON-ready entries of ``report.json``, for example the accuracy.
 
     Returns:
         The folder, holding ``config.json``, ``model.safetensors``, the tokenizer's files,
         ``masks.safetensors`` (one bool tensor per pruned weight, its shape, True = remains)
-        and ``report.json``.
+        and ``report.json``, which also lists the files with their digests.
 
     Raises:
-        FileExistsError: ``folder`` holds something else, another checkpoint included.
+        FileExistsError, OSError: ``folder`` holds something else, or it could not be saved there;
+            the message says where it was saved instead.
     """
     model, masks, report = result
-    with whole_folder(folder) as fresh:
+
+    def write(fresh: Path) -> None:
         save_masks(masks, fresh)
         model.save_pretrained(fresh)
         if tokenizer is not None:
             tokenizer.save_pretrained(fresh)
         write_json(fresh / REPORT_FILE, {**report.to_dict(), **(extra or {})})
+
+    return save_folder(folder, write, model)
+
+
+def save_folder(folder: str | Path, write: Callable[[Path], object], model: Any) -> Path:
+    """Save a folder, or what can be saved of it elsewhere.
+
+    Args:
+        folder: see :func:`obert_kernels.files.whole_folder`.
+        write: writes the content into the folder it is given.
+        model: its weights are saved if ``write`` fails in the other place, too.
+
+    Raises:
+        FileExistsError, OSError: ``folder`` holds something else, or it could not be saved there;
+            the message says where it was saved instead.
+    """
+    try:
+        with whole_folder(folder) as fresh:
+            write(fresh)
+    except Exception as error:  # whatever it is: hours of work may be in the model
+        kind = FileExistsError if isinstance(error, FileExistsError) else OSError
+        raise kind(f"{folder} could not be saved: {error}; {_rescue(write, model)}") from error
     return Path(folder)
+
+
+def _rescue(write: Callable[[Path], object], model: Any) -> str:
+    """Save in the folder for temporary files; say what is where."""
+    try:
+        place = Path(tempfile.mkdtemp(prefix="obert-saved-"))
+    except OSError as error:
+        return f"nor is there another place ({error})"
+    try:
+        write(place)
+        return f"the checkpoint is whole in {place} instead: move it to where you want it"
+    except Exception as error:
+        reason = error
+    try:
+        torch.save(model.state_dict(), place / STATE_FILE)
+        return f"the weights alone are in {place / STATE_FILE} ({reason})"
+    except Exception as error:
+        return f"nor could it be saved in {place} ({error})"
 
 
 def save_masks(masks: Mapping[str, torch.Tensor], folder: str | Path) -> None:
@@ -52,6 +98,12 @@ def save_masks(masks: Mapping[str, torch.Tensor], folder: str | Path) -> None:
 
     tensors = {name: mask.detach().to("cpu").contiguous() for name, mask in masks.items()}
     save_file(tensors, Path(folder) / MASKS_FILE)
+
+
+def checkpoint_bytes(model: Any, masked: int = 0) -> int:
+    """Return the least bytes of a checkpoint: weights, and masks of so many weights."""
+    weights = {tensor.data_ptr(): tensor.nbytes for tensor in model.state_dict().values()}
+    return sum(weights.values()) + masked
 
 
 def load_masks(folder: str | Path) -> dict[str, torch.Tensor]:

@@ -1,0 +1,20 @@
+"""Files and folders that appear whole or not at all, and where they may be put."""
+
+from .folders import REPORT_FILE, check_replaceable, recover, whole_folder
+from .places import check_room, locked, made, try_writing
+from .whole import read_json, sha256_of, write_json, write_whole
+
+__all__ = [
+    "REPORT_FILE",
+    "check_replaceable",
+    "check_room",
+    "locked",
+    "made",
+    "read_json",
+    "recover",
+    "sha256_of",
+    "try_writing",
+    "whole_folder",
+    "write_json",
+    "write_whole",
+]
