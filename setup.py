@@ -4,6 +4,7 @@ The package metadata lives in pyproject.toml.  Environment variables:
   OBERT_CUDA=0|1       without or with the CUDA part (default: with, where nvcc is found)
   OBERT_CUDA_ARCHS     compute capabilities, for example "80;90" (default: those of the devices
                        present, else 8.0); "all", for wheels: those of 7.5 to 12.0 that nvcc knows
+  OBERT_WERROR=1       warnings of the compilers are errors (for development)
   CXX, NVCC            compilers (default: c++, nvcc)
   MAX_JOBS             parallel compilations
 """
@@ -26,6 +27,8 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).parent
 VERSION = re.search(r'^version = "(.+)"', (ROOT / "pyproject.toml").read_text(), re.M).group(1)
 CUDA_ARCHS = ["75", "80", "86", "89", "90", "100", "120"]
+OLDEST_ARCH = 75  # what the kernels are written for
+OLDEST_NVCC = (11, 8)  # the first with cudaLaunchKernelEx
 IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
 
 # Flags of each instruction set; the vector width is what csrc/common/cpu/simd.h builds on.
@@ -40,7 +43,12 @@ if IS_X86:
 # Folders of csrc/ whose sources are compiled for each of these; all others are compiled once.
 KERNELS = {"pruning/cpu": INSTRUCTION_SETS}
 
-CXX_FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -Wall -Wextra -Werror=return-type".split()
+CXX_FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -Wall -Wextra".split()
+NVCC_FLAGS = "-std=c++17 -O3 -Xcompiler -fPIC,-fvisibility=hidden".split()
+# A compiler newer than those of the developers may warn of something new.
+if os.environ.get("OBERT_WERROR", "0") != "0":
+    CXX_FLAGS += ["-Werror"]
+    NVCC_FLAGS += ["-Werror", "all-warnings"]
 # Kernels: no errno from sqrt, no exceptions; ABI notes about wide vectors do not apply, as
 # every kernel is inlined into its own translation unit.
 KERNEL_FLAGS = ["-fno-math-errno", "-fno-exceptions", "-Wno-psabi"]
@@ -59,7 +67,33 @@ def find_nvcc() -> str | None:
     nvcc = None if wish == "0" else shutil.which(os.environ.get("NVCC", "nvcc"))
     if wish == "1" and nvcc is None:
         sys.exit("OBERT_CUDA=1 but nvcc was not found: put it on PATH or set NVCC=/path/to/nvcc")
-    return nvcc
+    problem = reason_not_to_use(nvcc) if nvcc else None
+    if problem is None:
+        return nvcc
+    if wish == "1":
+        sys.exit(f"OBERT_CUDA=1 but {problem}")
+    print(f"obert_kernels: without CUDA, as {problem}", file=sys.stderr, flush=True)
+    return None
+
+
+def reason_not_to_use(nvcc: str) -> str | None:
+    """Why the kernels cannot be compiled with this nvcc and what to do, or None."""
+    said = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    release = re.search(r"release (\d+)\.(\d+)", said)
+    if release is None:
+        return f"`{nvcc} --version` names no release: set NVCC=/path/to/nvcc"
+    if (int(release[1]), int(release[2])) < OLDEST_NVCC:
+        oldest = ".".join(map(str, OLDEST_NVCC))
+        return f"{nvcc} is of CUDA {release[1]}.{release[2]}: set NVCC to one of {oldest} or newer"
+    if not known_archs(nvcc):
+        return f"`{nvcc} --list-gpu-arch` lists no architectures: set NVCC=/path/to/nvcc"
+    return None
+
+
+def known_archs(nvcc: str) -> list[str]:
+    """Architectures that nvcc compiles for, the oldest first."""
+    listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout
+    return sorted(re.findall(r"compute_(\d+)\b", listed), key=int)
 
 
 def devices_present() -> list[str]:
@@ -73,25 +107,36 @@ def devices_present() -> list[str]:
 
 
 def cuda_archs(nvcc: str) -> list[str]:
-    """The architectures to compile for: those wished for, of the devices present, or 8.0.
+    """The architectures to make machine code for: those wished for, of the devices present, or 8.0.
 
-    With PTX, code for 8.0 runs on every later device: 8.6 and 8.9 take its machine code, newer ones
-    compile the PTX when they first use a kernel.
+    All other devices compile the PTX when they first use a kernel; machine code for 8.0 also runs
+    on 8.6 and 8.9.
     """
-    wish = os.environ.get("OBERT_CUDA_ARCHS", "").strip().replace(".", "")
-    if wish and wish != "all":
-        return [arch for arch in re.split(r"[;,\s]+", wish) if arch]
-    listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout
-    known = re.findall(r"compute_(\d+)", listed)
-    if not known:
-        sys.exit(f"{nvcc} lists no architectures: set OBERT_CUDA_ARCHS or OBERT_CUDA=0")
+    known = known_archs(nvcc)
+    wish = os.environ.get("OBERT_CUDA_ARCHS", "").strip()
     if wish == "all":
         return [arch for arch in CUDA_ARCHS if arch in known]
-    # A device newer than nvcc runs the PTX of the newest architecture that it knows.
+    if wish:
+        return list(dict.fromkeys(wished_arch(name, known) for name in re.split(r"[;,\s]+", wish)))
+    # Machine code runs on devices of the same major number and the same or a higher minor one.
     present = sorted(int(capability.replace(".", "")) for capability in devices_present())
-    fitting = [[arch for arch in known if int(arch) <= device] for device in present]
-    found = [max(archs, key=int) for archs in fitting if archs]
-    return list(dict.fromkeys(found)) or ["80"]
+    fitting = [
+        [arch for arch in known if arch[:-1] == str(device // 10) and int(arch) <= device]
+        for device in present
+    ]
+    return list(dict.fromkeys(archs[-1] for archs in fitting if archs)) or ["80"]
+
+
+def wished_arch(name: str, known: list[str]) -> str:
+    """Return "90" for "9.0", "90", "sm_90", "90a" (nothing here needs the "a") and "9.0+PTX"."""
+    found = re.fullmatch(r"(?:sm_|compute_)?(\d+)\.?(\d)[af]?(?:\+PTX)?", name, re.I)
+    arch = found[1] + found[2] if found else ""
+    if arch not in known:
+        sys.exit(
+            f"OBERT_CUDA_ARCHS: {name!r} is none of the compute capabilities that nvcc compiles "
+            f"for, {', '.join(known)}; separate several by semicolons, or use all"
+        )
+    return arch
 
 
 def announcement(nvcc: str | None, archs: list[str], jobs: int) -> str:
@@ -115,18 +160,21 @@ def announcement(nvcc: str | None, archs: list[str], jobs: int) -> str:
     )
 
 
-def cuda_flags(archs: list[str]) -> list[str]:
-    """Machine code for every architecture named and PTX of the newest.
+def cuda_flags(archs: list[str], known: list[str]) -> list[str]:
+    """Machine code for every architecture named, and PTX that every later device can compile.
 
-    Nothing in the kernels is specific to an architecture, so all machine code is made of the PTX
-    of the oldest: half of the time goes into making PTX.
+    Nothing in the kernels is specific to an architecture, so one PTX, of 7.5 or what else is the
+    oldest that nvcc knows, is what all machine code is made of and what is kept: half of the time
+    of a build goes into making PTX.
+
+    Args:
+        archs: architectures for machine code.
+        known: those of nvcc.
     """
-    flags = "-std=c++17 -O3 -Xcompiler -fPIC,-fvisibility=hidden -Werror all-warnings".split()
-    flags += ["--threads", "0"] if len(archs) > 1 else []
-    archs = sorted(set(archs), key=lambda arch: int(re.sub(r"\D", "", arch)))
-    code = ",".join(f"sm_{arch}" for arch in archs)
-    flags += ["-gencode", f"arch=compute_{archs[0]},code=[{code}]"]
-    return [*flags, "-gencode", f"arch=compute_{archs[-1]},code=compute_{archs[-1]}"]
+    oldest = min([*archs, *(arch for arch in known if int(arch) >= OLDEST_ARCH)], key=int)
+    flags = [*NVCC_FLAGS, *(["--threads", "0"] if len(archs) > 1 else [])]
+    code = ",".join(f"sm_{arch}" for arch in sorted(archs, key=int))
+    return [*flags, "-gencode", f"arch=compute_{oldest},code=[{code},compute_{oldest}]"]
 
 
 def cudart_static_flags(nvcc: str) -> list[str]:
@@ -185,7 +233,11 @@ class NinjaFile:
         command = [str(Path(ninja.BIN_DIR) / "ninja"), "-C", str(self.build_dir)]
         if jobs := os.environ.get("MAX_JOBS"):
             command += ["-j", jobs]
-        subprocess.run(command, check=True)
+        if subprocess.run(command).returncode:
+            sys.exit(
+                "obert_kernels: the build failed; the compiler says above why.  OBERT_CUDA=0 "
+                "leaves the CUDA kernels out, CXX and NVCC choose other compilers"
+            )
 
 
 class NinjaBuildExt(build_ext):
@@ -208,8 +260,9 @@ class NinjaBuildExt(build_ext):
         link_flags = ["-pthread"]
         if nvcc:
             once_flags += ["-DOBERT_WITH_CUDA", f'-DOBERT_CUDA_ARCHITECTURES="{";".join(archs)}"']
+            device_flags = cuda_flags(archs, known_archs(nvcc))
             for path in by_size(csrc.rglob("cuda/*.cu")):
-                ninja_file.compile(nvcc, path, f"{path.relative_to(csrc)}", cuda_flags(archs))
+                ninja_file.compile(nvcc, path, f"{path.relative_to(csrc)}", device_flags)
             link_flags += cudart_static_flags(nvcc)
         ninja_file.compile(cxx, csrc / "bindings.cpp", "bindings.cpp", once_flags)
         for folder, instruction_sets in KERNELS.items():

@@ -3,6 +3,7 @@
 import os
 import re
 import runpy
+import struct
 import subprocess
 import sys
 import zipfile
@@ -203,11 +204,14 @@ def program(path: Path, output: str, status: int = 0) -> Path:
         ("", None, ["80"]),  # no driver
         ("", "9.0", ["90"]),
         ("", "9.0\n8.6\n9.0", ["86", "90"]),
-        ("", "13.0", ["120"]),  # newer than nvcc: its newest PTX runs there
+        ("", "12.1\n10.3", ["100", "120"]),  # machine code of a lower minor number runs there
+        ("", "13.0\n11.5", ["110"]),  # newer than nvcc: compiles the PTX
+        ("", "13.0", ["80"]),
         ("", "7.0", ["80"]),  # older than all that nvcc knows
         ("", "[N/A]", ["80"]),
         ("all", "9.0", ["75", "80", "86", "89", "90", "100", "120"]),
         ("9.0; 8.0", "8.6", ["90", "80"]),
+        ("sm_90a,8.0+PTX 90", "8.6", ["90", "80"]),
     ],
 )
 def test_one_architecture_is_compiled_for_unless_others_are_wished_for(
@@ -219,6 +223,43 @@ def test_one_architecture_is_compiled_for_unless_others_are_wished_for(
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setenv("OBERT_CUDA_ARCHS", wish)
     assert setup_py(monkeypatch)["cuda_archs"](str(nvcc)) == expected
+
+
+@pytest.mark.parametrize("wish", ["ninety", "8", "13.0", "80;;;x", "all;90"])
+def test_an_architecture_that_nvcc_does_not_know_is_refused(monkeypatch, tmp_path, wish):
+    nvcc = program(tmp_path / "nvcc", "compute_75\ncompute_80\ncompute_90")
+    monkeypatch.setenv("OBERT_CUDA_ARCHS", wish)
+    with pytest.raises(SystemExit, match=r"^OBERT_CUDA_ARCHS: '.+' is none of .* 75, 80, 90;"):
+        setup_py(monkeypatch)["cuda_archs"](str(nvcc))
+
+
+@pytest.mark.parametrize(
+    ("release", "problem"),
+    [
+        ("Cuda compilation tools, release 13.0, V13.0.88\ncompute_75", None),
+        (
+            "Cuda compilation tools, release 11.5, V11.5.119\ncompute_80",
+            "is of CUDA 11.5: set",
+        ),
+        ("Cuda compilation tools, release 12.0, V12.0.1", "lists no architectures: set NVCC"),
+        ("not found", "names no release: set NVCC"),
+    ],
+)
+def test_an_nvcc_that_cannot_compile_the_kernels(monkeypatch, tmp_path, capsys, release, problem):
+    """It is left out, and that is said; where CUDA is wished for it is an error."""
+    nvcc = str(program(tmp_path / "nvcc", release))
+    monkeypatch.setenv("NVCC", nvcc)
+    monkeypatch.delenv("OBERT_CUDA", raising=False)
+    find_nvcc = setup_py(monkeypatch)["find_nvcc"]
+    assert find_nvcc() == (nvcc if problem is None else None)
+    said = capsys.readouterr().err
+    assert (problem or "") in said and ("without CUDA" in said) == (problem is not None)
+    monkeypatch.setenv("OBERT_CUDA", "1")
+    if problem is None:
+        assert find_nvcc() == nvcc
+        return
+    with pytest.raises(SystemExit, match=problem):
+        find_nvcc()
 
 
 def test_a_build_says_what_it_compiles_and_how_long_that_takes(monkeypatch):
@@ -235,26 +276,75 @@ def test_a_build_says_what_it_compiles_and_how_long_that_takes(monkeypatch):
     assert minutes == sorted(set(minutes))
 
 
+KNOWN = ["75", "80", "86", "87", "88", "89", "90", "100", "103", "110", "120", "121"]
+
+
+def made_of(flags: list[str]) -> dict[str, list[str]]:
+    """What nvcc is asked to make of the PTX of each architecture."""
+    found = re.findall(r"arch=(\w+),code=\[?([\w,]+)", " ".join(flags))
+    return {ptx: code.split(",") for ptx, code in found}
+
+
 @pytest.mark.parametrize(
-    ("archs", "expected"),
+    ("archs", "known", "expected"),
     [
-        (
-            ["75", "80", "86", "89", "90", "100", "120"],
-            {
-                "compute_75": ["sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"],
-                "compute_120": ["compute_120"],
-            },
-        ),
-        (["90", "86"], {"compute_86": ["sm_86", "sm_90"], "compute_90": ["compute_90"]}),
-        (["80"], {"compute_80": ["sm_80", "compute_80"]}),
+        (["120", "75", "80"], KNOWN, {"compute_75": ["sm_75", "sm_80", "sm_120", "compute_75"]}),
+        (["90"], KNOWN, {"compute_75": ["sm_90", "compute_75"]}),
+        (["90"], ["50", "70", *KNOWN], {"compute_75": ["sm_90", "compute_75"]}),
+        (["90", "70"], ["50", "70", *KNOWN], {"compute_70": ["sm_70", "sm_90", "compute_70"]}),
+        (["120"], ["80", "120"], {"compute_80": ["sm_120", "compute_80"]}),
     ],
 )
-def test_every_architecture_gets_machine_code_and_the_newest_ptx(monkeypatch, archs, expected):
-    flags = setup_py(monkeypatch)["cuda_flags"](archs)
-    made = {}
-    for ptx, code in re.findall(r"arch=(\w+),code=\[?([\w,]+)", " ".join(flags)):
-        made.setdefault(ptx, []).extend(code.split(","))
-    assert made == expected
+def test_one_ptx_of_the_oldest_architecture(monkeypatch, archs, known, expected):
+    """All machine code is made of it, and devices without machine code compile it."""
+    assert made_of(setup_py(monkeypatch)["cuda_flags"](archs, known)) == expected
+
+
+def test_warnings_are_errors_for_developers_alone(monkeypatch):
+    monkeypatch.delenv("OBERT_WERROR", raising=False)
+    for wish, expected in ((None, False), ("0", False), ("1", True)):
+        if wish is not None:
+            monkeypatch.setenv("OBERT_WERROR", wish)
+        build = setup_py(monkeypatch)
+        for flags in (build["CXX_FLAGS"], build["cuda_flags"](["80"], KNOWN)):
+            assert any(flag.startswith("-Werror") for flag in flags) == expected
+    assert "export OBERT_WERROR=1" in (ROOT / ".ci" / "run").read_text()
+
+
+FATBIN = struct.pack("<I", 0xBA55ED50)
+FATBIN_KINDS = {1: "compute", 2: "sm"}
+
+
+def embedded(library: bytes) -> list[set[str]]:
+    """Architectures of PTX ("compute_..") and machine code ("sm_..") of each source in a library.
+
+    nvcc puts them into a fat binary: 16 bytes, then entries with a head of their own.
+    """
+    found = []
+    for start in (match.start() for match in re.finditer(FATBIN, library)):
+        head, size = struct.unpack_from("<HQ", library, start + 6)
+        if head != 16 or start + head + size > len(library):
+            continue  # four bytes of something else
+        at, found = start + head, [*found, set()]
+        while at < start + head + size:
+            kind, entry_head, entry_size = struct.unpack_from("<HxxIQ", library, at)
+            (arch,) = struct.unpack_from("<I", library, at + 28)
+            found[-1].add(f"{FATBIN_KINDS[kind]}_{arch}")
+            at += entry_head + entry_size
+    return found
+
+
+def test_the_library_holds_machine_code_and_one_ptx():
+    core = obert_kernels.ops.native.core()
+    if core.cuda_architectures is None:
+        pytest.skip("built without CUDA kernels")
+    archs = core.cuda_architectures.split(";")
+    sources = embedded(Path(core.__file__).read_bytes())
+    assert len(sources) >= len(list((CSRC / "pruning" / "cuda").glob("*.cu")))
+    for source in sources:
+        (ptx,) = (name for name in source if name.startswith("compute_"))
+        assert source == {ptx, *(f"sm_{arch}" for arch in archs)}
+        assert int(ptx.removeprefix("compute_")) <= min(75, *map(int, archs))
 
 
 @pytest.mark.slow
