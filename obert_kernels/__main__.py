@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import platform
 import sys
+import warnings
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
 
 from . import __version__
-from .ops import native
+from .ops import gram_accumulate, native
+from .ops.fallback import SlowOperatorsWarning
 
 
 def _installed(package: str) -> str:
@@ -32,6 +35,23 @@ def _cuda(core: Any) -> str:
     )
 
 
+def _devices() -> Iterator[tuple[str, str]]:
+    """What runs on each device that torch sees; tried, as only the driver knows."""
+    for index in range(torch.cuda.device_count()):
+        device = torch.device("cuda", index)
+        major, minor = torch.cuda.get_device_capability(device)
+        name = f"{torch.cuda.get_device_name(device)}, compute capability {major}.{minor}"
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", SlowOperatorsWarning)
+                gram = torch.zeros(1, 1, device=device)
+                gram_accumulate(gram, torch.ones(1, 1, device=device), 1)
+            found = "kernels run" if gram.item() == 1 else f"wrong result: {gram.item()} for 1"
+        except (SlowOperatorsWarning, RuntimeError) as problem:
+            found = str(problem)
+        yield str(device), f"{name}: {found}"
+
+
 def main() -> int:
     """Print diagnostics; return 1 if the native core is missing."""
     rows = [
@@ -47,7 +67,7 @@ def main() -> int:
         core = native.core()
         sets = ", ".join(core.instruction_sets())
         rows.append(("CPU kernels", f"{core.current_instruction_set()} in use (of {sets})"))
-        rows.append(("CUDA", _cuda(core)))
+        rows += [("CUDA", _cuda(core)), *_devices()]
     for name, value in rows:
         print(f"{name:<14} {value}")
     if problem is not None:

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "api.h"
+#include "no_kernels.h"
 
 namespace obert {
 
@@ -134,6 +135,7 @@ inline void define_cpu_operators(py::module_& m) {
 }
 
 inline void define_cuda_operators(py::module_& m) {
+    py::register_local_exception<NoKernels>(m, "NoKernels", PyExc_RuntimeError);
 #define X(name, Parameters, ...)                                     \
     {                                                                \
         OBERT_NAMED(Parameters, __VA_ARGS__)                         \

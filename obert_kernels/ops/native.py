@@ -94,6 +94,12 @@ def run_on(state: Tensor) -> tuple[Any, int]:
     return core(), torch.get_num_threads()
 
 
+def no_kernels(state: Tensor) -> tuple[type[Exception], ...]:
+    """What the operators for the device of a tensor raise if none of them can run there."""
+    module, _ = run_on(state)
+    return (module.NoKernels,) if hasattr(module, "NoKernels") else ()
+
+
 def copy(source: Tensor, destination: Tensor) -> None:
     """Copy values; between contiguous CPU tensors of one type by the threads of the kernels.
 

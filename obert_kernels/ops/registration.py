@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from . import native, reference
+from . import fallback, native, reference
 
 _NAMESPACE = "obert_kernels"
 _library = torch.library.Library(_NAMESPACE, "DEF")
@@ -36,15 +36,16 @@ def operator(
 
         def run_native(*args: Any) -> Any:
             check(*args)
-            return native(*args)
+            return fallback.run(native, oracle, args)
 
         def run_on_device(*args: Any) -> Any:
             check(*args)
             with torch.cuda.device(args[0].device):
-                return native(*args)
+                return fallback.run(native, oracle, args)
 
         def run_oracle(*args: Any) -> Any:
             check(*args)
+            fallback.warn_if_slower(args[0].device)
             return oracle(*args)
 
         _library.define(f"{name}{schema}")

@@ -3,37 +3,72 @@
 
 #include <cuda_runtime.h>
 
+#include <atomic>
 #include <cstdint>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
 
+#include "../no_kernels.h"
+
 namespace obert {
 namespace cuda {
 
+// What to do where no kernel of this build can run on the device; null for all other errors.
 inline const char* remedy_for(cudaError_t error) {
-    if (error == cudaErrorInsufficientDriver)
-        return "; the CUDA runtime in this build is newer than the driver: update the driver, or "
-               "reinstall from source with the nvcc of an older toolkit or with OBERT_CUDA=0";
-    if (error == cudaErrorNoKernelImageForDevice)
-        return "; this build has no code for this device: reinstall from source with its compute "
-               "capability in OBERT_CUDA_ARCHS";
-    return "";
+    switch (error) {
+        case cudaErrorInsufficientDriver:
+        case cudaErrorCallRequiresNewerDriver:
+        case cudaErrorCompatNotSupportedOnDevice:
+            return "the CUDA runtime in this build is newer than the driver: update the driver, or "
+                   "reinstall from source with the nvcc of an older toolkit";
+        case cudaErrorSystemDriverMismatch:
+            return "the driver's parts are of different versions: restart the machine, or install "
+                   "the driver again";
+        case cudaErrorUnsupportedPtxVersion:
+            return "the PTX in this build is newer than the driver: update the driver, or "
+                   "reinstall from source with this compute capability in OBERT_CUDA_ARCHS";
+        case cudaErrorJitCompilerNotFound:
+            return "the driver's PTX compiler is missing (libnvidia-ptxjitcompiler, in containers "
+                   "NVIDIA_DRIVER_CAPABILITIES=compute,utility): install it, or reinstall from "
+                   "source with this compute capability in OBERT_CUDA_ARCHS";
+        case cudaErrorJitCompilationDisabled:
+            return "the compilation of PTX is switched off: unset CUDA_DISABLE_PTX_JIT, or "
+                   "reinstall from source with this compute capability in OBERT_CUDA_ARCHS";
+        case cudaErrorNoKernelImageForDevice:
+        case cudaErrorInvalidDeviceFunction:
+        case cudaErrorInvalidKernelImage:
+        case cudaErrorInvalidPtx:
+            return "this build has no code for this device: reinstall from source with this "
+                   "compute capability in OBERT_CUDA_ARCHS";
+        default: return nullptr;
+    }
 }
 
+// An error is no longer the last one once it is thrown: it must not surface in somebody else's
+// call.
 inline void check(cudaError_t error, const char* what) {
     if (error == cudaSuccess) return;
-    cudaGetLastError();  // must not surface in somebody else's call
-    throw std::runtime_error(std::string("obert_kernels: ") + what + ": " +
-                             cudaGetErrorString(error) + remedy_for(error));
+    cudaGetLastError();
+    const std::string said = cudaGetErrorString(error);
+    if (const char* remedy = remedy_for(error)) throw NoKernels(said + "; " + remedy);
+    throw std::runtime_error(std::string("obert_kernels: ") + what + ": " + said +
+                             "; CUDA reports errors late, so this can be one of an earlier launch, "
+                             "also of another library: CUDA_LAUNCH_BLOCKING=1 shows which");
 }
 
-// Largest dynamic shared memory of a thread block on the current device, bytes.
+// Largest dynamic shared memory of a thread block on the current device, bytes.  Asked of the
+// runtime once for each device.
 inline int shared_memory_limit() {
-    int device = 0, bytes = 0;
+    constexpr int kRemembered = 64;  // those behind are asked every time
+    static std::atomic<int> limits[kRemembered]{};
+    int device = 0;
     check(cudaGetDevice(&device), "cudaGetDevice");
+    int bytes = device < kRemembered ? limits[device].load(std::memory_order_relaxed) : 0;
+    if (bytes != 0) return bytes;
     check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
           "cudaDeviceGetAttribute");
+    if (device < kRemembered) limits[device].store(bytes, std::memory_order_relaxed);
     return bytes;
 }
 

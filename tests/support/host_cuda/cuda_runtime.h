@@ -40,22 +40,6 @@ cudaError_t cudaGetLastError();
 cudaError_t cudaPeekAtLastError();
 #pragma GCC visibility pop
 
-inline const char* cudaGetErrorName(cudaError_t error) {
-    switch (error) {
-        case cudaSuccess: return "cudaSuccess";
-        case cudaErrorInvalidValue: return "cudaErrorInvalidValue";
-        case cudaErrorMemoryAllocation: return "cudaErrorMemoryAllocation";
-        case cudaErrorInvalidConfiguration: return "cudaErrorInvalidConfiguration";
-        case cudaErrorInsufficientDriver: return "cudaErrorInsufficientDriver";
-        case cudaErrorNoDevice: return "cudaErrorNoDevice";
-        case cudaErrorInvalidDevice: return "cudaErrorInvalidDevice";
-        case cudaErrorNoKernelImageForDevice: return "cudaErrorNoKernelImageForDevice";
-        case cudaErrorNotSupported: return "cudaErrorNotSupported";
-        case cudaErrorUnknown: break;
-    }
-    return "cudaErrorUnknown";
-}
-
 inline const char* cudaGetErrorString(cudaError_t error) {
     switch (error) {
         case cudaSuccess: return "no error";
@@ -64,6 +48,20 @@ inline const char* cudaGetErrorString(cudaError_t error) {
         case cudaErrorInvalidConfiguration: return "invalid configuration argument";
         case cudaErrorInsufficientDriver:
             return "CUDA driver version is insufficient for CUDA runtime version";
+        case cudaErrorCallRequiresNewerDriver:
+            return "API call is not supported in the installed driver";
+        case cudaErrorInvalidDeviceFunction: return "invalid device function";
+        case cudaErrorInvalidKernelImage: return "device kernel image is invalid";
+        case cudaErrorInvalidPtx: return "a PTX JIT compilation failed";
+        case cudaErrorJitCompilerNotFound: return "PTX JIT compiler library not found";
+        case cudaErrorUnsupportedPtxVersion:
+            return "the provided PTX was compiled with an unsupported toolchain.";
+        case cudaErrorJitCompilationDisabled: return "PTX JIT compilation was disabled";
+        case cudaErrorIllegalAddress: return "an illegal memory access was encountered";
+        case cudaErrorSystemDriverMismatch:
+            return "system has unsupported display driver / cuda driver combination";
+        case cudaErrorCompatNotSupportedOnDevice:
+            return "forward compatibility was attempted on non supported HW";
         case cudaErrorNoDevice: return "no CUDA-capable device is detected";
         case cudaErrorInvalidDevice: return "invalid device ordinal";
         case cudaErrorNoKernelImageForDevice:
@@ -75,17 +73,13 @@ inline const char* cudaGetErrorString(cudaError_t error) {
 }
 
 inline cudaError_t cudaGetDeviceCount(int* count) {
-    *count = 1;
+    *count = host_cuda::detail::device_count();
     return cudaSuccess;
 }
 
 inline cudaError_t cudaGetDevice(int* device) {
-    *device = 0;
+    *device = host_cuda::detail::current_device();
     return cudaSuccess;
-}
-
-inline cudaError_t cudaSetDevice(int device) {
-    return device == 0 ? cudaSuccess : host_cuda::detail::record(cudaErrorInvalidDevice);
 }
 
 inline cudaError_t cudaRuntimeGetVersion(int* version) {
@@ -95,10 +89,10 @@ inline cudaError_t cudaRuntimeGetVersion(int* version) {
 
 // As a device of compute capability 9.0 would answer, but for the settable limit.
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
-    if (device != 0) {
+    if (device < 0 || device >= host_cuda::detail::device_count()) {
         return host_cuda::detail::record(cudaErrorInvalidDevice);
     }
-    const int limit = host_cuda::detail::shared_memory_limit();
+    const int limit = host_cuda::detail::shared_memory_limit(device);
     switch (attribute) {
         case cudaDevAttrMaxThreadsPerBlock: *value = 1024; return cudaSuccess;
         case cudaDevAttrMaxSharedMemoryPerBlock: *value = min(limit, 48 * 1024); return cudaSuccess;

@@ -2,6 +2,7 @@
 #include "executor.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 #include <map>
 #include <mutex>
@@ -34,7 +35,10 @@ namespace {
 
 // One launch at a time; a mutex because Python calls without its lock.
 std::mutex launch_mutex;
-size_t opt_in_limit = kSharedBytes - kGuardBytes;
+std::vector<int> limits{kSharedBytes - kGuardBytes};  // of the devices
+size_t device = 0;
+std::atomic<int> queries{0};
+cudaError_t launch_error = cudaSuccess;
 std::map<const void*, size_t> opted_in;
 cudaError_t last_error = cudaSuccess;
 cudaError_t next_launch = cudaSuccess;
@@ -122,9 +126,16 @@ void run_grid(size_t shared_bytes) {
     }
 }
 
+size_t opt_in_limit() {
+    return static_cast<size_t>(limits[device]);
+}
+
 cudaError_t check_launch(const cudaLaunchConfig_t& config, const void* kernel) {
     if (next_launch != cudaSuccess) {
         return std::exchange(next_launch, cudaSuccess);
+    }
+    if (launch_error != cudaSuccess) {
+        return launch_error;
     }
     const dim3 grid = config.gridDim;
     const dim3 block = config.blockDim;
@@ -139,8 +150,8 @@ cudaError_t check_launch(const cudaLaunchConfig_t& config, const void* kernel) {
     const auto opted = opted_in.find(kernel);
     const size_t granted = opted == opted_in.end() ? kSharedWithoutOptIn
                                                    : std::max(opted->second, kSharedWithoutOptIn);
-    return config.dynamicSmemBytes > std::min(granted, opt_in_limit) ? cudaErrorInvalidValue
-                                                                     : cudaSuccess;
+    return config.dynamicSmemBytes > std::min(granted, opt_in_limit()) ? cudaErrorInvalidValue
+                                                                       : cudaSuccess;
 }
 
 }  // namespace
@@ -150,8 +161,11 @@ cudaError_t set_kernel_attribute(const void* kernel, cudaFuncAttribute attribute
     if (attribute == cudaFuncAttributePreferredSharedMemoryCarveout) {
         return cudaSuccess;  // a hint
     }
+    if (launch_error != cudaSuccess) {
+        return record(launch_error);
+    }
     if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize || kernel == nullptr ||
-        value < 0 || static_cast<size_t>(value) > opt_in_limit) {
+        value < 0 || static_cast<size_t>(value) > opt_in_limit()) {
         return record(cudaErrorInvalidValue);
     }
     opted_in[kernel] = static_cast<size_t>(value);
@@ -193,8 +207,17 @@ cudaError_t record(cudaError_t result) {
     return last_error = result;
 }
 
-int shared_memory_limit() {
-    return static_cast<int>(opt_in_limit);
+int device_count() {
+    return static_cast<int>(limits.size());
+}
+
+int current_device() {
+    return static_cast<int>(device);
+}
+
+int shared_memory_limit(int of) {
+    ++queries;
+    return limits[static_cast<size_t>(of)];
 }
 
 }  // namespace detail
@@ -237,7 +260,18 @@ void set_shared_memory_limit(int bytes) {
         throw std::invalid_argument("shared memory limit of " + std::to_string(bytes) +
                                     " bytes; 0 to " + std::to_string(kSharedBytes - kGuardBytes));
     }
-    detail::opt_in_limit = static_cast<size_t>(bytes);
+    auto& limits = detail::limits;
+    const auto known = std::find(limits.begin(), limits.end(), bytes);
+    detail::device = static_cast<size_t>(known - limits.begin());
+    if (known == limits.end()) limits.push_back(bytes);
+}
+
+int attribute_queries() {
+    return detail::queries;
+}
+
+void set_launch_error(int error) {
+    detail::launch_error = static_cast<cudaError_t>(error);
 }
 
 }  // namespace host_cuda

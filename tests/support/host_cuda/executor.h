@@ -46,6 +46,7 @@ void reset_counters();
 void set_seed(uint64_t seed);
 
 // The most dynamic shared memory a kernel may opt in to, in bytes: 0 to 231424, the default.
+// Every limit is a device of its own, which becomes the current one.
 // Throws std::invalid_argument.
 void set_shared_memory_limit(int bytes);
 
@@ -58,6 +59,12 @@ void forget_attributes();
 
 // The next launch is refused with this error, as by a device that is out of memory, say.
 void refuse_next_launch(cudaError_t error);
+
+// How often the shared memory of a device was asked for.
+int attribute_queries();
+
+// What every launch answers from now on, without running anything; 0: it runs again.
+void set_launch_error(int error);
 
 // What the code of a launch asked for.
 struct Launch {
@@ -95,7 +102,9 @@ enum class WarpOperation : uint8_t {
 extern Counters counted;
 extern int current_lane;  // of the running CUDA thread in its warp
 
-int shared_memory_limit();
+int device_count();
+int current_device();
+int shared_memory_limit(int device);
 
 // What cudaGetLastError() returns next; returns it.
 cudaError_t record(cudaError_t result);

@@ -17,6 +17,8 @@ PYBIND11_MODULE(host_cuda, m) {
     define_cuda_operators(m);
     m.def("set_seed", &host_cuda::set_seed);
     m.def("set_shared_memory_limit", &host_cuda::set_shared_memory_limit);
+    m.def("attribute_queries", &host_cuda::attribute_queries);
+    m.def("set_launch_error", &host_cuda::set_launch_error);
     m.def("set_recording", &host_cuda::set_recording);
     m.def("set_thread_blocks", &host_cuda::set_thread_blocks);
     m.def("forget_attributes", &host_cuda::forget_attributes);

@@ -238,8 +238,9 @@ int take_last_error(const char** text) {
     return cudaGetLastError() == error ? error : -1;
 }
 int shared_memory_limit() {
-    int value = 0;
-    cudaDeviceGetAttribute(&value, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0);
+    int device = -1, value = 0;
+    cudaGetDevice(&device);
+    cudaDeviceGetAttribute(&value, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
     return value;
 }
 
