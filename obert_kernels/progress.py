@@ -10,27 +10,23 @@ Progress = Callable[[str, int, int], None]
 
 
 class Clock:
-    """Adds up wall-clock seconds by stage."""
+    """Adds up wall-clock seconds by stage; what a stage inside another takes is the inner one's."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
+        self._inner = 0.0  # what stages inside the present one have taken
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Time the body of a ``with`` statement."""
-        start = time.perf_counter()
+        start, before = time.perf_counter(), self._inner
+        self._inner = 0.0
         try:
             yield
         finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
-
-    @contextmanager
-    def stage_without(self, name: str, inner: str) -> Iterator[None]:
-        """Time the body, less what stage ``inner`` takes in it."""
-        before = self.seconds.get(inner, 0.0)
-        with self.stage(name):
-            yield
-        self.seconds[name] -= self.seconds.get(inner, 0.0) - before
+            took = time.perf_counter() - start
+            self.seconds[name] = self.seconds.get(name, 0.0) + took - self._inner
+            self._inner = before + took
 
 
 def silent(stage: str, done: int, total: int) -> None:

@@ -185,7 +185,7 @@ class Estimation:
             is_part=len(plan.passes) > 1,
         )
         run = groups.run(source, self.config.num_grads, add)
-        with closing(run), clock.stage_without("gradients", "fisher"):
+        with closing(run), clock.stage("gradients"):
             for done in run:
                 progress("gradients", done, self.config.num_grads)
         if groups.split:

@@ -18,6 +18,9 @@ from .estimators import estimators
 # Of a weight while masks are chosen: float32 score, int32 sort key, and four bool masks (present,
 # present group, to be pruned, new).  Later, new weights take the place of scores and keys.
 _SELECTION_BYTES = 12
+_SCORE_BYTES, _MASK_BYTES = 4, 1
+# Dampings tried in the same passes: a search always looks at its start and both sides of it.
+_MOST_TRIALS = 3
 # Where Linux says what a container may use.
 _CONTAINER = Path("/sys/fs/cgroup")
 
@@ -32,8 +35,10 @@ class MemoryPlan:
         buffer_bytes: gathered gradients of the largest pass, or of the largest matrix where
             gradients are streamed.
         other_bytes: scores and masks, later masks and new weights (all matrices), and the weights
-            before the first step where they are kept.
+            before the first step where they are kept; masks and new weights of trials.
         gradients_per_update: k, gradients added at once.
+        trials_held: trial prunings there is room for in several passes, beside the one at work:
+            the best so far, and others that are made in the same passes.
     """
 
     passes: list[list[str]]
@@ -41,6 +46,7 @@ class MemoryPlan:
     buffer_bytes: int
     other_bytes: int
     gradients_per_update: int
+    trials_held: int = 0
 
     def to_dict(self) -> dict[str, int]:
         """As reports have it."""
@@ -98,6 +104,7 @@ def plan_passes(
     streamed: bool,
     can_split: bool = True,
     keeps_weights: bool = False,
+    has_trials: bool = False,
 ) -> MemoryPlan:
     """Split the matrices into passes that fit.
 
@@ -110,6 +117,8 @@ def plan_passes(
         streamed: gradients come one matrix at a time and need not be gathered.
         can_split: there may be several passes.
         keeps_weights: a copy of the weights is kept, to be put back if a later sub-step fails.
+        has_trials: the damping is chosen by trial prunings; in several passes some are made at
+            once, and the best is kept.
 
     Raises:
         MemoryError: it does not fit; the message gives the figures and the remedies.
@@ -126,7 +135,7 @@ def plan_passes(
         for name, w in weights.items()
     }
 
-    def plan(k: int) -> MemoryPlan:
+    def plan(k: int, trials: int = 0) -> MemoryPlan:
         # Gathered, one gradient of the batch at hand stands beside the buffer of k.
         held = {
             name: w.numel() * w.element_size() * k
@@ -137,6 +146,7 @@ def plan_passes(
         together = max if streamed else sum
         other = sum(
             w.numel() * (_SELECTION_BYTES + keeps_weights * w.element_size())
+            + w.numel() * trials * max(_SCORE_BYTES, _MASK_BYTES + w.element_size())
             for w in weights.values()
         )
         if max_memory is None or not can_split:
@@ -149,13 +159,30 @@ def plan_passes(
             max(together(held[name] for name in names) for names in passes),
             other,
             k,
+            trials,
         )
 
-    found = plan(k)
-    while budget is not None and found.total_bytes > budget and k > 1:
+    def fits(plan: MemoryPlan) -> bool:
+        return budget is None or plan.total_bytes <= budget
+
+    def best_plan(k: int) -> MemoryPlan:
+        plain = plan(k)
+        if not has_trials or len(plain.passes) == 1:
+            return plain
+        plans = [plain, *(plan(k, trials) for trials in range(1, _MOST_TRIALS + 1))]
+        # Some five rounds of passes, one less for each trial that another's passes serve.
+        rounds = {0: 5, 1: 4, 2: 3, 3: 2}
+        return min(
+            filter(fits, plans),
+            key=lambda one: len(one.passes) * rounds[one.trials_held],
+            default=plain,
+        )
+
+    found = best_plan(k)
+    while not fits(found) and k > 1:
         k //= 2  # slower, but it may fit
-        found = plan(k)
-    if budget is not None and found.total_bytes > budget:
+        found = best_plan(k)
+    if budget is not None and not fits(found):
         remedies = _remedies(found, max_memory is None, can_split, size, dtype)
         raise MemoryError(
             f"pruning needs {_readable(found.total_bytes)} (Gram {_readable(found.gram_bytes)}, "

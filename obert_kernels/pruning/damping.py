@@ -16,7 +16,6 @@ from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
-from ..fisher.base import Fisher
 from ..ops.status import NumericalError
 from .report import DampingTrial
 
@@ -25,10 +24,15 @@ _START = 1e-2
 _LEAST, _MOST = 1e-6, 1e2
 
 
-def mean_diagonal(fishers: Mapping[str, Fisher], keep: Mapping[str, Tensor]) -> float:
-    """Mean square of a weight's gradients, over all weights that are left."""
-    remaining = sum(int(keep[name].sum()) for name in fishers)
-    return sum(fisher.mean_squares() for fisher in fishers.values()) / max(1, remaining)
+def mean_diagonal(mean_squares: Mapping[str, float], keep: Mapping[str, Tensor]) -> float:
+    """Mean square of a weight's gradients, over all weights that are left.
+
+    Args:
+        mean_squares: of each matrix, :meth:`Fisher.mean_squares`.
+        keep: name to present mask.
+    """
+    remaining = sum(int(keep[name].sum()) for name in mean_squares)
+    return sum(mean_squares.values()) / max(1, remaining)
 
 
 def choose_damping(
@@ -36,6 +40,9 @@ def choose_damping(
     change_after: Callable[[float], tuple[float, float | None]],
     tried: Callable[[int], object],
     start: float | None = None,
+    *,
+    at_once: int = 1,
+    prepare: Callable[[list[float]], object] = lambda dampings: None,
 ) -> tuple[float, list[DampingTrial]]:
     """Find the damping with the least cost, downhill in steps of the root of 10.
 
@@ -47,9 +54,11 @@ def choose_damping(
         change_after: loss and divergence after pruning with a damping.
         tried: called with the number of trials so far.
         start: damping over ``scale`` to begin with.
+        at_once: dampings that are cheaper to prepare together.
+        prepare: called with the next one and up to ``at_once - 1`` of those that may follow it.
 
     Returns:
-        The best damping and all trials, by damping.
+        The best damping and all trials, by damping.  They do not depend on ``at_once``.
 
     Raises:
         NumericalError: the Fisher was never positive definite, or the model's output never finite.
@@ -57,24 +66,39 @@ def choose_damping(
     scale = scale if 0 < scale < math.inf else 1.0
     start = min(max(start or _START, _LEAST), _MOST)
     trials: dict[int, DampingTrial] = {}  # by half-decades from the start
+    prepared: list[int] = []
     last_error: NumericalError | None = None
 
+    def relative(step: int) -> float:
+        return start * 10 ** (step / 2)
+
+    def inside(step: int) -> bool:
+        return _LEAST / 1.001 <= relative(step) <= _MOST * 1.001
+
+    def with_followers(step: int) -> list[int]:
+        if not trials:
+            likely = [step, step - 1, step + 1]
+        else:
+            ahead = 1 if step - 1 in trials else -1
+            likely = [step + ahead * further for further in range(at_once)]
+        return [near for near in likely if inside(near) and near not in trials][:at_once]
+
     def cost_at(step: int) -> float:
-        nonlocal last_error
-        relative = start * 10 ** (step / 2)
+        nonlocal last_error, prepared
         if step not in trials:
+            if step not in prepared:
+                prepared = with_followers(step)
+                prepare([relative(near) * scale for near in prepared])
+            damping = relative(step) * scale
             try:
-                change = change_after(relative * scale)
+                change = change_after(damping)
             except NumericalError as error:
                 change, last_error = (math.inf, None), error
             loss, moved = change
             moved = None if moved is None else _or_infinite(moved)
-            trials[step] = DampingTrial(relative * scale, relative, _or_infinite(loss), moved)
+            trials[step] = DampingTrial(damping, relative(step), _or_infinite(loss), moved)
             tried(len(trials))
         return trials[step].cost
-
-    def inside(step: int) -> bool:
-        return _LEAST / 1.001 <= start * 10 ** (step / 2) <= _MOST * 1.001
 
     best = 0
     while not math.isfinite(cost_at(best)) and inside(best + 1):

@@ -18,6 +18,7 @@ from ..sparsity.layers import find_weights, match_names
 from .config import PruningConfig
 from .pruner import Pruner, check_batches
 from .report import PruneReport
+from .rollback import Rollback
 
 
 class PruneResult(NamedTuple):
@@ -155,8 +156,12 @@ def prune(
     elif isinstance(sparsity, Mapping):
         config = replace(config, params=_matched(model, config.params, sparsity))
     pruner = Pruner(model, config, loss_fn=loss_fn, max_memory=max_memory, progress=progress)
-    report = pruner.step(sparsity, batches, fisher=fisher, calibration=calibration)
-    return PruneResult(model, pruner.masks, report)
+
+    def call(rollback: Rollback) -> PruneResult:
+        report = pruner._step(rollback, sparsity, batches, fisher, calibration)
+        return PruneResult(model, pruner.masks, report)
+
+    return pruner._all_or_nothing(call)
 
 
 def _changed(keywords: PruningConfig) -> list[str]:

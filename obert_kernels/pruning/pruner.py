@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,11 +20,14 @@ from .config import PruningConfig
 from .passes import DampingChoice, SubStep, from_estimate, in_steps, with_estimate, without_fisher
 from .predictions import Calibration
 from .report import NOTHING_TO_PRUNE, LayerReport, PruneReport, total_or_none
+from .rollback import Rollback
 from .score_cache import ScoreCache
 from .step import PruningStep
 from .weights import present_masks
 
 _STATE_VERSION = 1
+
+T = TypeVar("T")
 
 
 class Pruner:
@@ -105,6 +108,7 @@ class Pruner:
             streamed=streamed,
             can_split=can_split,
             keeps_weights=can_split and self.config.steps > 1,
+            has_trials=self.config.damping == "auto",
         )
 
     def fisher(self, batches: Iterable[Any]) -> FisherEstimate:
@@ -116,8 +120,10 @@ class Pruner:
         Raises:
             ValueError, TypeError, MemoryError: as for :func:`obert_kernels.prune`.
         """
+        return self._all_or_nothing(lambda rollback: self._fisher(batches))
+
+    def _fisher(self, batches: Iterable[Any]) -> FisherEstimate:
         check_batches(batches)
-        self.weights = self.config.check(self.model)
         estimation = self._estimation(BatchSource(batches), self.weights)
         plan = self.plan(streamed=estimation.samples is not None, can_split=False)
         clock = Clock()
@@ -168,9 +174,34 @@ class Pruner:
             ValueError, TypeError, MemoryError, NumericalError: as for
                 :func:`obert_kernels.prune`.
         """
+        return self._all_or_nothing(
+            lambda rollback: self._step(rollback, sparsity, batches, fisher, calibration, scores)
+        )
+
+    def _all_or_nothing(self, call: Callable[[Rollback], T]) -> T:
+        """Make a call that leaves model and pruner as they were unless it succeeds."""
+        own = dict(vars(self))
+        weights = self.config.check(self.model)  # others may stand there by now
+        rollback = Rollback(self.model, weights)
+        try:
+            self.weights = weights
+            return call(rollback)
+        except BaseException:
+            rollback.undo()
+            vars(self).update(own)
+            raise
+
+    def _step(
+        self,
+        rollback: Rollback,
+        sparsity: float | Mapping[str, float] | None,
+        batches: Iterable[Any] | None,
+        fisher: FisherEstimate | None,
+        calibration: Iterable[Any] | None,
+        scores: ScoreCache | None = None,
+    ) -> PruneReport:
         if batches is not None:
             check_batches(batches)
-        self.weights = self.config.check(self.model)  # others may stand there by now
         self._check_pruned_are_zero()
         targets = self._targets(sparsity)
         weights = self.weights
@@ -184,15 +215,12 @@ class Pruner:
             sparsity=targets,
             loss_fn=self.loss_fn,
             batches=batches,
+            rollback=rollback,
             clock=Clock(),
             progress=self.progress,
             scores=scores,
         )
-        try:
-            done, notes = self._run(step, fisher, calibration)
-        except BaseException:  # which may come just after the new weights were written
-            self._masks |= {name: weight.detach() != 0 for name, weight in weights.items()}
-            raise
+        done, notes = self._run(step, fisher, calibration)
         report = self._report(step, done, notes, fisher)
         wanted = self.config.shape.target_sparsity(sparsity)
         report.settings["sparsity"] = dict(wanted) if isinstance(wanted, Mapping) else wanted
@@ -202,7 +230,7 @@ class Pruner:
             **{name: self.config.shape.matrix(new[name], weights[name]) for name in weights},
         }
         self._relative_damping = done[-1].relative_damping or self._relative_damping
-        self._history.append(report)
+        self._history = [*self._history, report]
         return report
 
     def _run(

@@ -12,17 +12,14 @@ from torch import Tensor, nn
 from ..fisher.base import Fisher
 from ..gradients.backward import evaluation
 from ..gradients.losses import LossFn
-from ..progress import Clock, Progress, silent
+from ..progress import Clock, Progress
 from ..sparsity.masks import remaining_groups
 from ..sparsity.patterns import Pattern
 from ..sparsity.schedules import sub_targets
 from .config import PruningConfig
-from .damping import choose_damping, mean_diagonal
-from .predictions import Calibration
-from .report import DampingTrial
+from .rollback import Rollback
 from .saliencies import ScoringInputs, saliencies
 from .score_cache import ScoreCache
-from .weights import replaced
 
 # Of each matrix its new weights and the predicted increase of the loss (None without an update).
 Changes = dict[str, tuple[Tensor, float | None]]
@@ -42,6 +39,7 @@ class PruningStep:
         sparsity: to be reached, over all matrices or of each.
         loss_fn: what gradients are taken of.
         batches: for saliencies that look at them.
+        rollback: what the model goes back to after a failure.
         clock, progress: of all stages.
         scores: known from an earlier step with the same weights and Fisher.
     """
@@ -53,6 +51,7 @@ class PruningStep:
     sparsity: float | dict[str, float]
     loss_fn: LossFn
     batches: Iterable[Any] | None
+    rollback: Rollback
     clock: Clock
     progress: Progress
     scores: ScoreCache | None = None
@@ -161,31 +160,3 @@ class PruningStep:
                 new[name] = (self.pattern.matrix(flat, self.weights[name]), increase)
                 self.progress("update", index + 1, len(names))
         return new
-
-    def find_damping(
-        self, fishers: Mapping[str, Fisher], calibration: Calibration, start: float | None
-    ) -> tuple[float, list[DampingTrial]]:
-        """Choose the damping by trial prunings of the matrices given; weights are restored.
-
-        Args:
-            fishers: of these matrices.
-            calibration: what the trials are judged on.
-            start: where the search begins, over the mean diagonal of the Fisher.
-        """
-        trial = replace(self, clock=Clock(), progress=silent)
-
-        def change_after(damping: float) -> tuple[float, float | None]:
-            masks = trial.masks(trial.score(fishers, damping))
-            changes = trial.update(fishers, masks, damping)
-            with replaced(self.weights, {name: value for name, (value, _) in changes.items()}):
-                return calibration.change()
-
-        def tried(count: int) -> None:
-            self.progress("damping", count, count + 1)
-
-        with self.clock.stage("damping"):
-            _ = calibration.before  # of the model as it is, before the first trial
-            scale = mean_diagonal(fishers, self.keep)
-            damping, trials = choose_damping(scale, change_after, tried, start)
-        self.progress("damping", len(trials), len(trials))
-        return damping, trials

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..ops.status import NumericalError
 from ..sparsity.patterns import Pattern
+from .rollback import Rollback
 
 
 def present_masks(weights: Mapping[str, nn.Parameter], pattern: Pattern) -> dict[str, Tensor]:
@@ -51,29 +52,18 @@ def restored(
                 parameters[name].detach().copy_(value)
 
 
-def commit(weights: Mapping[str, nn.Parameter], new: Mapping[str, Tensor]) -> None:
-    """Write all new weights, or on any interruption none.
+def commit(weights: Mapping[str, nn.Parameter], new: dict[str, Tensor], rollback: Rollback) -> None:
+    """Write new weights in place of the old, which the rollback keeps; ``new`` is used up.
 
     Raises:
-        NumericalError: one is NaN or infinite.
+        NumericalError: one is NaN or infinite; then nothing is written.
     """
     for name, value in new.items():
         if not bool(torch.isfinite(value).all()):
             raise NumericalError(
                 f"the update of {name} left the range of {value.dtype}; raise damping"
             )
-    old: dict[str, Tensor] = {}  # in the memory of `new`, so that nothing more is needed
-    in_flight: tuple[str, Tensor] | None = None
-    try:
-        for name, value in new.items():
-            weight = weights[name].detach()
-            in_flight = (name, weight.clone())
-            weight.copy_(value)
-            value.copy_(in_flight[1])
-            old[name] = value
-    except BaseException:
-        if in_flight is not None:
-            old[in_flight[0]] = in_flight[1]
-        for name, value in old.items():
-            weights[name].detach().copy_(value)
-        raise
+    for name in list(new):
+        weight = weights[name].detach()
+        rollback.keep(name, weight.clone())
+        weight.copy_(new.pop(name))  # which frees its memory for the next one's copy

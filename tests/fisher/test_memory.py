@@ -37,10 +37,11 @@ obert_kernels.prune(model, data, 0.1, params="0", num_grads=2, loss_fn=loss_fn, 
 gc.collect()
 rss = int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
 open("/proc/self/clear_refs", "w").write("5")  # restart the peak
-limit, group = map(int, sys.argv[1:])
+limit, group = map(int, sys.argv[1:3])
+damping = sys.argv[3] if sys.argv[3] == "auto" else float(sys.argv[3])
 options = dict(max_memory=limit or None, samples_per_grad=group or None)
 report = obert_kernels.prune(model, data, 0.5, params="re:.*", num_grads=32, loss_fn=loss_fn,
-                             damping=1e-6, **options).report
+                             damping=damping, **options).report
 status = open("/proc/self/status").read()
 high = int(status.split("VmHWM:")[1].split()[0]) * 1024
 weights_bytes = sum(w.numel() * 4 for w in weights.values())
@@ -49,9 +50,9 @@ print(high - rss, report.memory["gram"], report.memory["gathered gradients"],
 """
 
 
-def measure(limit: int = 0, samples_per_grad: int = 0) -> list[int]:
+def measure(limit: int = 0, samples_per_grad: int = 0, damping: str = "1e-6") -> list[int]:
     result = subprocess.run(
-        [sys.executable, "-c", MEASURE, str(limit), str(samples_per_grad)],
+        [sys.executable, "-c", MEASURE, str(limit), str(samples_per_grad), damping],
         capture_output=True, text=True,
     )  # fmt: skip
     if "clear_refs" in result.stderr:
@@ -77,9 +78,10 @@ def test_peak_of_streamed_gradients_is_the_gram_and_ten_per_cent_and_those_of_on
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_passes_keep_to_the_limit():
+@pytest.mark.parametrize("damping", ["1e-6", "auto"])
+def test_passes_keep_to_the_limit(damping):
     limit = 300 << 20
-    used, _, _, passes, _ = measure(limit)
+    used, _, _, passes, _ = measure(limit, damping=damping)
     assert passes > 1
     assert used <= limit + 0.1 * limit
 
@@ -108,6 +110,22 @@ def test_files_that_a_container_keeps_are_to_be_had(tmp_path, monkeypatch):
     assert memory.available_memory(torch.device("cpu")) == 9000 - 8000 + 2500
     (tmp_path / "memory.max").write_text("max\n")
     assert memory.available_memory(torch.device("cpu")) > 1 << 20
+
+
+def test_trials_are_held_where_there_is_room():
+    weights = {name: nn.Parameter(torch.ones(50, 50)) for name in "abcd"}
+    gram, numbers = 50 * 1275 * 8, 4 * 2500
+    held = PLAN | {"streamed": True, "has_trials": True}
+    whole = plan_passes(weights, CONFIG, UNSTRUCTURED, None, **held)
+    assert whole.trials_held == 0 and whole.other_bytes == 12 * numbers
+    least = gram + whole.buffer_bytes + 12 * numbers
+    assert plan_passes(weights, CONFIG, UNSTRUCTURED, least, **held).trials_held == 0
+    for trials in (1, 2, 3):
+        plan = plan_passes(weights, CONFIG, UNSTRUCTURED, least + 5 * trials * numbers, **held)
+        assert plan.trials_held == trials and plan.total_bytes == least + 5 * trials * numbers
+        assert len(plan.passes) == 4
+    # One pass is better than any number of trials in two.
+    assert len(plan_passes(weights, CONFIG, UNSTRUCTURED, whole.total_bytes, **held).passes) == 1
 
 
 def test_refusal_gives_the_figures():

@@ -17,6 +17,7 @@ from obert_kernels import (
 )
 from obert_kernels import prune as real_prune
 from obert_kernels.files import write_json
+from obert_kernels.pruning.rollback import Rollback
 from obert_kernels.pruning.weights import commit
 
 
@@ -231,11 +232,12 @@ def test_an_interrupted_run_leaves_the_model_as_it_was(stage):
 
 
 def test_an_interruption_while_writing_is_rolled_back(monkeypatch):
-    """Stop after each possible number of weights written: none may stay changed."""
+    """Stop after each possible number of weights written: none stays changed."""
     model = TinyEncoder()
     before = snapshot(model)
     weights = find_weights(model)
-    for point in range(2 * len(weights)):
+    for point in range(len(weights)):
+        rollback = Rollback(model, weights)
         new = {name: torch.zeros_like(w) for name, w in weights.items()}
         calls = 0
         copy_ = torch.Tensor.copy_
@@ -251,7 +253,9 @@ def test_an_interruption_while_writing_is_rolled_back(monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(torch.Tensor, "copy_", stopping)
             with pytest.raises(_Stop):
-                commit(weights, new)
+                commit(weights, new, rollback)
+        assert not unchanged(model, before)
+        rollback.undo()
         assert unchanged(model, before)
 
 

@@ -9,7 +9,7 @@ from tiny import TinyEncoder, batches, snapshot, train, unchanged
 from obert_kernels import LayerReport, estimate_fisher, find_weights, prune, register_saliency
 from obert_kernels.fisher.estimate import Estimation
 from obert_kernels.fisher.living import LiveFisher
-from obert_kernels.pruning import step
+from obert_kernels.pruning import prunings
 from obert_kernels.pruning.damping import choose_damping
 from obert_kernels.pruning.predictions import divergence, predict
 from obert_kernels.sparsity.schedules import sub_targets
@@ -110,11 +110,11 @@ def test_exact_counts_with_every_pattern(scope, pattern):
 def test_damping_is_chosen_in_every_step(monkeypatch):
     starts = []
 
-    def noted(scale, change_after, tried, start):
+    def noted(scale, change_after, tried, start, **options):
         starts.append(start)
-        return choose_damping(scale, change_after, tried, start)
+        return choose_damping(scale, change_after, tried, start, **options)
 
-    monkeypatch.setattr(step, "choose_damping", noted)
+    monkeypatch.setattr(prunings, "choose_damping", noted)
     model, data = TinyEncoder(), batches(40)
     train(model, data, 5)
     report = prune(model, data, 0.8, num_grads=12, steps=2).report

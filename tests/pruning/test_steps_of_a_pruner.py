@@ -179,15 +179,17 @@ def test_faults_of_a_step_and_of_a_state():
         other.load_state_dict(state)
 
 
-def test_an_interruption_after_the_writing_leaves_weights_and_masks_in_step(monkeypatch):
+def test_an_interruption_after_the_writing_leaves_nothing_of_the_step(monkeypatch):
     def interrupted(*arguments):
         real(*arguments)
+        assert not unchanged(model, before)
         raise KeyboardInterrupt
 
     real = passes.commit
     monkeypatch.setattr(passes, "commit", interrupted)
-    pruner = Pruner(TinyEncoder(), CONFIG)
+    model = TinyEncoder()
+    pruner, before = Pruner(model, CONFIG), snapshot(model)
     with pytest.raises(KeyboardInterrupt):
         pruner.step(0.5, batches())
-    for name, mask in pruner.masks.items():
-        assert torch.equal(mask, pruner.weights[name] != 0)
+    assert unchanged(model, before)
+    assert all(mask.all() for mask in pruner.masks.values())
