@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..sparsity.wrappers import unwrapped
 from .batches import samples_in, tensors_in
 from .ignored_labels import IGNORED
 
@@ -89,7 +90,7 @@ def prediction_loss(model: nn.Module, batch: Any) -> Tensor:
 def class_logits(model: nn.Module, output: Any) -> Tensor | None:
     """Return the logits ``[..., classes]`` that a model gave, None if they are something else."""
     # Set by Hugging Face models whose logits are no classes to choose one from.
-    kind = getattr(getattr(model, "config", None), "problem_type", None)
+    kind = getattr(getattr(unwrapped(model), "config", None), "problem_type", None)
     if kind in ("regression", "multi_label_classification"):
         return None
     logits = _part(output, "logits")

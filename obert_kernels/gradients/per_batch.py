@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..sparsity.wrappers import unwrapped
 from .backward import backward, evaluation, grads_of
 from .batches import to_device
 from .ignored_labels import all_labels_ignored, require_some_label
@@ -48,7 +49,7 @@ def batch_gradients(
             message names batch and matrix).
         TypeError: no loss could be had from the batch, see :func:`model_loss`.
     """
-    loss_fn = loss_fn or model_loss
+    model, loss_fn = unwrapped(model), loss_fn or model_loss
     device = next(iter(weights.values())).device
     any_counts = False
     with evaluation(model):  # also while the caller makes a batch, maybe with this model

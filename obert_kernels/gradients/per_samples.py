@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..sparsity.patterns import UNSTRUCTURED, Pattern
+from ..sparsity.wrappers import unwrapped
 from .backward import Tap, anchor_of, backward, frozen, grads_of, removed
 from .batches import samples_in, split_batch, tensors_in, to_device
 from .buffers import STREAMED_PER_UPDATE
@@ -215,7 +216,7 @@ class GroupGradients:
         self.is_part = is_part
         self.split = self.largest = 0
         self.any_counts = False
-        self.model = model
+        self.model = unwrapped(model)
         self.pattern = pattern
         self.weights = weights
         self.samples_per_grad = samples_per_grad

@@ -17,7 +17,8 @@ from torch import nn
 from ..fisher.config import VERSION, FisherConfig, at_least_one, one_of, read_values
 from ..ops.checks import check_positive
 from ..sparsity.layers import find_weights
-from ..sparsity.patterns import Pattern, find_pattern
+from ..sparsity.matrices import find_matrices
+from ..sparsity.patterns import UNSTRUCTURED, Pattern, find_pattern
 from ..sparsity.schedules import SCHEDULES
 from .saliencies import default_update, saliencies, uses_fisher
 
@@ -105,11 +106,18 @@ class PruningConfig:
         """Return the matrices to prune by name.
 
         Raises:
-            ValueError: there are none, one holds NaN or infinity, or the pattern does not divide
-                one.
+            ValueError: as for :func:`obert_kernels.find_weights`, or the pattern does not
+                divide a matrix or would run along its outputs.
             TypeError: a matrix is not of a floating type.
         """
         weights = find_weights(model, self.params)
+        turned = find_matrices(model).transposed & weights.keys()
+        if turned and self.shape != UNSTRUCTURED:
+            raise ValueError(
+                f"pattern {self.pattern}: {min(turned)} is [inputs, outputs], a Conv1D of "
+                "transformers, along whose rows a pattern would join outputs; put nn.Linear layers "
+                "in their place, leave them out with params, or take pattern='unstructured'"
+            )
         for name, weight in weights.items():
             self.shape.check(name, weight)
         return weights

@@ -63,7 +63,9 @@ def prune(
     """Prune a model in place, in one shot, with second-order information (oBERT).
 
     Args:
-        model: any module; nothing of it changes if the call fails or is interrupted.
+        model: any module; nothing of it changes if the call fails or is interrupted.  Of a wrapper
+            (``DataParallel``, ``DistributedDataParallel``, ``torch.compile``) the model inside is
+            pruned, its names are used, and ``loss_fn`` is given that.
         batches: an iterable of batches, one gradient each; started over when it ends before
             ``num_grads``.  Mappings are passed as ``model(**batch)`` and must give ``.logits`` of
             classes or ``.loss``; anything else needs ``loss_fn``.

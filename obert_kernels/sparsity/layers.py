@@ -8,6 +8,9 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
+from .matrices import Matrices, find_matrices
+from .wrappers import check_no_adapters, unwrapped
+
 # A linear layer inside a numbered layer of the encoder stack: encoder.layer.3.…,
 # transformer.layer.3.…, encoder.layers.3.…; embeddings, pooler and head lie outside.
 _ENCODER_LAYER = re.compile(r"(^|\.)layers?\.\d+\.")
@@ -56,6 +59,9 @@ def find_weights(
 ) -> dict[str, nn.Parameter]:
     """Return the weight matrices to prune by name, in the order of the model.
 
+    Names are those of the model inside wrappers (``DataParallel``, ``DistributedDataParallel``,
+    ``torch.compile``).
+
     Args:
         model: any module.
         params: names or ``re:`` patterns, see :func:`match_names`.  None: the linear layers of
@@ -63,21 +69,22 @@ def find_weights(
             without embeddings, pooler and head.
 
     Raises:
-        ValueError: nothing matches, a matrix holds NaN or infinity, or the model shares its
-            layers' weights (ALBERT) and ``params`` does not say what to do.
+        ValueError: nothing matches, a matrix holds NaN or infinity, is no parameter of its own
+            (quantised, or held by ``torch.nn.utils.prune`` or a parametrization), the model has
+            adapters of PEFT, or it shares its layers' weights (ALBERT) and ``params`` does not
+            say what to do.
         TypeError: a matrix is not of a floating type.
     """
-    matrices = {
-        name: parameter for name, parameter in model.named_parameters() if parameter.dim() == 2
-    }
+    check_no_adapters(unwrapped(model))
+    found = find_matrices(model)
     if params is not None:
         patterns = [params] if isinstance(params, str) else list(params)
         if not patterns:
             raise ValueError("params is empty: name matrices, or leave it out for the encoder's")
-        names = match_names(matrices, patterns)
+        chosen = match_names(found.names, patterns)
     else:
-        names = _encoder_linear_names(model, matrices)
-    weights = {name: matrices[name] for name in names}
+        chosen = _encoder_linear_names(model, found)
+    weights = found.usable(chosen)
     for name, weight in weights.items():
         if not weight.is_floating_point():
             raise TypeError(f"{name} has type {weight.dtype}; only floating types can be pruned")
@@ -86,21 +93,16 @@ def find_weights(
     return weights
 
 
-def _encoder_linear_names(model: nn.Module, matrices: dict[str, nn.Parameter]) -> list[str]:
-    if getattr(getattr(model, "config", None), "model_type", None) == "albert":
+def _encoder_linear_names(model: nn.Module, found: Matrices) -> list[str]:
+    if getattr(getattr(unwrapped(model), "config", None), "model_type", None) == "albert":
         raise ValueError(
             "ALBERT shares one set of weights between all its layers, so pruning by layer has no "
             'meaning; name the matrices yourself, for example params=["re:.*albert_layers"]'
         )
-    names = [
-        f"{name}.weight"
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and _ENCODER_LAYER.search(name + ".")
-    ]
-    names = [name for name in names if name in matrices]
+    names = [name for name in found.linear if _ENCODER_LAYER.search(name)]
     if not names:
         raise ValueError(
             "no encoder layers were found in this model; name the weight matrices with params, "
-            f"for example params=['re:.*weight']; there are {_sample(list(matrices))}"
+            f"for example params=['re:.*weight']; there are {_sample(list(found.weights))}"
         )
     return names
