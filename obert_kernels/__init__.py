@@ -30,6 +30,7 @@ from .pruning.saliencies import Problem, ScoringInputs, register_saliency
 from .sparsity.layers import find_weights
 from .sparsity.masks import magnitude_scores, select_masks
 from .sparsity.patterns import Pattern, register_pattern
+from .training.masks import pruned_weights_kept
 from .trials.grid import run_grid
 from .trials.outcome import Outcome, Scores, make_grid
 
@@ -65,6 +66,7 @@ __all__ = [
     "model_loss",
     "prediction_loss",
     "prune",
+    "pruned_weights_kept",
     "register_fisher",
     "register_pattern",
     "register_saliency",

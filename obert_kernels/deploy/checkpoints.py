@@ -10,11 +10,13 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from ..files import REPORT_FILE, whole_folder, write_json
+from ..sparsity.masks import check_pruned_are_zero
+from ..sparsity.wrappers import check_no_adapters, plain_state_dict, unwrapped
 
 MASKS_FILE = "masks.safetensors"
 STATE_FILE = "state_dict.pt"
@@ -26,7 +28,8 @@ def save_pruned(
     """Save a pruned Hugging Face model with its tokenizer, masks and report.
 
     Args:
-        result: what :func:`obert_kernels.prune` returned.
+        result: what :func:`obert_kernels.prune` returned; of a wrapped model (``torch.compile``,
+            ``DistributedDataParallel``) the one inside is saved.
         tokenizer: tokenizer to save beside the model, or None.
         folder: where to save; an earlier checkpoint of this function there is replaced, if nothing
             was added to it or changed in it.
@@ -40,12 +43,27 @@ def save_pruned(
     Raises:
         FileExistsError, OSError: ``folder`` holds something else, or it could not be saved there;
             the message says where it was saved instead.
+        ValueError: pruned weights are not zero any more, or the model has adapters of PEFT, which
+            would be saved alone; nothing was written.
+        TypeError: it is no model of Hugging Face.
     """
     model, masks, report = result
+    model = cast(Any, unwrapped(model))
+    if not hasattr(model, "save_pretrained"):
+        raise TypeError(
+            f"save_pruned needs a model with save_pretrained, got a {type(model).__name__}: save "
+            "its state_dict() and the masks with torch.save"
+        )
+    check_no_adapters(model)
+    remedy = "train inside obert_kernels.pruned_weights_kept(model, masks), which zeroes them, too"
+    check_pruned_are_zero(model, masks, remedy)
+    state = plain_state_dict(model)
+    # Left to the model itself unless something inside it is wrapped.
+    own_names = {} if state.keys() == model.state_dict().keys() else {"state_dict": state}
 
     def write(fresh: Path) -> None:
         save_masks(masks, fresh)
-        model.save_pretrained(fresh)
+        model.save_pretrained(fresh, **own_names)
         if tokenizer is not None:
             tokenizer.save_pretrained(fresh)
         write_json(fresh / REPORT_FILE, {**report.to_dict(), **(extra or {})})

@@ -15,7 +15,8 @@ from ..gradients.losses import LOSSES, LossFn
 from ..gradients.source import BatchSource
 from ..progress import Clock, Progress, silent
 from ..sparsity.layers import match_names
-from ..sparsity.masks import check_sparsity
+from ..sparsity.masks import check_pruned_are_zero, check_sparsity, masked_parameters
+from ..sparsity.wrappers import check_one_process, unwrapped
 from .config import PruningConfig
 from .passes import DampingChoice, SubStep, from_estimate, in_steps, with_estimate, without_fisher
 from .predictions import Calibration
@@ -37,7 +38,8 @@ class Pruner:
     pruning begins.
 
     Args:
-        model: any module.
+        model: any module; of a wrapper (``DistributedDataParallel``, ``torch.compile``) the model
+            inside is pruned, and ``loss_fn`` is given that.
         config: how to prune; None: the defaults.
         loss_fn: ``loss_fn(model, batch)``, a scalar, the mean of something over the samples, that
             gradients are taken of; None: what ``config.fisher.gradients_of`` says.
@@ -62,8 +64,9 @@ class Pruner:
         max_memory: int | None = None,
         progress: Progress | None = None,
     ) -> None:
-        self.model = model
+        self.model = unwrapped(model)
         self.config = config or PruningConfig()
+        check_one_process(model)
         self.weights = self.config.check(model)
         self.loss_fn = loss_fn or LOSSES[self.config.fisher.gradients_of]
         self.max_memory = max_memory
@@ -80,8 +83,8 @@ class Pruner:
     def apply_masks(self) -> None:
         """Set pruned weights to zero again, as an optimizer's step may have moved them."""
         with torch.no_grad():
-            for name, mask in self._masks.items():
-                self.weights[name].mul_(mask.to(self.weights[name].device))
+            for name, weight in masked_parameters(self.model, self._masks).items():
+                weight.masked_fill_(~self._masks[name].to(weight.device), 0.0)
 
     def plan(
         self,
@@ -293,13 +296,8 @@ class Pruner:
         return targets
 
     def _check_pruned_are_zero(self) -> None:
-        for name, mask in self._masks.items():
-            weight = self.weights[name].detach()
-            if bool((weight[~mask.to(weight.device)] != 0).any()):
-                raise ValueError(
-                    f"{name} has pruned weights that are not zero any more: call apply_masks() "
-                    "after every step of the optimizer"
-                )
+        remedy = "call apply_masks() after every step of the optimizer"
+        check_pruned_are_zero(self.model, self._masks, remedy)
 
     def _check_estimate(self, fisher: FisherEstimate, step: PruningStep) -> None:
         for name, weight in step.weights.items():

@@ -13,7 +13,9 @@ from collections.abc import Collection, Mapping
 from numbers import Real
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from .wrappers import named_parameters
 
 
 def check_sparsity(sparsity: float) -> float:
@@ -23,6 +25,43 @@ def check_sparsity(sparsity: float) -> float:
     if not 0 <= sparsity <= 1:
         raise ValueError(f"sparsity must be between 0 and 1 (0.8 is 80 %), got {sparsity!r}")
     return float(sparsity)
+
+
+def masked_parameters(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, nn.Parameter]:
+    """Return the parameters of a model that masks belong to, by name.
+
+    Raises:
+        ValueError: a mask names no parameter of the model inside its wrappers, or has another
+            shape.
+    """
+    parameters = named_parameters(model)
+    unknown = sorted(masks.keys() - parameters.keys())
+    if unknown:
+        raise ValueError(
+            f"masks name parameters the model does not have: {', '.join(unknown[:3])}"
+            f"{f' and {len(unknown) - 3} more' if len(unknown) > 3 else ''}"
+        )
+    for name, mask in masks.items():
+        if mask.shape != parameters[name].shape:
+            raise ValueError(
+                f"the mask of {name} has shape {list(mask.shape)}, the parameter has "
+                f"{list(parameters[name].shape)}"
+            )
+    return {name: parameters[name] for name in masks}
+
+
+def check_pruned_are_zero(model: nn.Module, masks: Mapping[str, Tensor], remedy: str) -> None:
+    """Raise ValueError, naming the matrix, for weights that are pruned in the masks but not zero.
+
+    Also as :func:`masked_parameters`.
+    """
+    for name, parameter in masked_parameters(model, masks).items():
+        pruned = ~masks[name].bool().to(parameter.device)
+        back = int(((parameter.detach() != 0) & pruned).sum())
+        if back:
+            raise ValueError(
+                f"{name} has {back:,} pruned weights that are not zero any more: {remedy}"
+            )
 
 
 def magnitude_scores(weight: Tensor, group_size: int = 1) -> Tensor:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from ..sparsity.layers import find_weights
+from ..sparsity.masks import masked_parameters
 
 
 class MaskedWeights:
@@ -15,30 +20,95 @@ class MaskedWeights:
     moments.  Call :meth:`zero_pruned` after each of its steps.
 
     Args:
-        model: what is trained.
-        masks: parameter name -> bool tensor of its shape, True = remains.
+        model: what is trained, inside a wrapper (``DistributedDataParallel``, ``torch.compile``)
+            or not.
+        masks: parameter name -> bool tensor of its shape, True = remains; on any device.
 
     Raises:
         ValueError: a mask names no parameter of the model, or has another shape.
     """
 
     def __init__(self, model: nn.Module, masks: Mapping[str, Tensor]) -> None:
-        parameters = dict(model.named_parameters())
-        unknown = sorted(masks.keys() - parameters.keys())
-        if unknown:
-            raise ValueError(f"masks name parameters the model does not have: {', '.join(unknown)}")
-        for name, mask in masks.items():
-            if mask.shape != parameters[name].shape:
-                raise ValueError(
-                    f"the mask of {name} has shape {list(mask.shape)}, the parameter has "
-                    f"{list(parameters[name].shape)}"
-                )
-        self._pruned = [
-            (parameters[name], ~mask.to(parameters[name].device)) for name, mask in masks.items()
-        ]
+        self._model = model
+        self.masks = dict(masks)
+
+    @property
+    def masks(self) -> dict[str, Tensor]:
+        """Those that are kept; set others when more has been pruned."""
+        return dict(self._masks)
+
+    @masks.setter
+    def masks(self, masks: Mapping[str, Tensor]) -> None:
+        masked_parameters(self._model, masks)
+        self._masks = dict(masks)
+        self._pruned = {name: ~mask.bool() for name, mask in masks.items()}
 
     @torch.no_grad()
     def zero_pruned(self) -> None:
-        """Set all pruned weights to zero."""
-        for parameter, pruned in self._pruned:
-            parameter.masked_fill_(pruned, 0.0)
+        """Set all pruned weights to zero.
+
+        They are looked up by name each time, as others may stand in the model by now.
+
+        Raises:
+            ValueError: one is not in the model any more.
+        """
+        for name, parameter in masked_parameters(self._model, self._masks).items():
+            if self._pruned[name].device != parameter.device:
+                self._pruned[name] = self._pruned[name].to(parameter.device)
+            parameter.masked_fill_(self._pruned[name], 0.0)
+
+
+def present_zeros(model: nn.Module, params: str | Iterable[str] | None = None) -> dict[str, Tensor]:
+    """Return masks of the weights that are not zero now, of the matrices that ``params`` names.
+
+    Raises:
+        ValueError: none is zero, or as for :func:`obert_kernels.find_weights`.
+    """
+    masks = {name: weight.detach() != 0 for name, weight in find_weights(model, params).items()}
+    if all(bool(mask.all()) for mask in masks.values()):
+        raise ValueError(
+            f"no weight of the {len(masks)} matrices looked at is zero: prune the model first, or "
+            "pass masks (load_masks reads those of a checkpoint)"
+        )
+    return masks
+
+
+@contextmanager
+def pruned_weights_kept(
+    model: nn.Module,
+    masks: Mapping[str, Tensor] | None = None,
+    *,
+    params: str | Iterable[str] | None = None,
+) -> Iterator[MaskedWeights]:
+    """Keep pruned weights at zero inside the block, whatever trains the model.
+
+    They are set to zero at the start, after every step of every torch optimizer (a hook on all of
+    them, removed at the end), and at the end, also after an exception.  So weight decay, moments,
+    several optimizers, gradients added up over batches, ``GradScaler`` and
+    :class:`transformers.Trainer` need nothing else.  What is no ``torch.optim.Optimizer`` needs a
+    call of :meth:`~obert_kernels.training.masks.MaskedWeights.zero_pruned` after its steps.
+
+    Args:
+        model: what is trained, inside a wrapper or not.  Its parameters may be moved or replaced.
+        masks: parameter name -> bool tensor of its shape, True = remains, such as those of
+            :func:`obert_kernels.prune` or :func:`obert_kernels.load_masks`.  None: what is zero
+            at the start in the matrices that ``params`` names.
+        params: as for :func:`obert_kernels.prune`, where there are no masks; None: linear layers
+            of the encoder.
+
+    Yields:
+        The weights, whose ``masks`` may be set anew when more has been pruned.
+
+    Raises:
+        ValueError: a mask fits no parameter of the model; or, without masks, nothing is zero.
+    """
+    if masks is not None and params is not None:
+        raise ValueError("give masks or params, not both: masks name their matrices themselves")
+    weights = MaskedWeights(model, present_zeros(model, params) if masks is None else masks)
+    hook = register_optimizer_step_post_hook(lambda *_: weights.zero_pruned())
+    try:
+        weights.zero_pruned()
+        yield weights
+    finally:
+        hook.remove()
+        weights.zero_pruned()

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 transformers = pytest.importorskip("transformers")
 
@@ -116,3 +117,65 @@ def test_other_folders_are_not_replaced(tmp_path: Path) -> None:
             check_replaceable(tmp_path / name)
     with pytest.raises(FileNotFoundError, match="holds no masks"):
         obert_kernels.load_masks(tmp_path)
+
+
+def bert(folder: Path) -> nn.Module:
+    return transformers.AutoModelForSequenceClassification.from_pretrained(
+        save_model(folder / "model", head=True)
+    )
+
+
+def compiled_inside(model: nn.Module) -> nn.Module:
+    model.bert.encoder.layer[0] = torch.compile(model.bert.encoder.layer[0], backend="eager")
+    return model
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [lambda model: torch.compile(model, backend="eager"), nn.DataParallel, compiled_inside],
+    ids=["compiled", "parallel", "compiled inside"],
+)
+def test_of_a_wrapped_model_the_one_inside_is_saved(wrap, tmp_path: Path) -> None:
+    expected = prune(bert(tmp_path), sparsity=0.5, selection="magnitude")
+    result = prune(wrap(bert(tmp_path)), sparsity=0.5, selection="magnitude")
+    folder = obert_kernels.save_pruned(result, None, tmp_path / "saved")
+    again, info = transformers.AutoModelForSequenceClassification.from_pretrained(
+        folder, output_loading_info=True
+    )
+    assert not any(info.values())
+    for name, value in expected.model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], value)
+    masks = obert_kernels.load_masks(folder)
+    assert masks.keys() == expected.masks.keys()
+    assert all(torch.equal(again.get_parameter(n) != 0, mask) for n, mask in masks.items())
+
+
+def test_a_model_that_is_not_what_its_masks_say_is_not_saved(tmp_path: Path) -> None:
+    result = prune(bert(tmp_path), sparsity=0.5, selection="magnitude")
+    name = "bert.encoder.layer.1.output.dense.weight"
+    weight = result.model.get_parameter(name)
+    with torch.no_grad():
+        weight[:2] = 1.0
+    back = int((~result.masks[name][:2]).sum())
+    with pytest.raises(ValueError, match=f"^{name} has {back} pruned weights .* not zero any more"):
+        obert_kernels.save_pruned(result, None, tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+    with obert_kernels.pruned_weights_kept(*result[:2]):
+        pass
+    obert_kernels.save_pruned(result, None, tmp_path / "saved")
+    with pytest.raises(ValueError, match="masks name parameters the model does not have: other"):
+        obert_kernels.save_pruned(
+            result._replace(masks={"other": weight != 0}), None, tmp_path / "x"
+        )
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of PEFT itself
+def test_models_that_would_not_be_saved_whole(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    result = prune(bert(tmp_path), sparsity=0.5, selection="magnitude")
+    peft.get_peft_model(result.model, peft.LoraConfig(r=2, target_modules=["query"]))
+    with pytest.raises(ValueError, match="adapters of PEFT"):
+        obert_kernels.save_pruned(result, None, tmp_path / "saved")
+    with pytest.raises(TypeError, match="save_pruned needs a model with save_pretrained, got a L"):
+        obert_kernels.save_pruned((nn.Linear(2, 2), {}, result.report), None, tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -46,33 +47,55 @@ def test_masks_of_another_model_are_refused(masks: dict, message: str) -> None:
         MaskedWeights(nn.Linear(6, 4), masks)
 
 
-def test_the_callback_serves_a_trainer_of_the_users_own(tmp_path: Path) -> None:
-    """Also in the checkpoints it writes on the way."""
+@pytest.mark.parametrize(
+    ("how", "options"),
+    [
+        ("masks", {}),
+        ("zeros", {}),
+        ("block", {}),
+        ("masks", {"gradient_accumulation_steps": 2, "weight_decay": 0.1}),
+        ("block", {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True}),
+    ],
+)
+def test_a_trainer_of_the_users_own(how: str, options: dict, tmp_path: Path) -> None:
+    """By the callback or inside the block; also in the checkpoints it writes on the way."""
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("accelerate")
     from safetensors.torch import load_file
     from tiny_text import save_model
 
+    from obert_kernels import prune, pruned_weights_kept
     from obert_kernels.training.trainer import KeepPrunedAtZero
 
-    model = transformers.AutoModelForSequenceClassification.from_pretrained(
-        save_model(tmp_path / "model", head=True)
-    )
-    name = "bert.encoder.layer.0.output.dense.weight"
-    mask = torch.rand_like(model.get_parameter(name)) > 0.5
-    rows = [{"input_ids": torch.arange(2, 8), "labels": torch.tensor(i % 2)} for i in range(8)]
-    trainer = transformers.Trainer(
-        model,
-        transformers.TrainingArguments(
-            str(tmp_path / "out"), max_steps=4, save_steps=2, learning_rate=0.01, use_cpu=True,
-            report_to="none", disable_tqdm=True, dataloader_pin_memory=False,
+    model, masks, _ = prune(
+        transformers.AutoModelForSequenceClassification.from_pretrained(
+            save_model(tmp_path / "model", head=True)
         ),
-        train_dataset=rows,
-        callbacks=[KeepPrunedAtZero({name: mask})],
-    )  # fmt: skip
-    trainer.train()
-    saved = [load_file(tmp_path / "out" / f"checkpoint-{step}" / "model.safetensors")[name]
-             for step in (2, 4)]  # fmt: skip
-    for weight in (*saved, model.get_parameter(name).detach()):
-        assert not weight[~mask].any() and weight[mask].all()
-    assert not torch.equal(*saved), "it was trained"
+        sparsity=0.5,
+        selection="magnitude",
+    )
+    rows = [{"input_ids": torch.arange(2, 8), "labels": torch.tensor(i % 2)} for i in range(8)]
+    callbacks = {"masks": [KeepPrunedAtZero(masks)], "zeros": [KeepPrunedAtZero()], "block": []}
+
+    def trainer(steps: int) -> transformers.Trainer:
+        return transformers.Trainer(
+            model,
+            transformers.TrainingArguments(
+                str(tmp_path / "out"), max_steps=steps, save_steps=2, learning_rate=0.01,
+                use_cpu=True, report_to="none", disable_tqdm=True, dataloader_pin_memory=False,
+                **options,
+            ),
+            train_dataset=rows,
+            eval_dataset=rows,
+            callbacks=callbacks[how],
+        )  # fmt: skip
+
+    with pruned_weights_kept(model, masks) if how == "block" else nullcontext():
+        trainer(4).train()
+        trainer(6).train(resume_from_checkpoint=True)
+    saved = [load_file(tmp_path / "out" / f"checkpoint-{step}" / "model.safetensors")
+             for step in (2, 4, 6)]  # fmt: skip
+    for name, mask in masks.items():
+        for weight in (*(state[name] for state in saved), model.get_parameter(name).detach()):
+            assert torch.equal(weight != 0, mask)
+    assert not torch.equal(saved[0][name], saved[2][name]), "it was trained"
