@@ -188,6 +188,9 @@ POINT_OUTSIDE = [
     (1, 10, 41, 9),  # places behind the last
     (1, 10, 35, 9),  # the last ends before it begins
     (0, 4, 10_000, 4),  # a Gram behind the end
+    (0, 4, 100, 4),
+    (0, 4, 99, 4),  # ... that begins before it
+    (0, 4, 91, 4),
     (0, 4, -1, 4),
     (0, 4, 2**63 - 1, 4),
 ]
