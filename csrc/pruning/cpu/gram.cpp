@@ -42,10 +42,10 @@ struct AddToGram {
 };
 
 template <class T>
-inline void add_present(const AddToGram<T>& gram, int row, int column, bool is_last,
-                        typename Simd<T>::Vec& sum) {
+inline typename Simd<T>::Vec with_present(const AddToGram<T>& gram, int row, int column,
+                                          bool is_last, typename Simd<T>::Vec sum) {
     const T* present = gram.at(row, column);
-    sum += is_last ? load_first(present, gram.count(row, column)) : load(present);
+    return sum + (is_last ? load_first(present, gram.count(row, column)) : load(present));
 }
 
 template <class T>

@@ -48,9 +48,12 @@ struct Factors {
     int depth;
 };
 
-// A receiver that adds to what it has says so in an overload for its type.
+// A receiver that adds to what it has says so in an overload for its type.  By value: a type that is
+// deduced from a vector promises the alignment of its whole width.
 template <class Vec, class Emit>
-inline void add_present(const Emit&, int, int, bool, Vec&) {}
+inline Vec with_present(const Emit&, int, int, bool, Vec sum) {
+    return sum;
+}
 
 // Hands emit the sums of one tile, a vector at a time.  What they are added to is read before the
 // first is written: a read soon after a masked write next to it waits for that one.
@@ -86,7 +89,7 @@ void tile(const Factors<T>& factors, Ahead ahead, int row0, int column0, const E
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
         for (int v = 0; v < V; ++v)
-            add_present(emit, row0 + r, column0 + v * lanes, v + 1 == V, sum[r][v]);
+            sum[r][v] = with_present(emit, row0 + r, column0 + v * lanes, v + 1 == V, sum[r][v]);
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
