@@ -143,10 +143,15 @@ _HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
 _Grad = tuple[Tensor | None, dict[str, Any]]
 
 
-def _take_grad(tensor: Tensor) -> _Grad:
+def _grad_of(tensor: Tensor) -> _Grad:
     """What a backward pass would add to, and the hooks it would call."""
     hooks = {name: getattr(tensor, name, None) for name in _HOOKS}
-    found = tensor.grad, {name: known for name, known in hooks.items() if known}
+    return tensor.grad, {name: known for name, known in hooks.items() if known}
+
+
+def _take_grad(tensor: Tensor) -> _Grad:
+    """The same, and leave none of it there."""
+    found = _grad_of(tensor)
     tensor.grad = None
     for name in found[1]:
         setattr(tensor, name, OrderedDict())
@@ -167,12 +172,19 @@ def backward(loss: Tensor, weights: Iterable[nn.Parameter]) -> None:
     """
     own = {id(weight) for weight in weights}
     others = [leaf for leaf in _leaves(loss) if id(leaf) not in own]
-    held = [_take_grad(leaf) for leaf in others]
+    held = [(leaf, _grad_of(leaf)) for leaf in others]
     try:
-        loss.backward()
-    finally:
-        for leaf, grad in zip(others, held, strict=True):
+        try:
+            for leaf in others:
+                _take_grad(leaf)
+            loss.backward()
+        finally:
+            for leaf, grad in held:
+                _put_grad(leaf, grad)
+    except BaseException:  # maybe an interruption while they were put back
+        for leaf, grad in held:
             _put_grad(leaf, grad)
+        raise
 
 
 def _leaves(loss: Tensor) -> list[Tensor]:
