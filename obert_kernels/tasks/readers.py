@@ -1,17 +1,17 @@
-"""Files and data sets of the hub to examples: columns, missing values, names of classes."""
+"""Files, folders and data sets of the hub to examples: columns, missing values, classes."""
 
 from __future__ import annotations
 
-import csv
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from ..files import check_input_file
+from . import labels
 from .demo_sets import DEMO_PREFIX, load_demo_set
+from .tables import DIVIDED, ENDINGS, Table, ending, names_of_classes, read_table
 from .text_data import Example, TextData, assemble
-
-if TYPE_CHECKING:
-    import pandas
 
 _TEXT_NAMES = (
     "text", "sentence", "question", "review", "content", "utterance", "query", "headline",
@@ -24,13 +24,10 @@ _PAIR_NAMES = (
 _LABEL_NAMES = (
     "label", "labels", "class", "category", "target", "sentiment", "coarse_label", "intent",
 )  # fmt: skip
-_READERS: dict[str, tuple[str, dict[str, Any]]] = {
-    ".csv": ("read_csv", {"keep_default_na": False}),
-    ".tsv": ("read_csv", {"keep_default_na": False, "sep": "\t"}),
-    ".jsonl": ("read_json", {"lines": True}),
-    ".json": ("read_json", {}),
-    ".parquet": ("read_parquet", {}),
-}
+# Parts of the data in a folder, by their files' names without the ending.
+_PARTS = ("train", "validation", "valid", "val", "dev", "test")
+# Names of the hub; no path that begins with a dot or ends like a file is one.
+_HUB_NAME = re.compile(r"(?!\.)[\w.-]+(/[\w.-]+)?(:[^/\s]+)?")
 
 
 def load_text_data(
@@ -42,8 +39,9 @@ def load_text_data(
     """Load a classification task.
 
     Args:
-        source: ``"demo:trec"`` or ``"demo:mr"``, a CSV, TSV, JSON, JSONL or Parquet file, or a
-            name for the ``datasets`` library (``"name"`` or ``"name:configuration"``).
+        source: ``"demo:trec"`` or ``"demo:mr"``; a CSV, TSV, JSON, JSONL or Parquet file; a folder
+            with such files named train, validation and test; or a name for the ``datasets``
+            library (``"name"`` or ``"name:configuration"``).
         text_column: column of the text; found by its name if None.
         pair_column: column of a second text; common pairs are found by name if None and
             ``text_column`` is None too.
@@ -52,102 +50,134 @@ def load_text_data(
     Returns:
         The task.  A file, and a data set that has only one part, is split 75/10/15 % by a hash
         of the text; a data set with parts of its own keeps them.  Classes are in the order of
-        the data set, where it has one, or of their numbers or the alphabet.
+        the data set, where it has one, or of their numbers or the alphabet.  Numbers are the same
+        class however they are written: 3, "3" and 3.0.
 
     Raises:
         FileNotFoundError: ``source`` is neither an existing file nor a data set.
-        ValueError: the columns are not found or do not hold a classification task.
+        OSError: it cannot be read, or is a pipe or a device.
+        ValueError: the columns are not found or do not hold a classification task, or a line
+            cannot be read; the message names it.
         DownloadError: the demo's texts cannot be downloaded.
         ModuleNotFoundError: a library of the ``cli`` extra is missing.
     """
     if source.startswith(DEMO_PREFIX):
         return load_demo_set(source.removeprefix(DEMO_PREFIX))
-    path = Path(source).expanduser()
-    class_names: dict[str, list[str]] = {}
-    if path.is_file():
-        frames = {"train": _read_file(path)}
-    elif path.suffix.lower() in _READERS:
-        raise FileNotFoundError(f"there is no file {source}: check the path")
-    else:
-        frames, class_names = _read_hub(source)
-    columns = _choose_columns(frames, source, text_column, pair_column, label_column)
-    parts = {part: _examples(frame, columns) for part, frame in frames.items()}
-    return assemble(source, parts, class_names.get(columns[2]))
+    given = (text_column, pair_column, label_column)
+    tables = _read(source, given)
+    names = list(next(iter(tables.values())).columns)
+    columns = _choose_columns(names, source, *given)
+    for part, table in tables.items():
+        where = source if len(tables) == 1 else f"{source} ({part})"
+        _check_columns(table, where, columns, given)
+    notes = _other_candidates(names, columns, label_column)
+    parts: dict[str, list[Example]] = {}
+    for part, table in tables.items():
+        parts[part], left_out = _examples(table, columns)
+        if left_out:
+            where = "" if len(tables) == 1 else f" of {part}"
+            rows = labels.plural(left_out, "row")
+            notes.append(f"{rows}{where} without a text or a class left out")
+    own_order = _own_order(tables.values(), columns[2], source)
+    if own_order is None:
+        found = (row.label for examples in parts.values() for row in examples)
+        named = labels.class_names(found, columns[2])
+        parts = {
+            part: [Example(row.text, row.pair, named[row.label]) for row in examples]
+            for part, examples in parts.items()
+        }
+    return assemble(source, parts, own_order, notes)
 
 
-def _read_file(path: Path) -> pandas.DataFrame:
-    import pandas
+def _read(source: str, given: tuple[str | None, str | None, str | None]) -> dict[str, Table]:
+    """Return the parts of the data."""
 
-    try:
-        reader, options = _READERS[path.suffix.lower()]
-    except KeyError:
-        raise ValueError(
-            f"{path} has an unknown ending: supported are {', '.join(_READERS)}"
-        ) from None
-    try:
-        if path.suffix.lower() == ".tsv" and _has_lone_quotes(path):
-            options = {**options, "quoting": csv.QUOTE_NONE}
-        return getattr(pandas, reader)(path, **options)
-    except ValueError as error:  # the parsers' own errors are ValueErrors
-        raise ValueError(f"{path} cannot be read as {path.suffix[1:].upper()}: {error}") from error
-
-
-def _has_lone_quotes(path: Path) -> bool:
-    """Return whether quotation marks are nothing but text: read as such they would join lines."""
-    with path.open(encoding="utf-8", newline="") as stream:
-        lines = [line for line in stream if line.strip()]
-    if len({line.count("\t") for line in lines}) > 1:
-        return False
-    try:
-        read = csv.reader(lines, delimiter="\t", strict=True)
-        return len(lines) > sum(1 for row in read if row)
-    except csv.Error:  # no writer of quoted fields has made them
+    def serves(names: Sequence[str]) -> bool:
+        try:
+            _choose_columns(names, source, *given)
+        except ValueError:
+            return False
         return True
 
+    if not source.strip():
+        raise ValueError("the name of the data is empty: give a file or a name on the hub")
+    path = Path(source).expanduser()
+    if path.is_dir():
+        files = _files_of_parts(path)
+        return {part: read_table(file, serves) for part, file in files.items()} or _saved(path)
+    looks_like_a_file = ending(path) in ENDINGS or not _HUB_NAME.fullmatch(source)
+    if looks_like_a_file or path.exists() or path.is_symlink():
+        check_input_file(path)
+        return {"train": read_table(path, serves)}
+    return _read_hub(source)
 
-def _read_hub(source: str) -> tuple[dict[str, pandas.DataFrame], dict[str, list[str]]]:
-    """Read a data set by name; class indices become class names where it knows them.
 
-    Returns:
-        Its parts, and for each column of classes their names, in its own order.
-    """
+def _files_of_parts(folder: Path) -> dict[str, Path]:
+    """Return a file for each part of the data that a folder holds."""
+    found: dict[str, Path] = {}
+    for file in sorted(folder.iterdir()):
+        part = file.name.partition(".")[0].lower()
+        if part in _PARTS and ending(file) in ENDINGS:
+            if part in found:
+                raise ValueError(
+                    f"{folder} holds both {found[part].name} and {file.name}: give one of them, or "
+                    "keep one"
+                )
+            found[part] = file
+    return found
+
+
+def _saved(folder: Path) -> dict[str, Table]:
+    """Read what ``save_to_disk`` of the ``datasets`` library has written."""
+    if not any((folder / name).is_file() for name in ("dataset_dict.json", "state.json")):
+        model = (folder / "config.json").is_file()
+        hint = "it is a model's folder, and the model comes first; " if model else ""
+        raise ValueError(
+            f"{folder} is a folder without data: {hint}give a file, or a folder with files such as "
+            "train.csv and test.csv"
+        )
+    import datasets
+
+    try:
+        return _tables(datasets.load_from_disk(str(folder)))
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise ValueError(f"{folder} cannot be read as a saved data set: {error}") from error
+
+
+def _read_hub(source: str) -> dict[str, Table]:
+    """Read a data set by name."""
     import datasets
 
     name, _, configuration = source.partition(":")
     try:
-        parts = datasets.load_dataset(name, configuration or None)
-    except (OSError, ValueError, RuntimeError) as error:
+        return _tables(datasets.load_dataset(name, configuration or None))
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise FileNotFoundError(
             f"{source} is neither a file nor a data set that could be loaded ({reason}): check "
             "the path or name, and the network"
         ) from error
-    frames, class_names = {}, {}
-    for part, rows in parts.items():
-        frame = rows.to_pandas()
-        for column, feature in rows.features.items():
-            numbers = frame[column].dtype.kind in "iu"
-            if numbers and (frame[column] == -1).all():  # the hub's mark for hidden labels
-                frame[column] = None
-            elif hasattr(feature, "names") and hasattr(feature, "int2str"):
-                class_names[column] = list(feature.names)
-                frame[column] = [  # NaN, where an index is missing, is not above 0 either
-                    feature.names[int(index)] if index >= 0 else None for index in frame[column]
-                ]
-        frames[str(part)] = frame
-    return frames, class_names
+
+
+def _tables(found: Any) -> dict[str, Table]:
+    parts = found if isinstance(found, dict) else {"train": found}
+    return {
+        str(part): Table(
+            {column: rows.with_format(None)[column] for column in rows.column_names},
+            names_of_classes(rows.features),
+            hides_labels=True,
+        )
+        for part, rows in parts.items()
+    }
 
 
 def _choose_columns(
-    frames: Mapping[str, pandas.DataFrame],
-    source: str,
-    text: str | None,
-    pair: str | None,
-    label: str | None,
+    present: Sequence[str], source: str, text: str | None, pair: str | None, label: str | None
 ) -> tuple[str, str | None, str]:
     """Return the columns of the text, the second text (or None) and the label."""
-    present = [str(column) for column in next(iter(frames.values())).columns]
-    listing = f"{source} has the columns {', '.join(present)}"
+    listing = f"{source} has the columns {labels.shorten(present)}"
+    if ending(Path(source)) in DIVIDED:
+        listing += " in its first line"
     for option, column in (("text", text), ("pair", pair), ("label", label)):
         if column is not None and column not in present:
             raise ValueError(f"there is no column {column!r} for --{option}-column: {listing}")
@@ -177,36 +207,92 @@ def _first_known(
     return next((column for column in found if column not in exclude), None)
 
 
-def _examples(frame: pandas.DataFrame, columns: tuple[str, str | None, str]) -> list[Example]:
-    """Turn rows into examples; rows without a text or a label are left out."""
-    text, pair, label = columns
-    seconds = [None] * len(frame) if pair is None else _values(frame[pair])
-    examples = []
-    for first, second, name in zip(
-        _values(frame[text]), seconds, _values(frame[label]), strict=True
-    ):
-        if _is_missing(first) or _is_missing(name) or (pair is not None and _is_missing(second)):
+def _other_candidates(
+    present: Sequence[str], columns: tuple[str, str | None, str], given: str | None
+) -> list[str]:
+    """Return a note if other columns have names of labels, too."""
+    others = [name for name in present if name.lower() in _LABEL_NAMES and name not in columns]
+    if given is not None or not others:
+        return []
+    return [f"classes are from the column {columns[2]}, not from {labels.shorten(others)}"]
+
+
+def _check_columns(
+    table: Table,
+    source: str,
+    columns: tuple[str, str | None, str],
+    given: tuple[str | None, str | None, str | None],
+) -> None:
+    """Raise ValueError unless each column is there once, with every line a row of its own."""
+    for column in columns:
+        if column is None:
             continue
-        if isinstance(name, float):
-            if not name.is_integer():
-                raise ValueError(
-                    f"the label column {label!r} holds the number {name}: only classes are "
-                    "supported, name another column with --label-column"
-                )
-            name = int(name)
-        examples.append(
-            Example(str(first).strip(), None if pair is None else str(second).strip(), str(name))
+        if column not in table.columns:
+            raise ValueError(
+                f"{source} has no column {column!r}, as other parts have: it has "
+                f"{labels.shorten(list(table.columns))}"
+            )
+        twins = [name for name in table.columns if name.lower() == column.lower()]
+        if column in table.repeated or (len(twins) > 1 and column not in given):
+            raise ValueError(f"{source} has two columns named {column!r}: rename one")
+    field = table.swallowed(columns[2]) if table.divider else None
+    if field is not None:
+        raise ValueError(
+            f"{source}: a quotation mark makes one field of several lines that look like rows, "
+            f"from {field[:60]!r} on: close it, or double it if it is part of the text"
         )
-    return examples
 
 
-def _values(column: pandas.Series) -> list[Any]:
-    """Return them with None for what is missing, whatever marks it."""
-    return [
-        None if missing else value
-        for value, missing in zip(column.tolist(), column.isna(), strict=True)
+def _own_order(tables: Iterable[Table], label: str, source: str) -> list[str] | None:
+    """Return the classes in the data set's own order, None if it has none."""
+    orders = [table.class_names.get(label) for table in tables]
+    if all(order is None for order in orders):
+        return None
+    first = orders[0]
+    if first is None or any(order != first for order in orders):
+        raise ValueError(f"the parts of {source} do not have the same classes in {label!r}")
+    if len(set(first)) < len(first):
+        raise ValueError(f"two classes of {source} have one name: {labels.shorten(first)}")
+    return first
+
+
+def _examples(table: Table, columns: tuple[str, str | None, str]) -> tuple[list[Example], int]:
+    """Turn rows into examples, with labels as they are written; count those left out because the
+    text or the label is missing."""
+    text, pair, label = columns
+    texts = [_text(value, text) for value in table.values(text)]
+    pairs = None if pair is None else [_text(value, pair) for value in table.values(pair)]
+    names = [labels.written(value, label) for value in table.values(label)]
+    seconds: Sequence[str | None] = [None] * len(texts) if pairs is None else pairs
+    examples = [
+        Example(first, second, name)
+        for first, second, name in zip(texts, seconds, names, strict=True)
+        if first and name and second != ""
     ]
+    return examples, len(texts) - len(examples)
 
 
-def _is_missing(value: Any) -> bool:
-    return value is None or str(value).strip() == ""
+def _text(value: Any, column: str) -> str:
+    """Return a text without blanks around it, empty if it is missing."""
+    if isinstance(value, str):
+        if not value.isascii():
+            _check_characters(value, column)
+        return value.strip()
+    if value is None or value != value:  # NaN
+        return ""
+    if isinstance(value, bytes | list | tuple | dict):
+        raise ValueError(
+            f"the column {column!r} holds a {type(value).__name__} where a text should be: name "
+            "another column with --text-column"
+        )
+    return str(value)
+
+
+def _check_characters(value: str, column: str) -> None:
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"the column {column!r} holds half a character ({value[error.start]!a}) in "
+            f"{value[:40]!a}: it was cut or wrongly decoded"
+        ) from error

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+
+from .labels import in_order, plural, shorten
 
 # Shares of train and dev; the rest is test.
 _TRAIN, _DEV = 0.75, 0.10
@@ -50,27 +52,45 @@ class TextData:
         train: examples to fit to, and to take the gradients of.
         dev: examples to choose settings on.
         test: examples to report on.
+        notes: what the user should know, such as how many duplicates were dropped.
     """
 
     label_names: list[str]
     train: Texts
     dev: Texts
     test: Texts
+    notes: tuple[str, ...] = field(default=(), compare=False)
 
     def with_label_order(self, label_names: Sequence[str]) -> TextData:
         """Return the same task with its classes in the order of ``label_names``.
 
+        Args:
+            label_names: all classes of this task; there may be more, of which it has no texts.
+
         Raises:
-            ValueError: these are not the classes of this task.
+            ValueError: a class of this task is missing.
         """
-        if sorted(label_names) != sorted(self.label_names):
+        index = {name: position for position, name in enumerate(label_names)}
+        if not index.keys() >= set(self.label_names):
             raise ValueError(f"the classes are {self.label_names}, not {list(label_names)}")
-        position = [list(label_names).index(name) for name in self.label_names]
-        parts = (
+        position = [index[name] for name in self.label_names]
+        train, dev, test = (
             replace(part, labels=[position[label] for label in part.labels])
             for part in (self.train, self.dev, self.test)
         )
-        return TextData(list(label_names), *parts)
+        return replace(self, label_names=list(label_names), train=train, dev=dev, test=test)
+
+    def with_fewer_tests(self, count: int | None) -> TextData:
+        """Return the same task with at most ``count`` test texts: those with the lowest hashes,
+        in whatever order the data is and whatever the seed."""
+        if count is None or count >= len(self.test):
+            return self
+        seconds = self.test.pairs or [""] * len(self.test)
+        rows = zip(self.test.texts, seconds, strict=True)
+        shares = [_hash_share(Example(*row, "").key) for row in rows]
+        kept = sorted(sorted(range(len(shares)), key=shares.__getitem__)[:count])
+        note = f"accuracies are on {count:,} of the {len(self.test):,} test texts: --max-test-texts"
+        return replace(self, test=self.test.subset(kept), notes=(*self.notes, note))
 
 
 @dataclass(frozen=True)
@@ -89,15 +109,25 @@ class Example:
 
 
 def assemble(
-    source: str, parts: Mapping[str, list[Example]], class_names: list[str] | None = None
+    source: str,
+    parts: Mapping[str, list[Example]],
+    class_names: Sequence[str] | None = None,
+    notes: Iterable[str] = (),
 ) -> TextData:
-    """Remove duplicates, index the classes and bring the parts into train, dev and test."""
+    """Remove duplicates, index the classes and bring the parts into train, dev and test.
+
+    Args:
+        source: what errors call the data.
+        parts: examples by the names of the source's parts.
+        class_names: all classes, in the source's own order, where it has one.
+        notes: what the user should know already.
+    """
     train, dev, test = _three_parts({part: rows for part, rows in parts.items() if rows})
-    seen: set[str] = set()
+    known = _Known()
     # Tests first: a text that is in two parts stays where it is only measured.
-    test, dev, train = (_without_duplicates(rows, seen) for rows in (test, dev, train))
+    test, dev, train = (known.fresh(part) for part in (test, dev, train))
     present = {row.label for row in (*train, *dev, *test)}
-    names = class_names or sorted(present, key=_label_order)
+    names = list(class_names or in_order(present))
     total = len(train) + len(dev) + len(test)
     if not total:
         raise ValueError(f"{source} holds no rows with a text and a class")
@@ -111,7 +141,52 @@ def assemble(
             f"{source} is too small: {len(train)} texts to train and {len(test)} to test on"
         )
     index = {name: position for position, name in enumerate(names)}
-    return TextData(names, *(_texts(rows, index) for rows in (train, dev, test)))
+    said = [*notes, *known.notes()]
+    unseen = present - {row.label for row in train}
+    if unseen:
+        said.append(f"no text to train has the class {shorten(in_order(unseen))}")
+    return TextData(
+        names, _texts(train, index), _texts(dev, index), _texts(test, index), notes=tuple(said)
+    )
+
+
+class _Known:
+    """Texts that were seen, and how many came again."""
+
+    def __init__(self) -> None:
+        self._labels: dict[str, str] = {}
+        self._repeated = self._elsewhere = self._contradict = 0
+
+    def fresh(self, rows: list[Example]) -> list[Example]:
+        """Return the rows of a part whose texts did not come before."""
+        fresh: dict[str, Example] = {}
+        for row in rows:
+            key = row.key
+            label = self._labels.get(key)
+            if label is None:
+                self._labels[key] = row.label
+                fresh[key] = row
+                continue
+            self._repeated += key in fresh
+            self._elsewhere += key not in fresh
+            self._contradict += label != row.label
+        return list(fresh.values())
+
+    def notes(self) -> list[str]:
+        """Return what was left out, for the user."""
+        found = []
+        if self._repeated:
+            found.append(f"{plural(self._repeated, 'duplicate')} dropped: every text is used once")
+        if self._elsewhere:
+            found.append(
+                f"{plural(self._elsewhere, 'text')} dropped from train or held back: in a part "
+                "that comes later as well"
+            )
+        if self._contradict:
+            found.append(
+                f"{plural(self._contradict, 'dropped text')} had another class than the one kept"
+            )
+        return found
 
 
 def _three_parts(
@@ -139,21 +214,6 @@ def _three_parts(
 def _hash_share(key: str) -> float:
     """Return a number in [0, 1) that depends on the text alone."""
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:6], "big") / 2**48
-
-
-def _without_duplicates(rows: list[Example], seen: set[str]) -> list[Example]:
-    fresh = []
-    for row in rows:
-        if row.key not in seen:
-            seen.add(row.key)
-            fresh.append(row)
-    return fresh
-
-
-def _label_order(name: str) -> tuple[int, int, str]:
-    """Numbers in numerical order, then names in alphabetical order."""
-    digits = name.removeprefix("-")
-    return (0, int(name), name) if digits.isdecimal() else (1, 0, name)
 
 
 def _texts(rows: list[Example], index: Mapping[str, int]) -> Texts:
