@@ -140,9 +140,12 @@ def test_a_refused_launch_says_why_and_leaves_no_error_behind(cuda_on_host):
     out_of_memory = 2  # cudaErrorMemoryAllocation
     gram, v = gram_of(gradients(40, 100), 50), torch.randn(100)
     fisher = (50, 40.0, DAMPING)
-    cuda_on_host.refuse_next_launch(out_of_memory)
-    with pytest.raises(RuntimeError, match="kernel launch: out of memory"):
-        ops.gram_solve(gram, v, *fisher, ops.new_status())
+    cuda_on_host.set_launch_error(out_of_memory)
+    try:
+        with pytest.raises(RuntimeError, match="kernel launch: out of memory"):
+            ops.gram_solve(gram, v, *fisher, ops.new_status())
+    finally:
+        cuda_on_host.set_launch_error(0)
     assert cuda_on_host.last_error() == 0
     status = ops.new_status()
     found = ops.gram_solve(gram, v, *fisher, status)

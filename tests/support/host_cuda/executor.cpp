@@ -41,7 +41,6 @@ std::atomic<int> queries{0};
 cudaError_t launch_error = cudaSuccess;
 std::map<const void*, size_t> opted_in;
 cudaError_t last_error = cudaSuccess;
-cudaError_t next_launch = cudaSuccess;
 bool recording = false;
 std::vector<Launch> recorded;
 uint64_t first_block_to_run = 0;
@@ -131,9 +130,6 @@ size_t opt_in_limit() {
 }
 
 cudaError_t check_launch(const cudaLaunchConfig_t& config, const void* kernel) {
-    if (next_launch != cudaSuccess) {
-        return std::exchange(next_launch, cudaSuccess);
-    }
     if (launch_error != cudaSuccess) {
         return launch_error;
     }
@@ -250,9 +246,6 @@ void set_thread_blocks(uint64_t first, uint64_t count) {
 void forget_attributes() {
     detail::opted_in.clear();
     detail::last_error = cudaSuccess;
-}
-void refuse_next_launch(cudaError_t error) {
-    detail::next_launch = error;
 }
 
 void set_shared_memory_limit(int bytes) {

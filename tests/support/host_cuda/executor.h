@@ -57,9 +57,6 @@ void set_thread_blocks(uint64_t first, uint64_t count);
 // As on a new device: no kernel has opted in to more shared memory, and there was no error.
 void forget_attributes();
 
-// The next launch is refused with this error, as by a device that is out of memory, say.
-void refuse_next_launch(cudaError_t error);
-
 // How often the shared memory of a device was asked for.
 int attribute_queries();
 

@@ -22,8 +22,6 @@ PYBIND11_MODULE(host_cuda, m) {
     m.def("set_recording", &host_cuda::set_recording);
     m.def("set_thread_blocks", &host_cuda::set_thread_blocks);
     m.def("forget_attributes", &host_cuda::forget_attributes);
-    m.def("refuse_next_launch",
-          [](int error) { host_cuda::refuse_next_launch(cudaError_t(error)); });
     m.def("last_error", [] { return int(cudaPeekAtLastError()); });
     // The kernel: where its code begins in the file of this module.
     m.def("last_launch", [] {
