@@ -10,17 +10,14 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
 
 from benchmarks.accuracy.experiment import Point
 from benchmarks.accuracy.tables import Row
-from benchmarks.support.contender import ReferenceInverse
+from benchmarks.support.contender import prune_as_reference
 from obert_kernels import PruneReport, find_weights, prune
 from obert_kernels.gradients.losses import LossFn
 from obert_kernels.tasks.batches import fisher_batches, tokens_at_once
 from obert_kernels.tasks.classification import ClassificationTask
-
-BLOCK_SIZE = 50  # of the reference
 
 
 def loss_and_batches(
@@ -109,35 +106,3 @@ def prepared_reference(task: ClassificationTask, point: Point) -> Callable[[], d
     return lambda: prune_as_reference(
         task.model, batches, loss_fn, point["sparsity"], point["damping"]
     )
-
-
-def prune_as_reference(
-    model: nn.Module, batches: list[Any], loss_fn: LossFn, sparsity: float, damping: float
-) -> dict[str, float]:
-    """Diagonal scores, one global ranking, sum update; returns seconds by stage."""
-    model.eval()
-    weights = find_weights(model)
-    fishers = {
-        name: ReferenceInverse(len(batches), BLOCK_SIZE, weight.numel(), damping)
-        for name, weight in weights.items()
-    }
-    seconds = {"gradients": 0.0, "fisher": 0.0}
-    for batch in batches:
-        start = time.perf_counter()
-        model.zero_grad()
-        loss_fn(model, batch).backward()
-        middle = time.perf_counter()
-        for name, weight in weights.items():
-            fishers[name].add_grad(weight.grad.flatten())
-        seconds["gradients"] += middle - start
-        seconds["fisher"] += time.perf_counter() - middle
-    start = time.perf_counter()
-    with torch.no_grad():
-        scores = torch.cat([fishers[name].scores(w.flatten()) for name, w in weights.items()])
-        removed = torch.zeros(len(scores), dtype=torch.bool)
-        removed[scores.topk(round(sparsity * len(scores)), largest=False).indices] = True
-        parts = removed.split([weight.numel() for weight in weights.values()])
-        for (name, weight), part in zip(weights.items(), parts, strict=True):
-            new = fishers[name].update(weight.flatten(), ~part)
-            weight.copy_(new.view_as(weight))
-    return {**seconds, "update": time.perf_counter() - start}

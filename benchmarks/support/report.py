@@ -22,7 +22,7 @@ SCHEMA = 1
 def command() -> str:
     """The command that runs this process, from the repository's root."""
     spec = sys.modules["__main__"].__spec__
-    script = ["benchmarks/gpu.py"] if spec is None else ["-m", spec.name]
+    script = ["benchmarks/gpu.py"] if spec is None else ["-m", spec.name.removesuffix(".__main__")]
     return shlex.join(["python", *script, *sys.argv[1:]])
 
 

@@ -3,7 +3,6 @@
 No number here is a time of a device: the timer is a fake, the kernels run on the host.
 """
 
-import itertools
 import json
 import os
 import subprocess
@@ -15,12 +14,17 @@ from typing import ClassVar
 
 import pytest
 import torch
+from fake_timer import TIMES, TINY, TINY_WORK, FakeTimer
 
 from benchmarks.kernels import costs, roofline
 from benchmarks.kernels.gpu import kernels as gpu_kernels
+from benchmarks.kernels.gpu import report as gpu_report
+from benchmarks.kernels.gpu import rows as gpu_rows
 from benchmarks.kernels.gpu import run as gpu
+from benchmarks.kernels.gpu import settings as gpu_settings
 from benchmarks.kernels.gpu import timer as gpu_timer
 from benchmarks.kernels.gpu import validation as gpu_validation
+from benchmarks.kernels.gpu import whole_runs
 from obert_kernels import ops
 from obert_kernels.ops import native
 
@@ -30,53 +34,12 @@ OPERATORS = [
     "gram_scores", "gram_greedy_scores", "gram_n_of_m", "gram_update", "woodbury_update",
     "inverse_scores", "inverse_update",
 ]  # fmt: skip
-TINY = gpu.Settings(
-    block_sizes=(4, 50),
-    gradient_types=(torch.float32, torch.bfloat16),
-    gradients_per_call=(3,),
-    validation_blocks=2,
-    least_copy_bytes=1000,
-    ceiling_bytes=4000,
-    matrix_size=10,
-)
-TIMES = {
-    "copy": 1e-6,
-    "float32 product": 1e-6,
-    "float64 product": 2e-6,
-    gpu.OURS: 5e-6,
-    gpu_kernels.REFERENCE: 20e-6,
-    gpu_kernels.TORCH: 30e-6,
-    gpu_kernels.ALL_WEIGHTS: 40e-6,
-}
-TOP = gpu.Ceilings(1e9, {"float32": 4e9, "float64": 2e9})
-
-
-class FakeTimer:
-    """Runs every call once and returns the times it was told, one of them an outlier."""
-
-    device = torch.device("cpu")
-    name = "Fake GPU (1 GB)"
-
-    def __init__(self, times=TIMES, l2_bytes=2000, free=1 << 20):
-        self.times, self.l2_bytes, self.free = times, l2_bytes, free
-        self.asked = []
-
-    def free_bytes(self):
-        return self.free
-
-    def alternate(self, contenders, rounds):
-        self.asked.append({name: len(calls) for name, calls in contenders.items()})
-        for call in itertools.chain.from_iterable(contenders.values()):
-            call()
-        return {name: [self.times[name]] * (rounds - 1) + [1.0] for name in contenders}
-
-    def describe(self):
-        return {"L2": "tiny"}
+TOP = gpu_rows.Ceilings(1e9, {"float32": 4e9, "float64": 2e9})
 
 
 @pytest.fixture
 def document(cuda_on_host, tmp_path):
-    return gpu.run(FakeTimer(), TINY, tmp_path, "the command")
+    return gpu.run(FakeTimer(), replace(TINY, work=TINY_WORK), tmp_path, "the command")
 
 
 def test_a_whole_run(document, tmp_path):
@@ -91,10 +54,12 @@ def test_a_whole_run(document, tmp_path):
     assert {row["operator"] for row in rows} == set(OPERATORS)
     assert {row["block_size"] for row in rows} == {4, 50}
     assert sum("bfloat16 gradients" in row["variant"] for row in rows) == 2 * 4
-    assert document["refused"] == []
+    assert document["refused"] == document["left_out"] == [] and document["finished"]
+    (pruned,) = document["whole_runs"]
+    assert whole_runs.table_row(pruned) in text
     assert document["checks"] > 2 * 2 * len(OPERATORS)
     for row in rows:
-        assert gpu.table_row(row) in text
+        assert gpu_report.table_row(row) in text
         assert row["seconds"] == row["fastest"] == 5e-6 and row["slowest"] == 1.0
         assert row["rounds"] == 20
         k = 3 if row["operator"] in ("gram_accumulate", "woodbury_update") else 1
@@ -109,8 +74,8 @@ def test_a_whole_run(document, tmp_path):
 
 def test_figures_by_hand():
     kernel = gpu_kernels.gram_kernel(4, 3, torch.float64, torch.bfloat16)
-    times = {gpu.OURS: [3e-6, 1e-6, 2e-6], "other": [9e-6, 1e-6, 5e-6]}
-    row = gpu.figures(kernel, 10, times, {"other": 8}, TOP)
+    times = {gpu_rows.OURS: [3e-6, 1e-6, 2e-6], "other": [9e-6, 1e-6, 5e-6]}
+    row = gpu_rows.figures(kernel, 10, times, {"other": 8}, TOP)
     bytes_moved = 10 * (2 * 10 * 8 + 3 * 4 * 2)  # triangles both ways, gradients
     flops = 10 * 3 * 2 * 10
     assert (row["bytes"], row["flops"], row["arithmetic"]) == (bytes_moved, flops, "float64")
@@ -123,7 +88,7 @@ def test_figures_by_hand():
 
 
 def test_ceilings_by_hand():
-    top = gpu.measure_ceilings(FakeTimer(), TINY)
+    top = gpu_rows.measure_ceilings(FakeTimer(), TINY)
     assert top.bytes_per_s == pytest.approx(2 * 4000 / 1e-6)
     assert top.flops_per_s["float32"] == pytest.approx(2 * 10**3 / 1e-6)
     assert top.flops_per_s["float64"] == pytest.approx(2 * 10**3 / 2e-6)
@@ -131,8 +96,8 @@ def test_ceilings_by_hand():
 
 def test_the_numbers_come_from_the_timer(cuda_on_host):
     kernel = gpu_kernels.woodbury_kernel(4, 2, torch.float32)
-    slow = {**TIMES, gpu.OURS: 7.0}
-    row = gpu.measure(kernel, FakeTimer(slow), TINY, TOP)
+    slow = {**TIMES, gpu_rows.OURS: 7.0}
+    row = gpu_rows.measure(kernel, FakeTimer(slow), TINY, TOP)
     assert row["seconds"] == 7.0
     assert row["ratios"] == {gpu_kernels.REFERENCE: pytest.approx(2 * 20e-6 / 7)}
 
@@ -140,23 +105,23 @@ def test_the_numbers_come_from_the_timer(cuda_on_host):
 def test_every_contender_rotates_over_copies_larger_than_the_cache(cuda_on_host):
     timer = FakeTimer(l2_bytes=2000)
     kernel = gpu_kernels.gram_kernel(4, 2, torch.float32, torch.float32)
-    row = gpu.measure(kernel, timer, TINY, TOP)
-    assert timer.asked == [{gpu.OURS: gpu.COPIES, gpu_kernels.REFERENCE: gpu.COPIES}]
+    row = gpu_rows.measure(kernel, timer, TINY, TOP)
+    assert timer.asked == [{gpu_rows.OURS: gpu_rows.COPIES, gpu_kernels.REFERENCE: gpu_rows.COPIES}]
     # A copy: Gram and two gradients.
     assert 4 * 2000 <= row["blocks"] * (10 + 2 * 4) * 4 < 20 * 2000
     assert row["past_the_cache"]
-    assert "in cache" not in gpu.table_row(row)
+    assert "in cache" not in gpu_report.table_row(row)
 
 
 def test_sizes_shrink_to_the_memory(cuda_on_host):
     kernel = gpu_kernels.gram_kernel(4, 2, torch.float32, torch.float32)
     wanted = replace(TINY, least_copy_bytes=1 << 40)
     for free in (1 << 16, 1 << 20, 1 << 30):
-        blocks = gpu.blocks_to_time(kernel, FakeTimer(free=free), wanted)
-        assert 0.4 * free < gpu.COPIES * kernel.memory * 4 * blocks <= 0.5 * free
-    row = gpu.measure(kernel, FakeTimer(l2_bytes=1 << 20, free=1 << 16), TINY, TOP)
+        blocks = gpu_rows.blocks_to_time(kernel, FakeTimer(free=free), wanted)
+        assert 0.4 * free < gpu_rows.COPIES * kernel.memory * 4 * blocks <= 0.5 * free
+    row = gpu_rows.measure(kernel, FakeTimer(l2_bytes=1 << 20, free=1 << 16), TINY, TOP)
     assert not row["past_the_cache"]
-    assert "too little memory free" in gpu.table_row(row)
+    assert "too little memory free" in gpu_report.table_row(row)
 
 
 @pytest.mark.parametrize("size", [50, 128])
@@ -258,7 +223,7 @@ def test_a_breakdown_is_an_error(cuda_on_host):
         return copy
 
     with pytest.raises(RuntimeError, match="woodbury_update: block 3 broke down"):
-        gpu.measure(replace(kernel, build=build), FakeTimer(), TINY, TOP)
+        gpu_rows.measure(replace(kernel, build=build), FakeTimer(), TINY, TOP)
 
 
 def test_a_block_size_that_does_not_fit_is_reported(cuda_on_host, tmp_path):
@@ -276,10 +241,13 @@ def test_a_block_size_that_does_not_fit_is_reported(cuda_on_host, tmp_path):
     assert "float32 gradients: gram_accumulate: block size 128 needs" in text
 
 
-def test_refusal_without_a_device():
-    command = [sys.executable, str(BENCHMARKS / "gpu.py")]
+@pytest.mark.parametrize("command", [["benchmarks/gpu.py"], ["-m", "benchmarks.kernels.gpu"]])
+def test_refusal_without_a_device(command):
     env = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    done = subprocess.run(
+        [sys.executable, *command, "--minutes", "8"],
+        capture_output=True, text=True, env=env, cwd=BENCHMARKS.parent,
+    )  # fmt: skip
     assert (done.returncode, done.stdout) == (1, "")
     assert len(done.stderr.splitlines()) == 1
     assert done.stderr.startswith("benchmarks/gpu.py: needs a CUDA device; torch")
@@ -293,12 +261,17 @@ def test_refusal_without_kernels(monkeypatch):
     assert gpu_timer.reason_to_refuse() == "broken"
 
 
-def test_arguments():
-    found = gpu.settings_from(["--block", "8", "50", "--type", "bfloat16", "-k", "5"])
-    assert found == gpu.Settings((8, 50), (torch.bfloat16,), (5,))
-    assert gpu.settings_from([]) == gpu.Settings()
-    with pytest.raises(SystemExit):
-        gpu.settings_from(["--rounds", "19"])
+def test_arguments(tmp_path):
+    arguments = ["--block", "8", "50", "--type", "bfloat16", "-k", "5", "--results", str(tmp_path)]
+    found, folder = gpu_settings.parse(arguments, "")
+    assert found == gpu_settings.Settings((8, 50), (torch.bfloat16,), (5,))
+    assert folder == tmp_path
+    assert gpu_settings.parse([], "") == (gpu_settings.Settings(), BENCHMARKS / "results" / "gpu")
+    limited, _ = gpu_settings.parse(["--minutes", "8"], "")
+    assert (limited.minutes, limited.row_seconds) == (8, gpu_settings.ROW_SECONDS)
+    for wrong in (["--rounds", "19"], ["--minutes", "0"], ["--minutes", "nan"]):
+        with pytest.raises(SystemExit):
+            gpu_settings.parse(wrong, "")
 
 
 class FakeEvent:
@@ -345,8 +318,10 @@ def test_a_small_run_on_a_device(tmp_path):
     if gpu_timer.reason_to_refuse() is not None:
         pytest.skip(gpu_timer.reason_to_refuse())
     settings = replace(TINY, block_sizes=(50,), least_copy_bytes=1 << 20)
+    settings = replace(settings, work=TINY_WORK)
     document = gpu.run(gpu_timer.CudaTimer(), settings, tmp_path, "")
     assert all(0 < row["seconds"] < 10 for row in document["rows"])
+    assert len(document["whole_runs"]) == 1 and not document["left_out"]
 
 
 # ---- the calculation ----------------------------------------------------------------
