@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -41,10 +42,10 @@ from .options import (
     load_plugins,
     prescribed_sparsity,
 )
-from .progress_bars import ProgressBars
 from .run import prune_classifier
+from .terminal import PlainCommand, keep_traceback, one_line, outlive_readers, shown_work
 
-# What a user can cause and cure; anything else is a bug and shows its traceback.
+# What a user can cause and cure; anything else is a bug to report.
 _USER_ERRORS = (ValueError, OSError, MemoryError, ImportError, NumericalError, DownloadError)
 
 app = typer.Typer(
@@ -55,10 +56,21 @@ app = typer.Typer(
 )
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        packages = ("obert-kernels", "torch", "transformers")
+        typer.echo(", ".join(f"{name} {version(name)}" for name in packages))
+        raise typer.Exit
+
+
 @app.callback()
 def _common(
     debug: Annotated[
         bool, typer.Option("--debug", help="Show the traceback of every error.")
+    ] = False,
+    show_version: Annotated[
+        bool,
+        typer.Option("--version", help="Show the version.", callback=_version, is_eager=True),
     ] = False,
 ) -> None:
     _State.debug = debug
@@ -70,7 +82,7 @@ class _State:
     debug = False
 
 
-@app.command()
+@app.command(cls=PlainCommand)
 def run(
     model: Model,
     data: Data,
@@ -194,10 +206,10 @@ def run(
     _prune(RunConfig(**{**values, "damping": number_or_word(damping)}))
 
 
-app.command()(sweep)
+app.command(cls=PlainCommand)(sweep)
 
 
-@app.command()
+@app.command(cls=PlainCommand)
 def demo(
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Folder for checkpoints, report and plot.")
@@ -217,19 +229,28 @@ def demo(
 
 
 def _prune(settings: RunConfig) -> None:
-    with ProgressBars() as bars:
+    with shown_work() as bars:
         prune_classifier(settings, bars, typer.echo)
 
 
 def main() -> None:
-    """Run ``obert-prune``; user errors end in one line and exit code 1, wrong usage in 2."""
+    """Run ``obert-prune``; errors end in one line and exit code 1, wrong usage in 2, Ctrl-C in 130.
+
+    What a user cannot have caused is called unexpected, and its traceback is kept for a report.
+    """
+    outlive_readers()
     try:
         app(prog_name="obert-prune")
-    except _USER_ERRORS as error:
+    except Exception as error:
         if _State.debug:
             raise
-        message = " ".join(str(error).split()) or type(error).__name__
+        message = one_line(error)
         if isinstance(error, ModuleNotFoundError):
             message = f"{error.name} is not installed; {INSTALL}"
+        elif not isinstance(error, _USER_ERRORS):
+            message = (
+                f"unexpected {type(error).__name__}: {message[:300]}; please report it, with "
+                f"{keep_traceback(error)}"
+            )
         typer.echo(f"error: {message}", err=True)
         sys.exit(1)

@@ -9,7 +9,6 @@ import typer
 
 from ..ops.checks import MAX_BLOCK_SIZE
 from ..trials.outcome import make_grid, number_or_word
-from ..trials.table import CSV_FILE
 from .config import RunConfig
 from .options import (
     Data,
@@ -32,8 +31,8 @@ from .options import (
     load_plugins,
     prescribed_sparsity,
 )
-from .progress_bars import ProgressBars
 from .sweep import sweep_classifier
+from .terminal import shown_work
 
 _GRID = "Grid (each may be repeated)"
 
@@ -148,13 +147,5 @@ def sweep(
         update=update or ["auto"],
         base=settings.pruning_config(),
     )
-    try:
-        with ProgressBars() as bars:
-            sweep_classifier(settings, grid, budget, bars, typer.echo)
-    except KeyboardInterrupt:
-        typer.echo(
-            f"\ninterrupted: {output / CSV_FILE} keeps the trials that were finished, and the same "
-            "command goes on",
-            err=True,
-        )
-        raise
+    with shown_work() as bars:
+        sweep_classifier(settings, grid, budget, bars, typer.echo)

@@ -95,13 +95,6 @@ def load_task(
     )
 
 
-def check_output(folder: Path) -> None:
-    """Raise NotADirectoryError if the output folder is a file."""
-    for path in (folder, *folder.parents):
-        if path.exists() and not path.is_dir():
-            raise NotADirectoryError(f"--output {folder}: {path} is a file, choose another folder")
-
-
 def plain(settings: RunConfig) -> dict[str, Any]:
     """JSON-ready."""
     return {**asdict(settings), "output": str(settings.output)}

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..files import write_whole
 from ..trials.outcome import GridPoint, Outcome, label
 
 # The palette of Okabe and Ito: distinct for every kind of colour vision and in grey.
@@ -62,7 +64,20 @@ def plot_accuracy(
     axes.margins(x=0.06, y=0.12)
     axes.set_title(title, fontsize=11)
     axes.legend(frameon=False, loc="lower left")
-    figure.savefig(Path(path), format="png")
+    _write(figure, path)
+
+
+def _write(figure: Any, path: str | Path) -> None:
+    """Write a PNG whole or not at all; a dollar in a name is one, and begins no formula."""
+    named = list(figure.texts)
+    for axes in figure.axes:
+        legend = axes.get_legend()
+        named += [axes.title, *(legend.get_texts() if legend else ())]
+    for text in named:  # but not the labels of a logarithmic axis, which are formulas
+        text.set_parse_math(False)
+    content = io.BytesIO()
+    figure.savefig(content, format="png")
+    write_whole(path, content.getvalue())
 
 
 def _open_figure(panels: int) -> tuple[Any, list[Any]]:
@@ -123,7 +138,7 @@ def plot_sweep(
     _draw_sparsities(axes[0], outcomes, dense)
     if by_damping:
         _draw_dampings(axes[1], by_damping)
-    figure.savefig(Path(path), format="png")
+    _write(figure, path)
 
 
 def _draw_sparsities(axes: Any, outcomes: Sequence[Outcome], dense: float) -> None:

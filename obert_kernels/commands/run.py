@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import importlib
-import json
+import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,19 +14,23 @@ import torch
 from torch import nn
 
 from ..deploy import checkpoints
-from ..files import REPORT_FILE, check_replaceable, whole_folder, write_json
+from ..files import REPORT_FILE, check_replaceable, check_room, read_json, write_json
 from ..ops.status import NumericalError
 from ..progress import Progress, silent
 from ..pruning.config import PruningConfig
 from ..pruning.oneshot import PruneResult
+from ..sparsity.layers import find_weights
 from ..sparsity.masks import check_sparsity
 from ..tasks.task import Task
 from ..trials.grid import TrialLoop
 from ..trials.outcome import Outcome, Scores
-from .config import RunConfig, check_output, load_task, plain
+from .config import RunConfig, load_task, plain
+from .output import Echo, Notes, check_drawing, decoration, opened_output, try_size
 from .plots import plot_accuracy
 
 PLOT_FILE = "accuracy.png"
+DENSE_FOLDER = "dense"
+_WRITTEN = r"dense|sparsity-.*|report\.json|accuracy\.png"
 
 
 def prune_classifier(
@@ -45,12 +49,46 @@ def prune_classifier(
     Raises:
         ValueError, OSError, MemoryError, ImportError, NumericalError, DownloadError: something
             about the settings, files or installation; the message names it and the remedy.
+        KeyboardInterrupt: it was interrupted; the message says what was saved.
     """
-    started = time.perf_counter()
     config = settings.pruning_config()
     for sparsity in settings.sparsity:
         config.shape.target_sparsity(sparsity)
     folders = _check(settings)
+    note = Notes(echo)
+    saved: list[Path] = []
+    with opened_output(settings.output, _WRITTEN, note):
+        _check_replaceable(settings, folders)
+        try:
+            return _prune(settings, config, folders, progress, echo, note, saved)
+        except KeyboardInterrupt as interrupt:
+            raise KeyboardInterrupt(_kept(settings, folders, saved)) from interrupt
+
+
+def _kept(settings: RunConfig, folders: Mapping[float, Path], saved: Sequence[Path]) -> str:
+    """What a run that is stopped has saved, and how to go on."""
+    if not saved:
+        return "interrupted: nothing was saved"
+    missing = [f"-s {target:g}" for target, folder in folders.items() if folder not in saved]
+    message = f"interrupted: {', '.join(map(str, saved))} saved"
+    if missing:
+        dense = settings.output / DENSE_FOLDER
+        model = "" if dense not in saved else f", with {dense} as the model and no fine-tuning"
+        message += f"; what is missing is made by a run with {' '.join(missing)}{model}"
+    return message
+
+
+def _prune(
+    settings: RunConfig,
+    config: PruningConfig,
+    folders: Mapping[float, Path],
+    progress: Progress | None,
+    echo: Echo,
+    note: Notes,
+    saved: list[Path],
+) -> dict[str, Any]:
+    """Do the work; ``saved`` gets each folder when it is whole."""
+    started = time.perf_counter()
     chooses_damping = config.damping == "auto" and config.uses_fisher
     task = load_task(settings, hold_back=chooses_damping, progress=progress)
     model = task.model
@@ -75,6 +113,7 @@ def prune_classifier(
         beside = next(known.test_accuracy for _, known in rows if known.target == row.target)
         damping = "" if row.damping_used is None else f"{row.damping_used:.2g}"
         echo(f"{row.sparsity:8.1%}  {beside:9.1%}  {row.test_accuracy:13.1%}  {damping:>7}")
+        note(*result.report.notes)
         extra = {
             "model": settings.model,
             "data": settings.data,
@@ -83,8 +122,9 @@ def prune_classifier(
             "precision": task.facts()["precision"],
         }
         checkpoints.save_pruned(result, task.tokenizer, folders[row.target], extra)
+        saved.append(folders[row.target])
         # Each time: what a run that stops here leaves behind is described.
-        _write_summary(settings, task, dense, rows, time.perf_counter() - started)
+        _write_summary(settings, task, dense, rows, time.perf_counter() - started, note)
 
     loop = TrialLoop(
         model,
@@ -104,13 +144,15 @@ def prune_classifier(
     )
     trials = [(how, target) for target in sorted(folders) for how in (magnitude, config)]
     loop.check(trials)
+    _check_room(settings, model, folders)
     echo(task.describe(settings.params))
-    _fine_tune(settings, task)
+    if settings.finetune_epochs > 0:
+        saved.append(_fine_tune(settings, task))
     dense = task.evaluate(model, "test").accuracy
     echo(f"dense accuracy {dense:.1%}\n\nsparsity  magnitude  obert_kernels  damping")
     loop.run(trials)
     seconds = time.perf_counter() - started
-    report = _write_summary(settings, task, dense, rows, seconds)
+    report = _write_summary(settings, task, dense, rows, seconds, note)
     echo(
         f"\n{seconds:.0f} s. Written to {settings.output}: accuracy.png, report.json, and one "
         "checkpoint for each sparsity (load with from_pretrained)"
@@ -124,26 +166,32 @@ def _check(settings: RunConfig) -> dict[float, Path]:
         if getattr(settings, name) < 1:
             option = name.replace("_", "-")
             raise ValueError(f"--{option} must be at least 1, got {getattr(settings, name)}")
-    dense = settings.output / "dense"
-    folders = {
+    trainer = ["accelerate"] if settings.finetune_epochs or settings.recovery_epochs else []
+    for package in ("transformers", "tqdm", "safetensors", *trainer):
+        importlib.import_module(package)  # one that is missing is an error now, not later
+    check_drawing()
+    return {
         check_sparsity(sparsity): settings.output / f"sparsity-{sparsity:g}"
         for sparsity in settings.sparsity
     }
-    check_output(settings.output)
+
+
+def _written(settings: RunConfig, folders: Mapping[float, Path]) -> list[Path]:
+    dense = [settings.output / DENSE_FOLDER] if settings.finetune_epochs > 0 else []
+    return [*dense, *folders.values()]
+
+
+def _check_replaceable(settings: RunConfig, folders: Mapping[float, Path]) -> None:
+    """Raise FileExistsError or ValueError if the run would replace what is not its own."""
     _check_summary_replaceable(settings.output)
-    written = [*folders.values(), *([dense] if settings.finetune_epochs > 0 else [])]
-    for folder in written:
-        check_replaceable(folder)
+    for folder in _written(settings, folders):
         for what, source in (("model", settings.model), ("data", settings.data)):
             place = Path(source).resolve()
             if folder.resolve() in (place, *place.parents):
                 raise ValueError(
                     f"{folder}, where the {what} is, would be replaced: choose another --output"
                 )
-    trainer = ["accelerate"] if settings.finetune_epochs or settings.recovery_epochs else []
-    for package in ("transformers", "tqdm", "matplotlib", "safetensors", *trainer):
-        importlib.import_module(package)  # one that is missing is an error now, not later
-    return folders
+        check_replaceable(folder)
 
 
 def _check_summary_replaceable(folder: Path) -> None:
@@ -152,10 +200,10 @@ def _check_summary_replaceable(folder: Path) -> None:
         raise FileExistsError(f"--output {folder} holds a model: choose another folder")
     report, plot = folder / REPORT_FILE, folder / PLOT_FILE
     try:
-        content = json.loads(report.read_text(encoding="utf-8"))
+        content = read_json(report)
         ours = isinstance(content, dict) and content.keys() >= {"settings", "results"}
     except FileNotFoundError:
-        ours, report = not plot.exists(), plot
+        ours, report = not os.path.lexists(plot), plot
     except ValueError:
         ours = False
     if not ours:
@@ -164,15 +212,27 @@ def _check_summary_replaceable(folder: Path) -> None:
         )
 
 
-def _fine_tune(settings: RunConfig, task: Task) -> None:
-    """Fine-tune the dense model, if asked, and save it in the sub-folder ``dense``."""
-    if settings.finetune_epochs <= 0:
-        return
+def _check_room(settings: RunConfig, model: nn.Module, folders: Mapping[float, Path]) -> None:
+    """Raise OSError if what is to be saved does not fit into the output folder."""
+    masked = sum(weight.numel() for weight in find_weights(model, settings.params).values())
+    size = checkpoints.checkpoint_bytes(model, masked)
+    try_size(settings.output, size)
+    written = _written(settings, folders)
+    new = sum(not folder.exists() for folder in written)
+    count = new + (new < len(written))  # one that is replaced stands beside its successor
+    check_room(settings.output, count * size, f"{count} checkpoints")
+
+
+def _fine_tune(settings: RunConfig, task: Task) -> Path:
+    """Fine-tune the dense model, save it in the sub-folder ``dense``, and return that."""
     _train(settings, task, settings.finetune_epochs)
-    with whole_folder(settings.output / "dense") as folder:
+
+    def write(folder: Path) -> None:
         task.model.save_pretrained(folder)
         task.tokenizer.save_pretrained(folder)
         write_json(folder / REPORT_FILE, {"settings": plain(settings)})
+
+    return checkpoints.save_folder(settings.output / DENSE_FOLDER, write, task.model)
 
 
 def _train(
@@ -189,6 +249,7 @@ def _write_summary(
     dense: float,
     rows: Sequence[tuple[str, Outcome]],
     seconds: float,
+    note: Notes,
 ) -> dict[str, Any]:
     """Write ``report.json`` and ``accuracy.png`` on top of the output folder."""
     curves: dict[str, list[tuple[float, float]]] = {"obert_kernels": [], "magnitude": []}
@@ -208,7 +269,8 @@ def _write_summary(
         "versions": {name: version(name) for name in ("obert-kernels", "torch", "transformers")},
     }
     write_json(settings.output / REPORT_FILE, report)
-    plot_accuracy(curves, dense, settings.output / PLOT_FILE, title)
+    with decoration(PLOT_FILE, note):
+        plot_accuracy(curves, dense, settings.output / PLOT_FILE, title)
     return report
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import time
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
@@ -12,6 +13,7 @@ from typing import Any
 
 from torch import nn
 
+from ..files import write_whole
 from ..progress import Progress, silent
 from ..pruning.config import PruningConfig
 from ..tasks.digests import digest
@@ -20,10 +22,12 @@ from ..trials.budget import Budget
 from ..trials.grid import TrialLoop, grouped
 from ..trials.outcome import Outcome, Scores, canonical, label, point_of
 from ..trials.table import CSV_FILE, TABLE_FILE, TrialTable, check_basis, format_table, write_basis
-from .config import RunConfig, check_output, load_task
+from .config import RunConfig, load_task
+from .output import Echo, Notes, check_drawing, decoration, opened_output
 from .plots import plot_sweep
 
 PLOT_FILE = "sweep.png"
+_WRITTEN = r"sweep\.(json|md|png)"
 
 
 def sweep_classifier(
@@ -52,11 +56,44 @@ def sweep_classifier(
         ValueError, OSError, MemoryError, ImportError, DownloadError: something about the
             settings, files or installation, or the output folder holds trials of another model
             or data; the message names it and the remedy.
+        KeyboardInterrupt: it was interrupted; the message says what was kept.
     """
     started = clock()
-    check_output(settings.output)
-    for package in ("transformers", "tqdm", "matplotlib"):
+    for package in ("transformers", "tqdm"):
         importlib.import_module(package)  # one that is missing is an error now, not later
+    check_drawing()
+    note = Notes(echo)
+    with opened_output(settings.output, _WRITTEN, note):
+        _check_replaceable(settings.output)
+        try:
+            return _sweep(settings, grid, budget, progress, echo, note, clock, started)
+        except KeyboardInterrupt as interrupt:
+            table = settings.output / CSV_FILE
+            kept = f"{table} keeps the trials that were finished, and the same command goes on"
+            kept = kept if table.exists() else "no trial was finished"
+            raise KeyboardInterrupt(f"interrupted: {kept}") from interrupt
+
+
+def _check_replaceable(folder: Path) -> None:
+    """Raise FileExistsError if what is written beside the trials would take a foreign place."""
+    for path in (folder / TABLE_FILE, folder / PLOT_FILE):
+        if os.path.lexists(path) and not (folder / CSV_FILE).exists():
+            raise FileExistsError(
+                f"{path} was not written by obert-prune sweep: choose another --output or move it "
+                "away"
+            )
+
+
+def _sweep(
+    settings: RunConfig,
+    grid: Sequence[PruningConfig],
+    budget: float | None,
+    progress: Progress | None,
+    echo: Echo,
+    note: Notes,
+    clock: Callable[[], float],
+    started: float,
+) -> list[Outcome]:
     task = load_task(settings, progress=progress)
     model = task.model
     most = max((point_of(config).texts_per_grad or 0 for config in grid), default=0)
@@ -72,12 +109,16 @@ def sweep_classifier(
         task.damping_batches(),
         task.loss_fn,
         settings.max_memory,
+        on_pruned=lambda outcome, result: note(*result.report.notes),
         progress=progress or silent,
     )
-    trials = list(product(grid, dict.fromkeys(settings.sparsity)))
-    loop.check(trials)
     basis = {**task.basis(), **_basis(settings)}
     known = check_basis(settings.output, basis)
+    table = TrialTable(settings.output / CSV_FILE, settings.pruning_config())
+    done = {outcome.key for outcome in table.outcomes}
+    trials = list(product(grid, dict.fromkeys(settings.sparsity)))
+    left = [trial for trial in trials if (canonical(trial[0]), trial[1]) not in done]
+    loop.check(left)  # what is done needs no memory any more
     echo(task.describe(settings.params))
     dense = evaluate(model) if known is None else Scores(**known["dense"])
     echo(f"dense accuracy {dense.dev_accuracy:.1%} on held-back texts, {_test(dense)}\n")
@@ -87,15 +128,11 @@ def sweep_classifier(
             source = {"model": settings.model, "data": settings.data}
             write_basis(settings.output, basis, dense=dense._asdict(), source=source)
 
-    table = TrialTable(settings.output / CSV_FILE, settings.pruning_config())
     report = _Reporter(table, grid, settings.sparsity, echo, with_the_first_trial)
     loop.on_outcome = report
     loop.budget = Budget(None if budget is None else budget - (clock() - started) / 60, clock)
-    done = {outcome.key for outcome in table.outcomes}
-    left_out = loop.run(
-        grouped(trial for trial in trials if (canonical(trial[0]), trial[1]) not in done)
-    )
-    _write_summary(settings, task, table.outcomes, dense, echo)
+    left_out = loop.run(grouped(left))
+    _write_summary(settings, task, table.outcomes, dense, echo, note)
     if left_out:
         echo(_left_out(left_out, grid, budget, report.new))
     return table.outcomes
@@ -128,7 +165,7 @@ class _Reporter:
         table: TrialTable,
         grid: Sequence[PruningConfig],
         sparsities: Sequence[float],
-        echo: Callable[[str], object],
+        echo: Echo,
         at_first: Callable[[], None],
     ) -> None:
         wanted = {(canonical(config), target) for config in grid for target in sparsities}
@@ -166,18 +203,20 @@ def _write_summary(
     task: Task,
     outcomes: Sequence[Outcome],
     dense: Scores,
-    echo: Callable[[str], object],
+    echo: Echo,
+    note: Notes,
 ) -> None:
     if not outcomes:
         return
     text = format_table(outcomes)
-    (settings.output / TABLE_FILE).write_text(text + "\n", encoding="utf-8")
+    write_whole(settings.output / TABLE_FILE, f"{text}\n".encode())
     title = f"{task.title}: {settings.pattern}, {settings.scope} ranking"
     files = [CSV_FILE, TABLE_FILE]
     if any(not outcome.error for outcome in outcomes):
         assert dense.dev_accuracy is not None  # the grid is judged by it
-        plot_sweep(outcomes, dense.dev_accuracy, settings.output / PLOT_FILE, title)
-        files.append(PLOT_FILE)
+        with decoration(PLOT_FILE, note):
+            plot_sweep(outcomes, dense.dev_accuracy, settings.output / PLOT_FILE, title)
+            files.append(PLOT_FILE)
     echo(f"\n{text}\n\n* best on the held-back texts. Written to {settings.output}: "
          f"{', '.join(files)}")  # fmt: skip
 

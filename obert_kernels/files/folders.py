@@ -11,6 +11,7 @@ file, or one that has changed, is not replaced.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
@@ -138,8 +139,10 @@ def _seal(folder: Path) -> None:
     """List the files in the report, if there is one, and see to it that all are on the disk."""
     report = folder / REPORT_FILE
     paths = [folder / name for name, is_folder in _names_in(folder) if not is_folder]
-    if report.is_file():
+    content = None
+    with contextlib.suppress(FileNotFoundError, ValueError):  # then nothing may ever replace it
         content = read_json(report)
+    if isinstance(content, dict):
         listed = {p.relative_to(folder).as_posix(): _entry(p) for p in paths if p != report}
         listed[REPORT_FILE] = _report_entry(content)
         write_json(report, {**content, _FILES: listed})

@@ -85,6 +85,6 @@ def check_room(folder: Path, size: int, what: str) -> None:
     free = shutil.disk_usage(folder).free
     if free < size:
         raise OSError(
-            f"{folder} has room for {free / 1e6:,.1f} MB, and {what} needs {size / 1e6:,.1f} MB: "
-            "free some or choose another folder"
+            f"{folder} has room for {free / 1e6:,.1f} MB, but {size / 1e6:,.1f} MB are needed for "
+            f"{what}: free some or choose another folder"
         )

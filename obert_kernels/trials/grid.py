@@ -308,11 +308,9 @@ def run_grid(
         budget=Budget(budget, clock),
     )
     wanted = list(product({canonical(config): config for config in configs}.values(), targets))
-    loop.check(wanted)
-    left = loop.run(
-        grouped(trial for trial in wanted if (canonical(trial[0]), trial[1]) not in done)
-    )
-    return GridResult(outcomes, left)
+    to_do = [trial for trial in wanted if (canonical(trial[0]), trial[1]) not in done]
+    loop.check(to_do)
+    return GridResult(outcomes, loop.run(grouped(to_do)))
 
 
 def grouped(trials: Iterable[Trial]) -> list[Trial]:

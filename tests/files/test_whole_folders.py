@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import stat
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -214,15 +216,25 @@ def test_one_save_at_a_time(tmp_path: Path) -> None:
 
 
 def test_a_lock_ends_with_its_holder(tmp_path: Path) -> None:
+    """Also where it is killed; and there is no file to remove."""
     with locked(tmp_path, "busy"), pytest.raises(BlockingIOError, match="busy"):
         locked(tmp_path, "busy").__enter__()
+    reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
-        locked(tmp_path, "busy").__enter__()
+        with locked(tmp_path, "busy"):
+            os.write(writer, b"held")
+            time.sleep(60)
         os._exit(0)
-    assert os.waitpid(child, 0)[1] == 0
+    assert os.read(reader, 4) == b"held"
+    with pytest.raises(BlockingIOError):
+        locked(tmp_path, "busy").__enter__()
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
     with locked(tmp_path, "busy"):
         assert list(tmp_path.iterdir()) == []
+    os.close(reader)
+    os.close(writer)
 
 
 def test_leftovers_are_removed_and_others_are_not(tmp_path: Path) -> None:
@@ -281,5 +293,5 @@ def test_places_are_tried(tmp_path: Path) -> None:
     with pytest.raises(OSError, match=r"."):
         try_writing(Path("/proc"))
     check_room(tmp_path, 1, "a file")
-    with pytest.raises(OSError, match=r"has room for .* MB, and ten models needs .* MB"):
+    with pytest.raises(OSError, match=r"has room for .* MB, but .* MB are needed for ten models"):
         check_room(tmp_path, 10**18, "ten models")
