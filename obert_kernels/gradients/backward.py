@@ -10,13 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..sparsity.wrappers import is_compiled
+from ..sparsity.wrappers import wrappers_at_rest
 
 
 @contextmanager
 def evaluation(model: nn.Module) -> Iterator[None]:
-    """Eval mode; every module as it was afterwards.  What torch.compile made is not used: it may
-    not see hooks, and would be compiled anew for every set of frozen parameters.
+    """Eval mode; every module as it was afterwards.
 
     An autocast around it all keeps its copies of weights until it ends, also of weights that have
     changed: they are dropped before and after.
@@ -25,22 +24,12 @@ def evaluation(model: nn.Module) -> Iterator[None]:
     torch.clear_autocast_cache()
     try:
         model.eval()
-        with _eagerly(model):
+        with wrappers_at_rest(model):
             yield
     finally:
         torch.clear_autocast_cache()
         for module in training:
             module.training = True
-
-
-@contextmanager
-def _eagerly(model: nn.Module) -> Iterator[None]:
-    # torch 2.5 has no stances.
-    if hasattr(torch.compiler, "set_stance") and is_compiled(model):
-        with torch.compiler.set_stance("force_eager"):
-            yield
-    else:
-        yield
 
 
 class Tap(torch.autograd.Function):

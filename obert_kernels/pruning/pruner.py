@@ -16,7 +16,7 @@ from ..gradients.source import BatchSource
 from ..progress import Clock, Progress, silent
 from ..sparsity.layers import match_names
 from ..sparsity.masks import check_pruned_are_zero, check_sparsity, masked_parameters
-from ..sparsity.wrappers import check_one_process, unwrapped
+from ..sparsity.wrappers import check_one_process, unwrapped, wrappers_at_rest
 from .config import PruningConfig
 from .passes import DampingChoice, SubStep, from_estimate, in_steps, with_estimate, without_fisher
 from .predictions import Calibration
@@ -64,7 +64,7 @@ class Pruner:
         max_memory: int | None = None,
         progress: Progress | None = None,
     ) -> None:
-        self.model = unwrapped(model)
+        self.model, self._whole = unwrapped(model), model
         self.config = config or PruningConfig()
         check_one_process(model)
         self.weights = self.config.check(model)
@@ -188,7 +188,8 @@ class Pruner:
         rollback = Rollback(self.model, weights)
         try:
             self.weights = weights
-            return call(rollback)
+            with wrappers_at_rest(self._whole):
+                return call(rollback)
         except BaseException:
             rollback.undo()
             vars(self).update(own)

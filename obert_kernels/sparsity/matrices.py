@@ -95,7 +95,8 @@ def _held_by_others(module: nn.Module) -> Iterator[tuple[str, str]]:
         inner = (f"parametrizations.{name}.{own}" for own, _ in held.named_parameters())
         for own in (name, *inner):
             yield own, f"a parametrization computes it; call {remedy} first"
-    own_names = {*module._parameters, *module._buffers}
+    own_names = {name for name, _ in module.named_parameters(recurse=False)}
+    own_names |= {name for name, _ in module.named_buffers(recurse=False)}
     for suffixes, what, remedy in _OLD_WAYS:
         for name, parameter in module.named_parameters(recurse=False):
             base = name.removesuffix(suffixes[0])
@@ -129,13 +130,14 @@ def _of_linear_layer(module: nn.Module) -> tuple[list[str], str | None]:
     if isinstance(module, nn.MultiheadAttention):
         return [name for name in _PROJECTIONS if getattr(module, name, None) is not None], None
     kind = type(module).__name__
-    weight = module._parameters.get("weight")
+    weight = dict(module.named_parameters(recurse=False)).get("weight")
     sizes = getattr(module, "out_features", None), getattr(module, "in_features", None)
     if not isinstance(module, nn.Linear):
-        # Quantised ones of torch.ao, HQQ, AWQ and others are no nn.Linear.
-        if "Linear" not in kind or None in sizes or weight is not None:
+        # Not all are: those of I-BERT, and quantised ones of torch.ao, HQQ, AWQ and others.
+        if "Linear" not in kind or None in sizes or (weight is not None and weight.shape != sizes):
             return [], None
-        return ["weight"], f"{kind} holds it in a form of its own; prune before it is quantised"
+        if weight is None:
+            return ["weight"], f"{kind} holds it in a form of its own; prune before it is quantised"
     if weight is None:
         return ["weight"], f"its layer ({kind}) has no parameter of this name; make it one"
     if is_lazy(weight):

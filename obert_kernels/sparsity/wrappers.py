@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
@@ -63,6 +65,23 @@ def is_compiled(model: nn.Module) -> bool:
         "_orig_mod" in module._modules or getattr(module, "_compiled_call_impl", None) is not None
         for module in model.modules()
     )
+
+
+@contextmanager
+def wrappers_at_rest(model: nn.Module) -> Iterator[None]:
+    """For forward and backward passes that are no training step, also if a wrapper is called.
+
+    Nothing is compiled: compiled code may not see hooks, and is made anew for every set of frozen
+    parameters.  ``DistributedDataParallel`` does not wait for gradients.
+    """
+    with ExitStack() as stack:
+        # torch 2.5 has no stances.
+        if hasattr(torch.compiler, "set_stance") and is_compiled(model):
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        for module in model.modules():
+            if isinstance(module, DistributedDataParallel):
+                stack.enter_context(module.no_sync())
+        yield
 
 
 def joined(prefix: str, name: str) -> str:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from ..sparsity.layers import find_weights
 from ..sparsity.masks import masked_parameters
@@ -44,15 +44,22 @@ class MaskedWeights:
         self._pruned = {name: ~mask.bool() for name, mask in masks.items()}
 
     @torch.no_grad()
-    def zero_pruned(self) -> None:
+    def zero_pruned(self, moved: Iterable[Tensor] | None = None) -> None:
         """Set all pruned weights to zero.
 
         They are looked up by name each time, as others may stand in the model by now.
 
+        Args:
+            moved: parameters that an optimizer has moved, the only ones that are looked at; None:
+                all.
+
         Raises:
             ValueError: one is not in the model any more.
         """
+        looked_at = None if moved is None else set(map(id, moved))
         for name, parameter in masked_parameters(self._model, self._masks).items():
+            if looked_at is not None and id(parameter) not in looked_at:
+                continue
             if self._pruned[name].device != parameter.device:
                 self._pruned[name] = self._pruned[name].to(parameter.device)
             parameter.masked_fill_(self._pruned[name], 0.0)
@@ -82,9 +89,9 @@ def pruned_weights_kept(
 ) -> Iterator[MaskedWeights]:
     """Keep pruned weights at zero inside the block, whatever trains the model.
 
-    They are set to zero at the start, after every step of every torch optimizer (a hook on all of
-    them, removed at the end), and at the end, also after an exception.  So weight decay, moments,
-    several optimizers, gradients added up over batches, ``GradScaler`` and
+    They are set to zero at the start, after every step of a torch optimizer that moves them (a hook
+    on all optimizers, removed at the end), and at the end, also after an exception.  So weight
+    decay, moments, several optimizers, gradients added up over batches, ``GradScaler`` and
     :class:`transformers.Trainer` need nothing else.  What is no ``torch.optim.Optimizer`` needs a
     call of :meth:`~obert_kernels.training.masks.MaskedWeights.zero_pruned` after its steps.
 
@@ -105,7 +112,12 @@ def pruned_weights_kept(
     if masks is not None and params is not None:
         raise ValueError("give masks or params, not both: masks name their matrices themselves")
     weights = MaskedWeights(model, present_zeros(model, params) if masks is None else masks)
-    hook = register_optimizer_step_post_hook(lambda *_: weights.zero_pruned())
+
+    def after_step(optimizer: Optimizer, *_: object) -> None:
+        # No others: a backward pass under way, with an optimizer for each, still needs them.
+        weights.zero_pruned(p for group in optimizer.param_groups for p in group["params"])
+
+    hook = register_optimizer_step_post_hook(after_step)
     try:
         weights.zero_pruned()
         yield weights

@@ -83,6 +83,24 @@ def test_the_model_inside_is_pruned(wrap, samples_per_grad):
     torch.testing.assert_close(wrapper(**data[0])["logits"], plain(**data[0])["logits"])
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute")
+@pytest.mark.usefixtures("one_process")
+@pytest.mark.parametrize("samples_per_grad", [None, 2])
+@pytest.mark.parametrize("wrap", [compiled, DistributedDataParallel])
+def test_a_loss_may_call_the_wrapper_itself(wrap, samples_per_grad):
+    model, data = tiny(), batches()
+    expected = prune(tiny(), data, 0.5, **OPTIONS, loss_fn=model_loss)
+    wrapper = wrap(model)
+    wrapper(**data[0])["loss"].backward()
+    options = {**OPTIONS, "samples_per_grad": samples_per_grad}
+    result = prune(wrapper, data, 0.5, **options, loss_fn=lambda _, batch: wrapper(**batch)["loss"])
+    assert result.report.sparsity == 0.5
+    if samples_per_grad is None:
+        assert all(torch.equal(result.masks[name], mask) for name, mask in expected.masks.items())
+    for _ in range(2):
+        wrapper(**data[0])["loss"].backward()
+
+
 def test_state_and_masks_of_a_pruner_fit_the_model_without_its_wrapper():
     model = tiny()
     config = PruningConfig(selection="magnitude")

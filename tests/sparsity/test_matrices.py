@@ -102,6 +102,24 @@ def test_layers_without_a_weight_of_their_own(kind, reason):
             find_weights(model, params)
 
 
+def test_linear_layers_of_other_classes_are_not_left_out():
+    class LinearOfOurs(nn.Module):
+        def __init__(self, columns: int, rows: int) -> None:
+            super().__init__()
+            self.in_features, self.out_features = columns, rows
+            self.weight = nn.Parameter(torch.randn(rows, columns))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x @ self.weight.mT
+
+    model = TinyEncoder()
+    names = list(find_weights(model))
+    model.layer[0]["wide"] = LinearOfOurs(12, 24)
+    result = prune(model, batches(), 0.5, num_grads=8, samples_per_grad=2, damping=1e-3)
+    assert list(result.masks) == names
+    assert "layer.0.wide.weight is not used in batch 0, or not by its module" in str(result.report)
+
+
 def test_shared_matrices_have_one_name():
     model = TinyEncoder()
     model.layer[1]["wide"].weight = model.layer[0]["wide"].weight

@@ -110,6 +110,24 @@ def test_several_optimizers_and_gradients_that_are_added_up():
                 assert is_pruned(model, masks)
 
 
+def test_an_optimizer_for_each_parameter_that_steps_during_the_backward_pass():
+    """Weights that the pass still needs are left alone by the steps of others."""
+    model, masks = pruned()
+    optimizers = {p: torch.optim.SGD([p], lr=0.1) for p in model.parameters()}
+
+    def step(parameter: Tensor) -> None:
+        optimizers[parameter].step()
+        optimizers[parameter].zero_grad()
+
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(step)
+    with pruned_weights_kept(model, masks):
+        for batch in batches(3):
+            model(**batch)["loss"].backward()
+            assert is_pruned(model, masks)
+    assert model.layer[0]["wide"].weight.any()
+
+
 def test_steps_that_a_scaler_leaves_out():
     model, masks = pruned()
     optimizer, scaler = torch.optim.SGD(model.parameters(), lr=0.1), torch.amp.GradScaler("cpu")
