@@ -21,7 +21,7 @@ from .config import PruningConfig
 from .passes import DampingChoice, SubStep, from_estimate, in_steps, with_estimate, without_fisher
 from .predictions import Calibration
 from .report import NOTHING_TO_PRUNE, LayerReport, PruneReport, total_or_none
-from .rollback import Rollback
+from .rollback import Rollback, all_or_nothing
 from .score_cache import ScoreCache
 from .step import PruningStep
 from .weights import present_masks
@@ -183,17 +183,15 @@ class Pruner:
 
     def _all_or_nothing(self, call: Callable[[Rollback], T]) -> T:
         """Make a call that leaves model and pruner as they were unless it succeeds."""
-        own = dict(vars(self))
         weights = self.config.check(self.model)  # others may stand there by now
-        rollback = Rollback(self.model, weights)
-        try:
+        rollback = Rollback(self.model, weights, also=[self])
+
+        def from_here() -> T:
             self.weights = weights
             with wrappers_at_rest(self._whole):
                 return call(rollback)
-        except BaseException:
-            rollback.undo()
-            vars(self).update(own)
-            raise
+
+        return all_or_nothing(rollback, from_here)
 
     def _step(
         self,

@@ -2,18 +2,22 @@
 
 Everything that changes a model for a while puts it back in a block of its own.  An interruption may
 come in the middle of that, or between the last change and the end of the call.  So the outermost
-call notes what the model was like before it did anything, and puts all of that back.
+call notes what the model was like before it did anything, and puts all of that back.  It does so
+twice, in two blocks: whatever interrupts the first time, the second does it all.
 """
 
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+
+T = TypeVar("T")
 
 # Hooks that the package registers itself, for a while; of a parameter, and of a module.
 _OF_PARAMETERS = ("_backward_hooks", "_post_accumulate_grad_hooks")
@@ -27,10 +31,15 @@ class Rollback:
 
     Args:
         model: any module.
-        weights: the parameters that may be changed.
+        weights: the tensors that may be changed.
+        also: objects whose attributes go back as well.
     """
 
-    def __init__(self, model: nn.Module, weights: Mapping[str, nn.Parameter]) -> None:
+    def __init__(
+        self, model: nn.Module, weights: Mapping[str, Tensor], also: Iterable[object] = ()
+    ) -> None:
+        self._on_interrupt = signal.getsignal(signal.SIGINT)
+        self._attributes = [(owner, dict(vars(owner))) for owner in also]
         modules, parameters = list(model.modules()), list(model.parameters())
         self._modes = [(module, module.training) for module in modules]
         self._hooks = [_hooks(module, _OF_MODULES) for module in modules]
@@ -43,16 +52,27 @@ class Rollback:
         """Note what a weight holds, unless it was noted before; the tensor is not copied."""
         self._values.setdefault(name, value)
 
-    def undo(self) -> None:
-        """Put everything back; an interruption in the middle of it starts it again."""
-        with _interrupts_wait():
-            try:
-                self._put_back()
-            except BaseException:
-                self._put_back()
-                raise
+    def keep_all(self) -> Rollback:
+        """Note what every weight holds now, in a copy."""
+        for name, (weight, _) in self._data.items():
+            self.keep(name, weight.detach().clone())
+        return self
 
+    def undo(self) -> None:
+        """Put everything back; Ctrl-C has to wait meanwhile."""
+        with _interrupts_wait(self._on_interrupt):
+            self._put_back()
+
+    def undo_again(self) -> None:
+        """The same, after something else may have interrupted it."""
+        if _is_main_thread() and signal.getsignal(signal.SIGINT) != self._on_interrupt:
+            signal.signal(signal.SIGINT, self._on_interrupt)
+        self._put_back()
+
+    @torch.no_grad()
     def _put_back(self) -> None:
+        for owner, attributes in self._attributes:
+            vars(owner).update(attributes)
         torch.clear_autocast_cache()  # which may hold copies of weights that were tried
         for name, (weight, data) in self._data.items():
             weight.data = data
@@ -89,19 +109,47 @@ def _put_hooks_back(owner: Any, name: str, hooks: Any, content: dict) -> None:
         hooks.update(content)
 
 
+def _is_main_thread() -> bool:
+    """The only one that an interrupt comes to."""
+    return threading.current_thread() is threading.main_thread()
+
+
 @contextmanager
-def _interrupts_wait() -> Iterator[None]:
-    """Ctrl-C inside the block counts when it is over (other threads never see one)."""
-    missed: list[tuple[Any, ...]] = []
-    handler = signal.getsignal(signal.SIGINT)
-    try:
-        signal.signal(signal.SIGINT, lambda *now: missed.append(now))
-    except ValueError:  # not the main thread
+def _interrupts_wait(handler: Any) -> Iterator[None]:
+    """Ctrl-C inside the block counts when it is over, and goes to its handler."""
+    if handler is None or not _is_main_thread():
         yield
         return
+    missed: list[tuple[Any, ...]] = []
     try:
+        signal.signal(signal.SIGINT, lambda *now: missed.append(now))
         yield
     finally:
         signal.signal(signal.SIGINT, handler)
-        if missed and callable(handler):
-            handler(*missed[0])
+    if missed and callable(handler):
+        handler(*missed[0])
+
+
+def all_or_nothing(rollback: Rollback, call: Callable[[], T]) -> T:
+    """Return what a call gives; whatever it raises, put everything back first."""
+    try:
+        try:
+            return call()
+        except BaseException:
+            rollback.undo()
+            raise
+    except BaseException:
+        rollback.undo_again()
+        raise
+
+
+def put_back_after(rollback: Rollback, call: Callable[[], T]) -> T:
+    """Return what a call gives, with everything put back, whether it succeeds or not."""
+    try:
+        try:
+            return call()
+        finally:
+            rollback.undo()
+    except BaseException:
+        rollback.undo_again()
+        raise

@@ -31,27 +31,6 @@ def replaced(weights: Mapping[str, nn.Parameter], new: Mapping[str, Tensor]) -> 
             weights[name].data = value
 
 
-@contextmanager
-def restored(
-    parameters: Mapping[str, Tensor], *, after_errors_only: bool = False
-) -> Iterator[None]:
-    """Whatever happens to weights inside the block, afterwards they are what they were.
-
-    Args:
-        parameters: name to tensor; a copy of each is kept.
-        after_errors_only: only if the block raises.
-    """
-    before = {name: value.detach().clone() for name, value in parameters.items()}
-    done = False
-    try:
-        yield
-        done = True
-    finally:
-        if not (done and after_errors_only):
-            for name, value in before.items():
-                parameters[name].detach().copy_(value)
-
-
 def commit(weights: Mapping[str, nn.Parameter], new: dict[str, Tensor], rollback: Rollback) -> None:
     """Write new weights in place of the old, which the rollback keeps; ``new`` is used up.
 

@@ -18,8 +18,8 @@ from ..progress import Progress, silent
 from ..pruning.config import PruningConfig
 from ..pruning.oneshot import PruneResult, dtype_name, names_of
 from ..pruning.pruner import Pruner
+from ..pruning.rollback import Rollback, put_back_after
 from ..pruning.score_cache import ScoreCache
-from ..pruning.weights import restored
 from ..sparsity.masks import check_sparsity
 from .budget import Budget
 from .outcome import Outcome, Scores, canonical, estimate_key, point_of, values_to_try
@@ -175,41 +175,58 @@ class TrialLoop:
         dampings: dict[PruningConfig, PruneResult],
     ) -> Outcome:
         """Prune, recover, evaluate, and put the weights back."""
-        started = time.perf_counter()
         pruner = self._pruner(config)
         changing: Mapping[str, Tensor] = pruner.weights
         if self.recover is not None:
             changing = self.model.state_dict(keep_vars=True)
-        with restored(changing):
-            result = None
-            figures: dict[str, Any] = {}
-            try:
-                if self.one_damping and prepared.fisher and config.damping == "auto":
-                    if config not in dampings:
-                        with restored(pruner.weights):
-                            dampings[config] = self._prune(pruner, highest, prepared)
-                    result = self._prune_like(config, target, prepared, dampings[config])
-                else:
-                    result = self._prune(pruner, target, prepared)
-            except NumericalError as error:  # this damping is too small; others may not be
-                figures["error"] = " ".join(str(error).split())
-            seconds = dict(prepared.fisher.seconds) if prepared.fisher else {}
-            if result is not None:
-                if self.recover is not None:
-                    self.recover(result)
-                report = result.report
-                figures |= {
-                    "sparsity": report.sparsity,
-                    **self.evaluate(self.model)._asdict(),
-                    "predicted_increase": report.predicted_increase,
-                    "damping_used": report.settings["damping"],
-                }
-                seconds |= report.seconds
-            figures |= seconds_of(seconds)
-            took = time.perf_counter() - started
-            outcome = Outcome(config, target, **figures, trial_seconds=took)
-            if result is not None:
-                self.on_pruned(outcome, result)
+
+        def pruned() -> PruneResult:
+            if not (self.one_damping and prepared.fisher and config.damping == "auto"):
+                return self._prune(pruner, target, prepared)
+            if config not in dampings:
+                before = Rollback(self.model, pruner.weights).keep_all()
+                dampings[config] = put_back_after(
+                    before, lambda: self._prune(pruner, highest, prepared)
+                )
+            return self._prune_like(config, target, prepared, dampings[config])
+
+        return put_back_after(
+            Rollback(self.model, changing).keep_all(),
+            lambda: self._evaluated(config, target, prepared, pruned),
+        )
+
+    def _evaluated(
+        self,
+        config: PruningConfig,
+        target: float,
+        prepared: _Prepared,
+        pruned: Callable[[], PruneResult],
+    ) -> Outcome:
+        """What pruning comes to; the model stays as it is by then."""
+        started = time.perf_counter()
+        result = None
+        figures: dict[str, Any] = {}
+        try:
+            result = pruned()
+        except NumericalError as error:  # this damping is too small; others may not be
+            figures["error"] = " ".join(str(error).split())
+        seconds = dict(prepared.fisher.seconds) if prepared.fisher else {}
+        if result is not None:
+            if self.recover is not None:
+                self.recover(result)
+            report = result.report
+            figures |= {
+                "sparsity": report.sparsity,
+                **self.evaluate(self.model)._asdict(),
+                "predicted_increase": report.predicted_increase,
+                "damping_used": report.settings["damping"],
+            }
+            seconds |= report.seconds
+        figures |= seconds_of(seconds)
+        took = time.perf_counter() - started
+        outcome = Outcome(config, target, **figures, trial_seconds=took)
+        if result is not None:
+            self.on_pruned(outcome, result)
         return outcome
 
     def _prune(self, pruner: Pruner, target: float, prepared: _Prepared) -> PruneResult:

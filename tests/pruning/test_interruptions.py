@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -12,7 +14,19 @@ from interrupts import differences, interrupt, lines_of, state_of
 from tiny import TinyEncoder, batches
 from torch import nn
 
-from obert_kernels import FisherConfig, Pruner, PruningConfig, estimate_fisher, prune
+from obert_kernels import (
+    FisherConfig,
+    Pruner,
+    PruningConfig,
+    estimate_fisher,
+    prune,
+    register_saliency,
+)
+from obert_kernels.fisher.gram import GramFisher
+from obert_kernels.pruning.rollback import Rollback
+from obert_kernels.pruning.saliencies import greedy
+from obert_kernels.trials.grid import TrialLoop
+from obert_kernels.trials.outcome import Scores
 
 DATA = batches(6, 3)
 SMALL = {"num_grads": 3, "block_size": 12}
@@ -50,8 +64,8 @@ class Calls:
         }  # fmt: skip
         masks = pruner.pop("masks", {})
         scale = {"scale": self.scale.requires_grad, "scale grad": self.scale.grad}
-        random_state = {"random": torch.get_rng_state()}
-        return state_of(self.model) | pruner | masks | scale | random_state
+        rest = {"random": torch.get_rng_state(), "Ctrl-C": signal.getsignal(signal.SIGINT)}
+        return state_of(self.model) | pruner | masks | scale | rest
 
     def __call__(self) -> object:
         return self.how(self)
@@ -84,6 +98,22 @@ def failing(calls: Calls) -> object:
     return pruned(0.5, damping=1e-3, steps=2, progress=progress)(calls)
 
 
+def grid(calls: Calls) -> object:
+    """Prunes and trains, and puts everything back even where it succeeds."""
+    fisher = FisherConfig(num_grads=3, samples_per_grad=1, block_size=12)
+
+    def recover(result: Any) -> None:
+        calls.model.train()
+        for parameter in calls.model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+            parameter.data.add_(1)
+
+    return TrialLoop(
+        calls.model, lambda num_grads, group: DATA, lambda model: Scores(0.9, 0.3, 0.9),
+        loss_fn=calls.loss, calibration=DATA[:1], recover=recover, one_damping=True,
+    ).run([(PruningConfig(fisher=fisher), sparsity) for sparsity in (0.5, 0.25)])  # fmt: skip
+
+
 CASES: dict[str, tuple[Callable[[Calls], object], bool]] = {
     "auto": (pruned(0.5, calibration=DATA[:2]), False),
     "groups": (pruned(0.5, samples_per_grad=2, calibration=DATA[:2]), False),
@@ -95,6 +125,7 @@ CASES: dict[str, tuple[Callable[[Calls], object], bool]] = {
     "pruner": (step_of_a_pruner, False),
     "estimate": (from_estimate, False),
     "failing": (failing, False),
+    "grid": (grid, True),
 }
 
 
@@ -138,5 +169,89 @@ def test_an_interruption_before_any_line_changes_nothing(case: str, one_thread: 
 
 @pytest.mark.parametrize("case", CASES)
 def test_an_interruption_before_some_lines_changes_nothing(case: str, one_thread: None) -> None:
-    for line, hit in random.Random(case).sample(points(case), 12):
+    for line, hit in random.Random(case).sample(points(case), 6):
         check(case, line, hit, KeyboardInterrupt())
+
+
+ERRORS = [MemoryError("no room"), GeneratorExit(), RuntimeError("broken"), SystemExit(1)]
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize("place", ["loss", "batches", "progress", "selection", "update"])
+def test_whatever_somebody_elses_code_raises(
+    place: str, error: BaseException, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each at its third call, and at its very last."""
+
+    def run(calls: Calls, stop_at: int | None) -> int:
+        count = 0
+
+        def here(at: str) -> None:
+            nonlocal count
+            count += at == place
+            if count == stop_at:
+                raise error
+
+        def loss(model: nn.Module, batch: Any) -> torch.Tensor:
+            here("loss")
+            return calls.loss(model, batch)
+
+        def data() -> Iterator[Any]:
+            for batch in DATA:
+                here("batches")
+                yield batch
+
+        @register_saliency("somebody's")
+        def saliency(problem: Any) -> Any:
+            here("selection")
+            return greedy(problem)
+
+        real = GramFisher.update
+
+        def update(self: GramFisher, *arguments: Any) -> Any:
+            here("update")
+            return real(self, *arguments)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(GramFisher, "update", update)
+            prune(
+                calls.model, data(), 0.5, loss_fn=loss, progress=lambda *_: here("progress"),
+                calibration=DATA[:1], selection="somebody's", update="joint", steps=2, **SMALL,
+            )  # fmt: skip
+        return count
+
+    last = run(Calls(pruned()), None)
+    for stop_at in (min(3, last), last):
+        calls = Calls(pruned())
+        before = calls.state()
+        with pytest.raises(type(error)):
+            run(calls, stop_at)
+        del before["random"]  # data that shuffle may draw from it
+        after = {name: value for name, value in calls.state().items() if name != "random"}
+        assert not differences(before, after)
+
+
+def test_a_second_ctrl_c_waits_until_all_is_put_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """People press it twice."""
+    real = Rollback._put_back
+
+    def pressed_meanwhile(self: Rollback) -> None:
+        signal.raise_signal(signal.SIGINT)
+        real(self)
+
+    monkeypatch.setattr(Rollback, "_put_back", pressed_meanwhile)
+    calls = prepared("failing")
+    before = calls.state()
+    with pytest.raises(KeyboardInterrupt):
+        calls()
+    assert not differences(before, calls.state())
+
+
+def test_work_in_another_thread_is_put_back_as_well() -> None:
+    calls = prepared("failing")
+    before = calls.state()
+    with ThreadPoolExecutor(1) as pool, pytest.raises(RuntimeError, match="progress bar"):
+        pool.submit(calls).result()
+    assert not differences(before, calls.state())

@@ -6,7 +6,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -48,11 +48,8 @@ def lines_of(call: Callable[[], object]) -> Counter[Line]:
     def count(line: Line) -> None:
         counts[line] += 1
 
-    with tracing(count):
-        try:
-            call()
-        except (Exception, KeyboardInterrupt):
-            pass
+    with tracing(count), suppress(Exception, KeyboardInterrupt):
+        call()
     return counts
 
 
