@@ -207,3 +207,37 @@ def zero_weights(
     looked_at = (name for name, fisher in fishers.items() if fisher.looks_at_pruned)
     zero = ((name, pattern.flat(weights[name].detach() == 0)) for name in looked_at)
     return {name: zeros for name, zeros in zero if bool(torch.any(zeros))}
+
+
+def note_on_zero_gradients(
+    mean_squares: Mapping[str, float], weights: Mapping[str, nn.Parameter]
+) -> str | None:
+    """Return what the user should know where all gradients of a matrix were zero.
+
+    Args:
+        mean_squares: of matrices, :meth:`Fisher.mean_squares`.
+        weights: name to matrix; one without remaining weights has no gradients.
+
+    Raises:
+        ValueError: no matrix has any other gradient.
+    """
+    zero = [
+        name
+        for name, square in mean_squares.items()
+        if square == 0 and bool((weights[name].detach() != 0).any())
+    ]
+    if not zero:
+        return None
+    names = ", ".join(zero[:3]) + (f" and {len(zero) - 3} more" if len(zero) > 3 else "")
+    small = (
+        "compute it in float32 (float16 loses small gradients, and a float32 Fisher their squares)"
+    )
+    if not any(square for square in mean_squares.values()):
+        raise ValueError(
+            f"all gradients of {names} are zero, which says nothing about any weight: give a loss "
+            f"that depends on what the model makes of a batch, or {small}"
+        )
+    return (
+        f"all gradients of {names} are zero, so their weights were ranked by size alone, as if the "
+        f"model did without them: if it does use them, {small}, or leave them out with params"
+    )

@@ -112,7 +112,7 @@ def from_estimate(step: PruningStep, estimate: FisherEstimate, damping: DampingC
         if name in step.weights and bool((step.flat_weight(name)[zeros] != 0).any()):
             raise came_back(name)
     known = {name: estimate.fishers[name] for name in step.weights}
-    fishers = FisherPasses([list(known)], lambda names: known)
+    fishers = FisherPasses([list(known)], lambda names: known, step.weights)
     return _finish(step, damping.prune(step, fishers), damping, estimate.plan)
 
 
@@ -159,5 +159,8 @@ def with_estimate(
         batches = None if held is None else source.again(held)
         return estimation.accumulate(weights, plan, step.clock, step.progress, batches)
 
-    fishers = FisherPasses(plan.passes, estimate)
-    return _finish(step, damping.prune(step, fishers, plan.trials_held), damping, plan)
+    fishers = FisherPasses(plan.passes, estimate, step.weights)
+    pruning = damping.prune(step, fishers, plan.trials_held)
+    if fishers.note:
+        source.notes.append(fishers.note)
+    return _finish(step, pruning, damping, plan)

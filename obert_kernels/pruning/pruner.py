@@ -9,7 +9,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..fisher.estimate import Estimation, FisherEstimate, zero_weights
+from ..fisher.estimate import (
+    Estimation,
+    FisherEstimate,
+    note_on_zero_gradients,
+    zero_weights,
+)
 from ..fisher.memory import MemoryPlan, plan_passes
 from ..gradients.losses import LOSSES, LossFn
 from ..gradients.source import BatchSource
@@ -131,6 +136,9 @@ class Pruner:
         plan = self.plan(streamed=estimation.samples is not None, can_split=False)
         clock = Clock()
         fishers = estimation.accumulate(self.weights, plan, clock, self.progress)
+        squares = {name: fisher.mean_squares() for name, fisher in fishers.items()}
+        if note := note_on_zero_gradients(squares, self.weights):
+            estimation.source.notes.append(note)
         config, pattern = self.config.fisher, self.config.shape
         assert config.block_size is not None
         return FisherEstimate(

@@ -10,9 +10,10 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..fisher.base import Fisher
+from ..fisher.estimate import note_on_zero_gradients
 from ..ops.status import NumericalError
 from ..progress import Clock, silent
 from .damping import choose_damping, mean_diagonal
@@ -28,14 +29,21 @@ class FisherPasses:
     Args:
         passes: names of the matrices of each.
         estimate: returns the Fishers of a pass.
+        weights: name to matrix.
 
     Attributes:
         mean_squares: of each matrix that has been estimated, :meth:`Fisher.mean_squares`.
+        note: what the user should know about them.
     """
 
     def __init__(
-        self, passes: list[list[str]], estimate: Callable[[list[str]], dict[str, Fisher]]
+        self,
+        passes: list[list[str]],
+        estimate: Callable[[list[str]], dict[str, Fisher]],
+        weights: Mapping[str, nn.Parameter],
     ) -> None:
+        self.note: str | None = None
+        self._weights = weights
         self._passes = list(passes)
         self._estimate = estimate
         self._at_hand: dict[str, Fisher] = {}
@@ -47,7 +55,11 @@ class FisherPasses:
     def sweep(
         self, is_wanted: Callable[[list[str]], bool] = lambda names: True
     ) -> Iterator[Mapping[str, Fisher]]:
-        """Go through the passes, beginning with the one at hand."""
+        """Go through the passes, beginning with the one at hand.
+
+        Raises:
+            ValueError: at the end, if no gradient of any matrix was other than zero.
+        """
         for names in filter(is_wanted, self._passes):
             if list(self._at_hand) != names:
                 self._at_hand.clear()  # frees the Grams of the pass before
@@ -57,6 +69,7 @@ class FisherPasses:
                     self.mean_squares[name] = self._at_hand[name].mean_squares()
             yield self._at_hand
         self._passes.reverse()
+        self.note = note_on_zero_gradients(self.mean_squares, self._weights)
 
 
 @dataclass
