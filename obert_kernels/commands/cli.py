@@ -39,6 +39,7 @@ from .options import (
     Seed,
     Sparsity,
     TextColumn,
+    TrustRemoteCode,
     load_plugins,
     prescribed_sparsity,
 )
@@ -193,6 +194,7 @@ def run(
     label_column: LabelColumn = None,
     max_length: MaxLength = 128,
     precision: Precision = "auto",
+    trust_remote_code: TrustRemoteCode = False,
     seed: Seed = 0,
 ) -> None:
     """Prune a text classifier, by magnitude and with second-order information, and compare.

@@ -28,6 +28,7 @@ from .options import (
     Seed,
     Sparsity,
     TextColumn,
+    TrustRemoteCode,
     load_plugins,
     prescribed_sparsity,
 )
@@ -109,6 +110,7 @@ def sweep(
     label_column: LabelColumn = None,
     max_length: MaxLength = 128,
     precision: Precision = "auto",
+    trust_remote_code: TrustRemoteCode = False,
     seed: Seed = 0,
 ) -> None:
     """Prune a text classifier in many settings at each sparsity, and find the best.
@@ -136,6 +138,7 @@ def sweep(
         label_column=label_column,
         max_length=max_length,
         precision=precision,
+        trust_remote_code=trust_remote_code,
         seed=seed,
     )
     grid = make_grid(

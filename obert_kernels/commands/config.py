@@ -47,6 +47,7 @@ class RunConfig:
     batch_size: int = 32
     max_length: int = 128
     max_memory: int | None = None
+    trust_remote_code: bool = False
     seed: int = 0
 
     def pruning_config(self) -> PruningConfig:
@@ -91,6 +92,7 @@ def load_task(
         precision=settings.precision,
         hold_back=hold_back,
         new_head=settings.finetune_epochs > 0,
+        trust_remote_code=settings.trust_remote_code,
         progress=progress,
     )
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..tasks.classification import DEMO_MODEL
 from ..tasks.demo_sets import DEMO_PREFIX, DEMO_SETS
+from ..tasks.model_files import DEMO_MODEL
 from .config import RunConfig
 
 # For 2 CPU cores and five minutes.

@@ -164,4 +164,12 @@ MaxLength = Annotated[
     int,
     typer.Option(min=1, help="Tokens; longer texts are cut.", rich_help_panel="Data"),
 ]
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code",
+        help="Run code that comes with the model (auto_map in its config.json). It may do anything "
+        "you may: read it first.",
+    ),
+]
 Seed = Annotated[int, typer.Option(help="Of everything random: order, dropout, a new head.")]

@@ -39,7 +39,7 @@ def default_loss(model: nn.Module, batch: Any) -> Tensor:
     logits = class_logits(model, output)
     if logits is None or logits.dim() != 2:
         return _own_loss(model, batch, output)
-    return _of_predictions(output, logits, batch)
+    return _of_predictions(_part(model, output, "loss"), logits, batch)
 
 
 # What a configuration's ``gradients_of`` stands for.
@@ -84,7 +84,7 @@ def prediction_loss(model: nn.Module, batch: Any) -> Tensor:
             f"{type(model).__name__} gives no logits of classes: take gradients of its loss, "
             "loss_fn=obert_kernels.model_loss"
         )
-    return _of_predictions(output, logits, batch)
+    return _of_predictions(_part(model, output, "loss"), logits, batch)
 
 
 def class_logits(model: nn.Module, output: Any) -> Tensor | None:
@@ -93,18 +93,33 @@ def class_logits(model: nn.Module, output: Any) -> Tensor | None:
     kind = getattr(getattr(unwrapped(model), "config", None), "problem_type", None)
     if kind in ("regression", "multi_label_classification"):
         return None
-    logits = _part(output, "logits")
+    logits = _part(model, output, "logits")
     if not isinstance(logits, Tensor) or logits.dim() < 2 or logits.shape[-1] < 2:
         return None
     return logits
 
 
-def _part(output: Any, name: str) -> Any:
+def _part(model: nn.Module, output: Any, name: str) -> Any:
+    """Return the loss or the logits among a model's outputs, None if they are not there."""
+    if isinstance(output, tuple) and _returns_tuples(model):
+        tensors = [part for part in output if isinstance(part, Tensor)]
+        loss = tensors.pop(0) if tensors and tensors[0].dim() == 0 else None
+        if name == "loss":
+            return loss
+        return tensors[0] if len(tensors) == 1 else None  # two: of begin and end of an answer, say
     return output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
 
 
+def _returns_tuples(model: nn.Module) -> bool:
+    """Return whether a Hugging Face configuration asks for outputs without names: the loss, where
+    there are labels, then the logits."""
+    config = getattr(model, "config", None)
+    named = getattr(config, "return_dict", None)
+    return named is False or bool(getattr(config, "torchscript", False))
+
+
 def _own_loss(model: nn.Module, batch: Mapping[str, Any], output: Any) -> Tensor:
-    loss = _part(output, "loss")
+    loss = _part(model, output, "loss")
     if loss is None:
         raise TypeError(
             f"{type(model).__name__} returned no loss for a batch with the keys "
@@ -113,7 +128,7 @@ def _own_loss(model: nn.Module, batch: Mapping[str, Any], output: Any) -> Tensor
     return loss
 
 
-def _of_predictions(output: Any, logits: Tensor, batch: Mapping[str, Any]) -> Tensor:
+def _of_predictions(own: Tensor | None, logits: Tensor, batch: Mapping[str, Any]) -> Tensor:
     pushes = random_logit_directions(batch, logits).flatten(0, -2).to(logits.device)
     logits = logits.flatten(0, -2).float()
     labels = batch.get("labels")
@@ -121,7 +136,6 @@ def _of_predictions(output: Any, logits: Tensor, batch: Mapping[str, Any]) -> Te
         counts = (labels.flatten() != IGNORED).to(logits.device)
         logits, pushes = logits[counts], pushes[counts]
     change = (logits * pushes).sum(dim=1).mean()
-    own = _part(output, "loss")
     return change - change.detach() + (0.0 if own is None else own.detach())
 
 

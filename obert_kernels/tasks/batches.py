@@ -17,6 +17,8 @@ Rows = list[dict[str, Any]]
 _TOKENS_AT_ONCE = 4096
 # Texts that a damping is judged on, and of them in a batch.
 _TRIAL_TEXTS, _TRIAL_BATCH = 256, 64
+# Texts that a model is tried on before anything is done with it, and those that its classes are.
+_FIRST_TEXTS, _TEXTS_FOR_CLASSES = 8, 512
 # Held back from the training texts where the data holds none back: a tenth, and no more than this.
 _MOST_HELD_BACK = 2000
 
@@ -146,6 +148,23 @@ def damping_batches(tokenizer: Any, data: TextData, *, max_length: int = 128) ->
         data: its ``dev`` texts are taken, see :func:`with_held_back`.
         max_length: longer texts are cut to this number of tokens.
     """
-    order = torch.randperm(len(data.dev), generator=torch.Generator().manual_seed(0)).tolist()
-    some = data.dev.subset(order[:_TRIAL_TEXTS])
+    return _some_batches(tokenizer, data.dev, _TRIAL_TEXTS, max_length)
+
+
+def class_batches(tokenizer: Any, texts: Texts, *, max_length: int = 128) -> list[Batch]:
+    """Return batches of texts to see on which class a model means, always the same ones."""
+    return _some_batches(tokenizer, texts, _TEXTS_FOR_CLASSES, max_length)
+
+
+def first_batch(tokenizer: Any, texts: Texts, *, max_length: int = 128) -> Batch:
+    """Return a few texts to try a model on: the first ones and the longest."""
+    by_length = sorted(range(len(texts)), key=lambda i: len(texts.texts[i]))
+    longest = by_length[-_FIRST_TEXTS // 2 :]
+    some = dict.fromkeys([*range(min(len(texts), _FIRST_TEXTS // 2)), *longest])
+    return collator(tokenizer)(encode(tokenizer, texts.subset(some), max_length))
+
+
+def _some_batches(tokenizer: Any, texts: Texts, count: int, max_length: int) -> list[Batch]:
+    order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(0)).tolist()
+    some = texts.subset(order[:count])
     return list(make_loader(tokenizer, some, _TRIAL_BATCH, max_length=max_length, by_length=True))

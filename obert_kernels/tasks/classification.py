@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -17,18 +16,18 @@ from ..gradients.losses import LossFn
 from ..progress import Progress
 from ..sparsity.layers import find_weights
 from . import batches
+from .class_order import check_order
 from .demo_sets import DEMO_PREFIX
-from .digests import config_digest, data_digest, tokenizer_digest, weights_digest
-from .downloads import demo_model_folder
+from .digests import code_digest, config_digest, data_digest, tokenizer_digest, weights_digest
 from .evaluate import EVALUATION_BATCH, Evaluation, evaluate
+from .load_classifier import load_classifier
 from .loaders import Batch, make_loader
-from .precision import LOSSES, choose_precision, precision_name
+from .model_files import find_model
+from .precision import LOSSES, precision_name, working_precision
 from .readers import load_text_data
-from .seeds import seeded
+from .sparse_start import zeros_of
 from .task import Part
 from .text_data import TextData
-
-DEMO_MODEL = DEMO_PREFIX + "minilm"
 
 
 @dataclass
@@ -43,6 +42,7 @@ class ClassificationTask:
         gradients_of: "predictions" or "labels".
         dtype: gradients, evaluations and training are computed in it.
         progress: called as ``progress(stage, done, total)``.
+        notes: what was odd about model, tokenizer or texts; the report has them as well.
     """
 
     model_name: str
@@ -55,6 +55,7 @@ class ClassificationTask:
     gradients_of: str = "predictions"
     dtype: torch.dtype = torch.float32
     progress: Progress | None = None
+    notes: list[str] = field(default_factory=list)
     _loaders: dict[Part, DataLoader[Batch]] = field(default_factory=dict, repr=False)
 
     @classmethod
@@ -72,40 +73,61 @@ class ClassificationTask:
         precision: str = "auto",
         hold_back: bool = True,
         new_head: bool = False,
+        trust_remote_code: bool = False,
         progress: Progress | None = None,
     ) -> ClassificationTask:
         """Load a classifier and its texts.
 
         Args:
-            model: see :func:`load_classifier`.
+            model, trust_remote_code: see :func:`~obert_kernels.tasks.model_files.find_model`.
             data, text_column, pair_column, label_column: see
                 :func:`~obert_kernels.tasks.readers.load_text_data`.
-            precision: see :func:`~obert_kernels.tasks.precision.choose_precision`.
+            precision: see :func:`~obert_kernels.tasks.precision.working_precision`.
             hold_back: keep some training texts back where the data has no held-back texts.
-            new_head: see :func:`load_classifier`.
+            new_head: see :func:`~obert_kernels.tasks.load_classifier.load_classifier`.
             max_length, seed, gradients_of, progress: see the attributes.
 
         Raises:
             ValueError, OSError, DownloadError: something about model or data; the message names it
                 and the remedy.
         """
+        source = find_model(model, trust_remote_code)
         texts = load_text_data(data, text_column, pair_column, label_column)
-        tokenizer, classifier, texts = load_classifier(
-            model, texts, data_name=data, max_length=max_length, seed=seed, new_head=new_head
+        loaded = load_classifier(
+            source, texts, data_name=data, max_length=max_length, seed=seed, new_head=new_head
         )
+        texts, notes = loaded.data, loaded.notes
+        first = batches.first_batch(loaded.tokenizer, texts.train, max_length=max_length)
+        dtype, note = working_precision(precision, loaded.model, first, LOSSES[gradients_of])
+        notes += [note] if note else []
+        if loaded.taken_for:
+            check_order(
+                model,
+                loaded.model,
+                batches.class_batches(loaded.tokenizer, texts.train, max_length=max_length),
+                texts.label_names,
+                dtype,
+            )
+        sparse, _ = zeros_of(loaded.model)
+        if sparse:
+            notes.append(
+                f"{sparse:.1%} of the encoder's weights are zero already and stay so, in "
+                "fine-tuning as well"
+            )
         if hold_back:
             texts = batches.with_held_back(texts, seed)
         return cls(
             model_name=model,
             data_name=data,
-            model=classifier,
-            tokenizer=tokenizer,
+            model=loaded.model,
+            tokenizer=loaded.tokenizer,
             data=texts,
             max_length=max_length,
             seed=seed,
             gradients_of=gradients_of,
-            dtype=choose_precision(precision, next(classifier.parameters()).device),
+            dtype=dtype,
             progress=progress,
+            notes=notes,
         )
 
     @property
@@ -122,26 +144,23 @@ class ClassificationTask:
         return f"{model} on {data}"
 
     def describe(self, params: str | Iterable[str] | None) -> str:
-        """Return two lines on the model and the data, and one more if the order of classes is
-        taken for granted."""
+        """Return two lines on the model and the data, and one for each note."""
         weights = sum(weight.numel() for weight in find_weights(self.model, params).values())
-        names = self.data.label_names
         lines = [
             f"{self.model_name}: {weights:,} weights to prune",
-            f"{self.data_name}: {len(names)} classes; {len(self.data.train):,} texts to train, "
-            f"{len(self.data.dev):,} held back, {len(self.data.test):,} to test",
+            f"{self.data_name}: {len(self.data.label_names)} classes; {len(self.data.train):,} "
+            f"texts to train, {len(self.data.dev):,} held back, {len(self.data.test):,} to test",
+            *(f"note: {note}" for note in self.notes),
         ]
-        nameless = list(self.model.config.id2label.values()) == _numbered("LABEL_", names)
-        if nameless and names not in (_numbered("LABEL_", names), _numbered("", names)):
-            lines.append(f"LABEL_0, LABEL_1, ... of the model are taken for {_shorten(names)}")
         return "\n".join(lines)
 
     def facts(self) -> dict[str, Any]:
-        """Return what a report says of the data and the precision, JSON-ready."""
+        """Return what a report says of the data and the precision, and notes, JSON-ready."""
         return {
             "classes": self.data.label_names,
             "texts": {part: len(getattr(self.data, part)) for part in ("train", "dev", "test")},
             "precision": precision_name(self.dtype),
+            "notes": self.notes,
         }
 
     def basis(self) -> dict[str, Any]:
@@ -155,6 +174,7 @@ class ClassificationTask:
             "precision": precision_name(self.dtype),
             "max-length": self.max_length,
             "seed": self.seed,
+            "the model's own code": code_digest(type(self.model)),
         }
 
     def check_samples(self, samples_per_grad: int, option: str) -> None:
@@ -201,7 +221,10 @@ class ClassificationTask:
         masks: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Fit the classifier to the training texts, in place, see
-        :func:`~obert_kernels.tasks.fine_tune.fine_tune`."""
+        :func:`~obert_kernels.tasks.fine_tune.fine_tune`.
+
+        Without ``masks``, the zeros of a model that was given sparse stay.
+        """
         from .fine_tune import fine_tune  # takes seconds: the Trainer
 
         loader = make_loader(
@@ -217,104 +240,9 @@ class ClassificationTask:
             loader,
             epochs,
             learning_rate,
-            masks=masks,
+            masks=zeros_of(self.model)[1] if masks is None else masks,
             dtype=self.dtype,
             seed=self.seed,
             progress=self.progress,
             stage="fine-tune" if masks is None else "recover",
         )
-
-
-def load_classifier(
-    model: str,
-    data: TextData,
-    *,
-    data_name: str,
-    max_length: int = 128,
-    seed: int = 0,
-    new_head: bool = False,
-) -> tuple[Any, Any, TextData]:
-    """Return tokenizer, classifier, and the data with its classes in the model's order.
-
-    Args:
-        model: a folder, a name on the hub, or :data:`DEMO_MODEL`.
-        data: what it is to classify.
-        data_name: what errors call it.
-        max_length: tokens of the longest texts.
-        seed: of a new head.
-        new_head: a model without a head for these classes gets a random one, for fine-tuning.
-
-    Raises:
-        FileNotFoundError: the model cannot be loaded.
-        ValueError: it takes no texts of that length, or has no head for these classes.
-    """
-    import transformers
-
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    name = demo_model_folder() if model == DEMO_MODEL else model
-    try:
-        config = transformers.AutoConfig.from_pretrained(name)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise FileNotFoundError(
-            f"{model} could not be loaded as a model ({reason}): give a folder with "
-            "config.json, weights and tokenizer, or a name on the hub (needs the network)"
-        ) from error
-    limit = min(tokenizer.model_max_length, getattr(config, "max_position_embeddings", math.inf))
-    if max_length > limit:
-        raise ValueError(
-            f"--max-length {max_length} is more than {model} takes: at most {limit} tokens"
-        )
-    data, labels_fit = _match_labels(model, config, data, data_name, new_head)
-    names = (
-        {}
-        if labels_fit
-        else {
-            "id2label": dict(enumerate(data.label_names)),
-            "label2id": {label: index for index, label in enumerate(data.label_names)},
-        }
-    )
-    with seeded(seed):  # a new head is random
-        classifier = transformers.AutoModelForSequenceClassification.from_pretrained(
-            name, ignore_mismatched_sizes=not labels_fit, **names
-        ).float()  # the argument for the type has two names, by the version of transformers
-    return tokenizer, classifier, data
-
-
-def _match_labels(
-    model: str, config: Any, data: TextData, data_name: str, new_head: bool
-) -> tuple[TextData, bool]:
-    """Return the data in the order of the model's classes, and whether the model has them."""
-    architectures = config.architectures or []
-    if not any(name.endswith("ForSequenceClassification") for name in architectures):
-        problem = f"{model} has no trained classification head"
-    else:
-        known = [str(config.id2label[index]) for index in range(config.num_labels)]
-        lowered = {label.casefold(): label for label in data.label_names}
-        if sorted(lowered) == sorted(label.casefold() for label in known):
-            return data.with_label_order([lowered[label.casefold()] for label in known]), True
-        if len(known) == len(data.label_names) and (
-            data.label_names == _numbered("", known) or known == _numbered("LABEL_", known)
-        ):
-            return data, True
-        problem = (
-            f"{model} knows the classes {_shorten(known)}, but {data_name} has "
-            f"{_shorten(data.label_names)}"
-        )
-    if not new_head:
-        raise ValueError(
-            f"{problem}: fine-tune it first, for example with "
-            "obert-prune run and --finetune-epochs 3"
-        )
-    return data, False
-
-
-def _shorten(names: Sequence[str]) -> str:
-    shown = ", ".join(names[:6])
-    return f"{shown}, … ({len(names)})" if len(names) > 6 else shown
-
-
-def _numbered(prefix: str, names: Sequence[str]) -> list[str]:
-    return [f"{prefix}{index}" for index in range(len(names))]

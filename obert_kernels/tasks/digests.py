@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,6 +39,14 @@ def config_digest(config: Mapping[str, Any]) -> str:
     """Return a digest of a model's configuration."""
     kept = {key: value for key, value in config.items() if key not in _NOT_CONFIGURATION}
     return digest(json.dumps(kept, sort_keys=True, default=repr).encode())
+
+
+def code_digest(kind: type) -> str:
+    """Return a digest of the files beside a class that came with a model, "" for any other."""
+    if not kind.__module__.startswith("transformers_modules."):
+        return ""
+    files = sorted(Path(inspect.getfile(kind)).parent.glob("*.py"))
+    return digest(b"\0".join(file.read_bytes() for file in files))
 
 
 def tokenizer_digest(tokenizer: Any, data: TextData) -> str:

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from ..gradients.backward import evaluation
 from ..gradients.batches import to_device
+from ..ops.status import NumericalError
 from ..progress import Progress
 from .loaders import Batch
 from .precision import autocast
@@ -47,6 +48,9 @@ def evaluate(
         dtype: to compute in, float32 or bfloat16.
         progress: called as ``progress(stage, done, total)``, in batches.
         stage: name given to ``progress``.
+
+    Raises:
+        NumericalError: the model gives NaN or infinite logits.
     """
     device = next(model.parameters()).device
     batches = loader if isinstance(loader, Sequence | DataLoader) else list(loader)
@@ -56,6 +60,12 @@ def evaluate(
         for index, batch in enumerate(batches):
             batch = to_device(batch, device)
             output = model(**batch)
+            if not torch.isfinite(output.logits).all():
+                raise NumericalError(
+                    f"{stage}: the model gives NaN or infinite logits in "
+                    f"{str(dtype).removeprefix('torch.')}"
+                    + (": use --precision float32" if dtype == torch.bfloat16 else "")
+                )
             found = output.logits.argmax(dim=-1)
             right += int((found == batch["labels"]).sum())
             total += len(found)

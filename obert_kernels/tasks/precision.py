@@ -13,7 +13,7 @@ the same whatever else it is doing:
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ..gradients.backward import evaluation
 from ..gradients.losses import default_loss
 from .loaders import Batch
 
@@ -109,3 +110,62 @@ def prediction_text_loss(
 
 # What the commands take gradients of.
 LOSSES = {"labels": text_loss, "predictions": prediction_text_loss}
+
+
+def working_precision(
+    name: str,
+    model: nn.Module,
+    batch: Batch,
+    loss_of: Callable[[nn.Module, Batch, torch.dtype], Tensor] = text_loss,
+) -> tuple[torch.dtype, str]:
+    """Return the type to compute in, and a note where it is not the one of the rule.
+
+    A forward and a backward pass are tried.  A model with constants that bfloat16 does not have,
+    such as the first DeBERTa, fails or gives NaN in it; ``auto`` then takes float32.
+
+    Args:
+        name: see :func:`choose_precision`.
+        model: a classifier.
+        batch: some texts, the longest among them.
+        loss_of: called with model, batch and type.
+
+    Raises:
+        ValueError: the model does not work on these texts, in float32 or the type asked for.
+    """
+    chosen = choose_precision(name, next(model.parameters()).device)
+    problem = _problem(model, batch, loss_of, chosen)
+    if not problem:
+        return chosen, ""
+    if chosen == torch.bfloat16 and name == "auto":
+        in_float32 = _problem(model, batch, loss_of, torch.float32)
+        if not in_float32:
+            return (
+                torch.float32,
+                f"float32 is used: in bfloat16 the model does not work ({problem})",
+            )
+        chosen, problem = torch.float32, in_float32
+    remedy = ": use --precision float32" if chosen == torch.bfloat16 else ""
+    kind = precision_name(chosen)
+    raise ValueError(f"the model does not work on the first texts in {kind} ({problem}){remedy}")
+
+
+def _problem(
+    model: nn.Module,
+    batch: Batch,
+    loss_of: Callable[[nn.Module, Batch, torch.dtype], Tensor],
+    dtype: torch.dtype,
+) -> str:
+    """Return what is wrong with a forward and backward pass, "" if nothing is."""
+    # Vectors: there are some in every layer, and their gradients need no memory.
+    vectors = [p for p in model.parameters() if p.requires_grad and p.dim() == 1]
+    try:
+        with evaluation(model), torch.enable_grad():
+            loss = loss_of(model, batch, dtype)
+            found = torch.autograd.grad(loss, vectors, allow_unused=True) if vectors else ()
+    except (RuntimeError, IndexError, TypeError, ValueError) as error:
+        return " ".join(str(error).split())[:200] or type(error).__name__
+    if not torch.isfinite(loss):
+        return f"its loss is {loss.item()}"
+    if not all(torch.isfinite(gradient).all() for gradient in found if gradient is not None):
+        return "its gradients are NaN or infinite"
+    return ""
