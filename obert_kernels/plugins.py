@@ -72,7 +72,9 @@ def load_plugin(source: str | Path) -> None:
 
 
 def _import_file(path: Path) -> Any:
-    if not path.is_file():
+    if not path.is_file():  # a pipe would be waited for
+        if path.exists():
+            raise OSError("it is no file")
         raise FileNotFoundError("there is no such file")
     name = f"obert_plugin_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)

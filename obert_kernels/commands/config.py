@@ -41,6 +41,7 @@ class RunConfig:
     text_column: str | None = None
     pair_column: str | None = None
     label_column: str | None = None
+    max_test_texts: int | None = None
     finetune_epochs: float = 0.0
     recovery_epochs: float = 0.0
     learning_rate: float = 2e-5
@@ -86,6 +87,7 @@ def load_task(
         text_column=settings.text_column,
         pair_column=settings.pair_column,
         label_column=settings.label_column,
+        max_test_texts=settings.max_test_texts,
         max_length=settings.max_length,
         seed=settings.seed,
         gradients_of=settings.gradients_of,

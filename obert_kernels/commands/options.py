@@ -60,9 +60,10 @@ Model = Annotated[
 Data = Annotated[
     str,
     typer.Argument(
-        help="CSV, TSV, JSON, JSONL or Parquet file, or a name for the datasets library "
-        "(NAME or NAME:CONFIGURATION); demo:trec and demo:mr are the demo's. A single file "
-        "is split 75/10/15 % into train, held back and test by a hash of the text."
+        help="CSV, TSV, JSON, JSONL or Parquet file, a folder with such files named train, "
+        "validation and test, or a name for the datasets library (NAME or NAME:CONFIGURATION); "
+        "demo:trec and demo:mr are the demo's. A single file is split 75/10/15 % into train, held "
+        "back and test by a hash of the text."
     ),
 ]
 Sparsity = Annotated[
@@ -159,6 +160,15 @@ PairColumn = Annotated[
 LabelColumn = Annotated[
     str | None,
     typer.Option(help="Column of the class. Default: found by name.", rich_help_panel="Data"),
+]
+MaxTestTexts = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Test on no more texts than this: always the same ones, whatever the seed. Default: "
+        "all.",
+        rich_help_panel="Data",
+    ),
 ]
 MaxLength = Annotated[
     int,

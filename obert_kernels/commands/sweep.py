@@ -147,6 +147,7 @@ def _basis(settings: RunConfig) -> dict[str, Any]:
         "estimator": settings.estimator,
         "plugins": [_plugin_digest(source) for source in settings.plugin or ()],
         "fisher-dtype": settings.fisher_dtype,
+        "max-test-texts": settings.max_test_texts,
         "version of obert-kernels": version("obert-kernels"),
     }
 

@@ -67,6 +67,7 @@ class ClassificationTask:
         text_column: str | None = None,
         pair_column: str | None = None,
         label_column: str | None = None,
+        max_test_texts: int | None = None,
         max_length: int = 128,
         seed: int = 0,
         gradients_of: str = "predictions",
@@ -82,6 +83,7 @@ class ClassificationTask:
             model, trust_remote_code: see :func:`~obert_kernels.tasks.model_files.find_model`.
             data, text_column, pair_column, label_column: see
                 :func:`~obert_kernels.tasks.readers.load_text_data`.
+            max_test_texts: no more test texts than this are used, always the same ones.
             precision: see :func:`~obert_kernels.tasks.precision.working_precision`.
             hold_back: keep some training texts back where the data has no held-back texts.
             new_head: see :func:`~obert_kernels.tasks.load_classifier.load_classifier`.
@@ -93,6 +95,7 @@ class ClassificationTask:
         """
         source = find_model(model, trust_remote_code)
         texts = load_text_data(data, text_column, pair_column, label_column)
+        texts = texts.with_fewer_tests(max_test_texts)
         loaded = load_classifier(
             source, texts, data_name=data, max_length=max_length, seed=seed, new_head=new_head
         )

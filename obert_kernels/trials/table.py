@@ -11,7 +11,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from ..files import write_json
+from ..files import check_input_file, write_json
 from ..pruning.config import PruningConfig
 from .outcome import GridPoint, Outcome, at_point, best_by_target, by_rank, number_or_word
 
@@ -61,6 +61,7 @@ def _drop_torn_line(path: Path) -> None:
     """Cut the file after its last line end."""
     if not path.exists():
         return
+    check_input_file(path)
     content = path.read_bytes()
     whole = content.rfind(b"\n") + 1
     if whole < len(content):

@@ -71,6 +71,127 @@ def test_duplicates_are_removed(tmp_path: Path) -> None:
     assert len(all_texts(data)) == 60
 
 
+def test_what_is_dropped_is_counted(tmp_path: Path) -> None:
+    doubled = [*rows(), *rows()[:7], {"text": rows()[8]["text"].upper(), "label": "red"}]
+    empty = [{"text": " ", "label": "red"}, {"text": "of no class", "label": ""}]
+    data = load_text_data(write(tmp_path, "a.csv", pandas.DataFrame(doubled + empty)))
+    assert data.notes == (
+        "2 rows without a text or a class left out",
+        "8 duplicates dropped: every text is used once",
+        "1 dropped text had another class than the one kept",
+    )
+    assert load_text_data(write(tmp_path, "b.csv", pandas.DataFrame(rows()))).notes == ()
+
+
+def test_a_folder_of_parts_is_read_as_its_files_are(tmp_path: Path) -> None:
+    """And a text of the test stays there, though it is among those to train, too."""
+    frame = pandas.DataFrame(rows())
+    write(tmp_path, "train.csv", frame[:40].assign(extra="NA"))
+    test = frame[38:].assign(label=["violet", *frame["label"][39:]])
+    write(tmp_path, "test.jsonl", test)
+    write(tmp_path, "Validation.TSV", frame[:0])
+    (tmp_path / "Validation.TSV").write_text("text\tlabel\nheld back\tred\n")
+    data = load_text_data(str(tmp_path))
+    assert (len(data.train), len(data.dev), len(data.test)) == (38, 1, 22)
+    assert data.test.texts == list(frame["text"][38:]) and data.dev.texts == ["held back"]
+    assert data.notes == (
+        "2 texts dropped from train or held back: in a part that comes later as well",
+        "1 dropped text had another class than the one kept",
+        "no text to train has the class violet",
+    )
+    write(tmp_path, "train.json", frame)
+    with pytest.raises(ValueError, match=r"both train\.csv and train\.json"):
+        load_text_data(str(tmp_path))
+    (tmp_path / "train.json").unlink()
+    (tmp_path / "test.jsonl").write_text('{"sentence": "a", "label": "red"}\n')
+    with pytest.raises(ValueError, match="has no column 'text', as other parts have: it has sente"):
+        load_text_data(str(tmp_path))
+
+
+def test_numbers_are_the_same_classes_in_every_part(tmp_path: Path) -> None:
+    """A missing label made floats of one part, and the parts begin with different classes."""
+    numbers = [str(index % 12) for index in range(120)]
+    frame = pandas.DataFrame({"text": [f"t {i}" for i in range(120)], "label": numbers})
+    write(tmp_path, "train.csv", frame[:90])
+    test = frame[90:].assign(label=[f"{number}.0" for number in reversed(numbers[90:])])
+    write(tmp_path, "test.csv", test)
+    data = load_text_data(str(tmp_path))
+    assert data.label_names == [str(index) for index in range(12)]
+    assert data.test.labels == [int(number) for number in reversed(numbers[90:])]
+
+
+def test_saved_data_sets_are_read_from_their_folder(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features(
+        text=datasets.Value("string"), label=datasets.ClassLabel(names=list(COLOURS))
+    )
+    columns = pandas.DataFrame(rows()).to_dict("list")
+    whole = datasets.Dataset.from_dict(columns, features=features)
+    parts = datasets.DatasetDict(train=whole.select(range(40)), test=whole.select(range(40, 60)))
+    for name, saved in (("whole", whole), ("parts", parts)):
+        saved.save_to_disk(str(tmp_path / name))
+        data = load_text_data(str(tmp_path / name))
+        assert data.label_names == list(COLOURS) and len(all_texts(data)) == 60
+    assert data.test.labels == [index % 3 for index in range(40, 60)]
+
+
+def test_fewer_test_texts_are_the_same_in_any_order(tmp_path: Path) -> None:
+    frame = pandas.DataFrame(rows(400))
+    data = load_text_data(write(tmp_path, "a.csv", frame))
+    few = data.with_fewer_tests(10)
+    assert len(few.test) == 10 and (few.train, few.dev) == (data.train, data.dev)
+    assert few.notes == (f"accuracies are on 10 of the {len(data.test)} test texts: "
+                         "--max-test-texts",)  # fmt: skip
+    shuffled = load_text_data(write(tmp_path, "b.csv", frame.sample(frac=1, random_state=1)))
+    assert set(shuffled.with_fewer_tests(10).test.texts) == set(few.test.texts)
+    assert set(few.test.texts) < set(data.with_fewer_tests(20).test.texts), "more are added"
+    labels = dict(zip(data.test.texts, data.test.labels, strict=True))
+    assert few.test.labels == [labels[text] for text in few.test.texts]
+    for count in (None, len(data.test), 10_000):
+        assert data.with_fewer_tests(count) is data
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("", "the name of the data is empty"),
+        (" ", "the name of the data is empty"),
+        ("FOLDER", "is a folder without data: give a file, or a folder with files such as train"),
+        ("MODEL", "it is a model's folder, and the model comes first"),
+        ("FOLDER/train", "there is no file .*train: check the path"),
+        ("./train", "there is no file"),
+        ("~/train", "there is no file /.*train"),
+        ("data/sets/train", "there is no file"),
+        ("train.csv.gz", "there is no file"),
+    ],
+)
+def test_what_looks_like_a_path_is_not_looked_up_on_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, message: str
+) -> None:
+    datasets = pytest.importorskip("datasets")
+    asked = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda *name: asked.append(name))
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    for word in ("FOLDER", "MODEL"):
+        name = name.replace(word, str(tmp_path / word.lower()))
+    with pytest.raises((ValueError, OSError), match=message) as error:
+        load_text_data(name)
+    assert "\n" not in str(error.value) and not asked
+
+
+def test_failures_of_the_library_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+
+    def fail(*_: object) -> None:
+        raise datasets.exceptions.DatasetGenerationError("went wrong\nsomewhere")
+
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    with pytest.raises(FileNotFoundError, match=r"could be loaded \(went wrong\): check"):
+        load_text_data("owner/name")
+
+
 def test_rows_without_text_or_label_are_left_out(tmp_path: Path) -> None:
     holes = [*rows(), {"text": "", "label": "red"}, {"text": "no label", "label": None}]
     data = load_text_data(write(tmp_path, "a.jsonl", pandas.DataFrame(holes)))
@@ -216,6 +337,10 @@ def test_label_order_can_be_changed(tmp_path: Path) -> None:
     ]
     with pytest.raises(ValueError, match="the classes are"):
         data.with_label_order(["red", "green"])
+    more = data.with_label_order(["violet", *COLOURS])
+    assert [more.label_names[label] for label in more.test.labels] == [
+        data.label_names[label] for label in data.test.labels
+    ]
 
 
 @pytest.mark.skipif(
