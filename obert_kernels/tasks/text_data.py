@@ -82,7 +82,13 @@ class TextData:
 
     def with_fewer_tests(self, count: int | None) -> TextData:
         """Return the same task with at most ``count`` test texts: those with the lowest hashes,
-        in whatever order the data is and whatever the seed."""
+        in whatever order the data is and whatever the seed.
+
+        Raises:
+            ValueError: ``count`` is less than 1.
+        """
+        if count is not None and count < 1:
+            raise ValueError(f"--max-test-texts must be at least 1, got {count}")
         if count is None or count >= len(self.test):
             return self
         seconds = self.test.pairs or [""] * len(self.test)

@@ -149,6 +149,8 @@ def test_fewer_test_texts_are_the_same_in_any_order(tmp_path: Path) -> None:
     assert few.test.labels == [labels[text] for text in few.test.texts]
     for count in (None, len(data.test), 10_000):
         assert data.with_fewer_tests(count) is data
+    with pytest.raises(ValueError, match="--max-test-texts must be at least 1"):
+        data.with_fewer_tests(0)
 
 
 @pytest.mark.parametrize(
