@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple
 
+from .labels import canonical, is_number, shorten
 from .text_data import TextData
 
 
@@ -87,6 +87,8 @@ def match_classes(data: TextData, names: Sequence[str] | None, count: int) -> Ma
         return None
     numbers = _numbered("", count)
     by_number = _positions(given, numbers)
+    if by_number is not None and names is not None and any(map(is_number, names)):
+        return None  # the numbers of the data are names of other outputs, or none
     if by_number is not None:
         said = f"0, 1, ... of the data are taken for {shorten(own)}" if names is not None else ""
         return Matched(_reindexed(data, by_number, numbers), True, said)
@@ -100,15 +102,14 @@ def match_classes(data: TextData, names: Sequence[str] | None, count: int) -> Ma
 def _positions(given: Sequence[str], own: Sequence[str]) -> list[int] | None:
     """Return where each of the given names is among a model's, None if one is not there.
 
-    Case counts only where it tells names apart.
+    Case, and how a number is written, count only where they tell names apart.
     """
     if set(given) <= set(own):
         return [list(own).index(name) for name in given]
-    folded = [name.casefold() for name in own]
-    wanted = [name.casefold() for name in given]
-    if len(set(folded)) < len(folded) or len(set(wanted)) < len(wanted):
+    known, wanted = [canonical(name) for name in own], [canonical(name) for name in given]
+    if len(set(known)) < len(known) or len(set(wanted)) < len(wanted):
         return None
-    return [folded.index(name) for name in wanted] if set(wanted) <= set(folded) else None
+    return [known.index(name) for name in wanted] if set(wanted) <= set(known) else None
 
 
 def _reindexed(data: TextData, positions: Sequence[int], own: Sequence[str]) -> TextData:
@@ -116,11 +117,7 @@ def _reindexed(data: TextData, positions: Sequence[int], own: Sequence[str]) -> 
     names = list(own)
     for name, position in zip(data.label_names, positions, strict=True):
         names[position] = name
-    parts = (
-        replace(part, labels=[positions[label] for label in part.labels])
-        for part in (data.train, data.dev, data.test)
-    )
-    return TextData(names, *parts)
+    return data.with_label_order(names)
 
 
 def _by_index(model: str, field: str, found: Any) -> dict[int, str] | None:
@@ -169,12 +166,6 @@ def class_name(value: object) -> str:
     if isinstance(value, float) and value.is_integer():
         return str(int(value))
     return str(value).strip()
-
-
-def shorten(names: Sequence[str]) -> str:
-    """Return the first names, and how many there are."""
-    shown = ", ".join(names[:6])
-    return f"{shown}, … ({len(names)})" if len(names) > 6 else shown
 
 
 def _numbered(prefix: str, count: int) -> list[str]:

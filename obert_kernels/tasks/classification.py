@@ -99,7 +99,8 @@ class ClassificationTask:
         loaded = load_classifier(
             source, texts, data_name=data, max_length=max_length, seed=seed, new_head=new_head
         )
-        texts, notes = loaded.data, loaded.notes
+        texts = loaded.data
+        notes = [*texts.notes, *loaded.notes]
         first = batches.first_batch(loaded.tokenizer, texts.train, max_length=max_length)
         dtype, note = working_precision(precision, loaded.model, first, LOSSES[gradients_of])
         notes += [note] if note else []

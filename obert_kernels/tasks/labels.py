@@ -81,6 +81,17 @@ def class_names(labels: Iterable[str], column: str) -> dict[str, str]:
     return classes
 
 
+def canonical(name: str) -> str:
+    """Return a number as :func:`class_names` writes it, another name in small letters."""
+    number = Decimal(name) if _NUMBER.fullmatch(name) else None
+    return name.casefold() if number is None or number % 1 else str(int(number))
+
+
+def is_number(name: str) -> bool:
+    """Return whether a name is a number."""
+    return _NUMBER.fullmatch(name) is not None
+
+
 def in_order(names: Iterable[str]) -> list[str]:
     """Return names in the order of the alphabet, numbers in them in that of numbers."""
     return sorted(set(names), key=_order)

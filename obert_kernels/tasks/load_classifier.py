@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from .classes import Matched, match_classes, model_classes, shorten
+from .classes import Matched, match_classes, model_classes
+from .labels import shorten
 from .model_config import check_architecture, has_trained_head, load_config, loading_errors, summary
 from .model_files import ModelSource
 from .seeds import seeded

@@ -76,6 +76,9 @@ def test_names_that_do_not_say_which_is_which(written: dict[str, Any], message: 
         (["A", "b", "C"], ["c", "a", "B"], 3, [1, 2, 0], ""),
         (["a", "c"], ["c", "a", "b"], 3, [1, 0], ""),  # of one class there are no texts
         (["a", "A"], ["A", "a"], 2, [1, 0], ""),
+        (["0", "2", "10"], ["0.0", "10.0", "2.0"], 3, [0, 2, 1], ""),
+        (["1", "2"], ["02", "01"], 2, [1, 0], ""),
+        (["False", "True"], ["true", "false"], 2, [1, 0], ""),
         (["0", "1"], ["1", "0"], 2, [1, 0], ""),  # the model's own names, whatever they are
         (["LABEL_0", "LABEL_1"], None, 2, [0, 1], ""),
         (["0", "1", "2"], None, 3, [0, 1, 2], ""),
@@ -89,8 +92,8 @@ def test_classes_are_brought_into_the_order_of_the_model(
 ) -> None:
     labels = list(range(len(given)))
     part = Texts(["t"] * len(given), labels)
-    found = match_classes(TextData(given, part, part, part), own, count)
-    assert found is not None and found.known
+    found = match_classes(TextData(given, part, part, part, ("a note",)), own, count)
+    assert found is not None and found.known and found.data.notes == ("a note",)
     assert found.data.train.labels == found.data.test.labels == order
     assert [found.data.label_names[i] for i in order] == given
     assert len(found.data.label_names) == count
@@ -109,6 +112,8 @@ def test_classes_are_brought_into_the_order_of_the_model(
         (["0", "2"], None, 2),  # one is missing: of the model's two, which is 2?
         (["0", "1", "3"], None, 3),
         (["1", "2"], ["a", "b"], 2),
+        (["0", "1"], ["1", "2"], 2),  # is 1 the model's first or second?
+        (["0", "1"], ["0", "0.0"], 2),
         (["a", "b"], None, 3),
     ],
 )
