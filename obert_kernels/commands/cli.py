@@ -45,7 +45,14 @@ from .options import (
     prescribed_sparsity,
 )
 from .run import prune_classifier
-from .terminal import PlainCommand, keep_traceback, one_line, outlive_readers, shown_work
+from .terminal import (
+    PlainCommand,
+    keep_traceback,
+    one_line,
+    out_of_memory,
+    outlive_readers,
+    shown_work,
+)
 
 # What a user can cause and cure; anything else is a bug to report.
 _USER_ERRORS = (ValueError, OSError, MemoryError, ImportError, NumericalError, DownloadError)
@@ -251,6 +258,11 @@ def main() -> None:
         message = one_line(error)
         if isinstance(error, ModuleNotFoundError):
             message = f"{error.name} is not installed; {INSTALL}"
+        elif out_of_memory(error):
+            message = (
+                f"out of memory ({message[:200]}): give a smaller --max-memory, --batch-size or "
+                "--max-length, or end other programs"
+            )
         elif not isinstance(error, _USER_ERRORS):
             message = (
                 f"unexpected {type(error).__name__}: {message[:300]}; please report it, with "

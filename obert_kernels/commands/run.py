@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -166,6 +167,10 @@ def _check(settings: RunConfig) -> dict[float, Path]:
         if getattr(settings, name) < 1:
             option = name.replace("_", "-")
             raise ValueError(f"--{option} must be at least 1, got {getattr(settings, name)}")
+    for name in ("finetune_epochs", "recovery_epochs", "learning_rate"):
+        if not 0 <= getattr(settings, name) < math.inf:
+            option = name.replace("_", "-")
+            raise ValueError(f"--{option} must be a finite number, got {getattr(settings, name)}")
     trainer = ["accelerate"] if settings.finetune_epochs or settings.recovery_epochs else []
     for package in ("transformers", "tqdm", "safetensors", *trainer):
         importlib.import_module(package)  # one that is missing is an error now, not later

@@ -120,7 +120,7 @@ def _sweep(
     left = [trial for trial in trials if (canonical(trial[0]), trial[1]) not in done]
     loop.check(left)  # what is done needs no memory any more
     echo(task.describe(settings.params))
-    dense = evaluate(model) if known is None else Scores(**known["dense"])
+    dense = evaluate(model) if known is None else known["dense"]
     echo(f"dense accuracy {dense.dev_accuracy:.1%} on held-back texts, {_test(dense)}\n")
 
     def with_the_first_trial() -> None:  # until then nothing stands in the way of other settings
@@ -178,17 +178,18 @@ class _Reporter:
             echo(f"{self.done} of {self.count} trials are in {table.path} and not done again")
 
     def __call__(self, outcome: Outcome) -> None:
-        if self.new == 0:
-            self._at_first()
-        self._table.append(outcome)
-        self.done += 1
-        self.new += 1
-        name = f"[{self.done}/{self.count}] {_name((outcome.config, outcome.target), self._grid)}"
+        name = f"[{self.done + 1}/{self.count}] "
+        name += _name((outcome.config, outcome.target), self._grid)
         if outcome.error:
             self._echo(f"{name}: failed, {outcome.error}")
         else:
             held = f"{outcome.dev_accuracy:.1%} on held-back texts"
             self._echo(f"{name}: {held}, {_test(outcome)}, {outcome.trial_seconds:.0f} s")
+        if self.new == 0:  # said before it is written: a full disk does not take that away
+            self._at_first()
+        self._table.append(outcome)
+        self.done += 1
+        self.new += 1
 
 
 def _test(scores: Scores | Outcome) -> str:
@@ -210,6 +211,7 @@ def _write_summary(
     if not outcomes:
         return
     text = format_table(outcomes)
+    echo(f"\n{text}\n")
     write_whole(settings.output / TABLE_FILE, f"{text}\n".encode())
     title = f"{task.title}: {settings.pattern}, {settings.scope} ranking"
     files = [CSV_FILE, TABLE_FILE]
@@ -218,8 +220,7 @@ def _write_summary(
         with decoration(PLOT_FILE, note):
             plot_sweep(outcomes, dense.dev_accuracy, settings.output / PLOT_FILE, title)
             files.append(PLOT_FILE)
-    echo(f"\n{text}\n\n* best on the held-back texts. Written to {settings.output}: "
-         f"{', '.join(files)}")  # fmt: skip
+    echo(f"* best on the held-back texts. Written to {settings.output}: {', '.join(files)}")
 
 
 def _left_out(

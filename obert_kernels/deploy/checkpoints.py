@@ -129,7 +129,9 @@ def load_masks(folder: str | Path) -> dict[str, torch.Tensor]:
 
     Raises:
         FileNotFoundError: ``folder`` holds no masks.
+        ValueError: they are damaged.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     path = Path(folder) / MASKS_FILE
@@ -138,4 +140,7 @@ def load_masks(folder: str | Path) -> dict[str, torch.Tensor]:
             f"{folder} holds no {MASKS_FILE}: give a folder that save_pruned wrote, or a "
             "sparsity-... folder that obert-prune run wrote into its output"
         )
-    return {name: mask.bool() for name, mask in load_file(path).items()}
+    try:
+        return {name: mask.bool() for name, mask in load_file(path).items()}
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged ({error}): save the model again") from error

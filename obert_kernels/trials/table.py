@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from ..files import check_input_file, write_json
+from ..files import check_input_file, read_json, write_json
 from ..pruning.config import PruningConfig
-from .outcome import GridPoint, Outcome, at_point, best_by_target, by_rank, number_or_word
+from .outcome import GridPoint, Outcome, Scores, at_point, best_by_target, by_rank, number_or_word
 
 CSV_FILE = "sweep.csv"
 BASIS_FILE = "sweep.json"
@@ -21,6 +20,8 @@ TABLE_FILE = "sweep.md"
 
 _COUNTS = ("num_grads", "texts_per_grad", "block_size")
 _FIGURES = [field.name for field in fields(Outcome) if field.name not in ("config", "error")]
+
+_SHARES = ("target", "sparsity", "dev_accuracy", "test_accuracy")
 
 COLUMNS = ("selection", "update", "texts", *_COUNTS, "damping", *_FIGURES, "error")
 
@@ -40,6 +41,8 @@ class TrialTable:
 
     def __init__(self, path: str | Path, base: PruningConfig) -> None:
         self.path = Path(path)
+        if os.path.lexists(self.path) and not self.path.is_file():  # a pipe would be waited for
+            raise ValueError(f"{self.path} is no file: choose another --output")
         _drop_torn_line(self.path)
         self.outcomes = _read(self.path, base)
 
@@ -58,13 +61,14 @@ class TrialTable:
 
 
 def _drop_torn_line(path: Path) -> None:
-    """Cut the file after its last line end."""
+    """Cut the file after its last line end, if a sweep wrote it."""
     if not path.exists():
         return
     check_input_file(path)
     content = path.read_bytes()
+    header = f"{','.join(COLUMNS)}\n".encode()
     whole = content.rfind(b"\n") + 1
-    if whole < len(content):
+    if whole < len(content) and content[: len(header)] == header[: len(content)]:
         with path.open("r+b") as stream:
             stream.truncate(whole)
 
@@ -75,19 +79,20 @@ def _read(path: Path, base: PruningConfig) -> list[Outcome]:
     outcomes: dict[object, Outcome] = {}  # one of each: two commands may have worked side by side
     with path.open(encoding="utf-8", newline="") as stream:
         reader = csv.DictReader(stream)
-        if tuple(reader.fieldnames or ()) != COLUMNS:
-            raise ValueError(
-                f"{path} has other columns than a sweep writes: choose another --output"
-            )
-        for row in reader:
-            try:
+        try:
+            if tuple(reader.fieldnames or ()) != COLUMNS:
+                raise ValueError("other columns than a sweep writes")
+        except (ValueError, csv.Error) as error:
+            raise ValueError(f"{path} has {error}: choose another --output") from error
+        try:
+            for row in reader:
                 outcome = _from_row(row, base)
-            except (ValueError, TypeError) as error:
-                raise ValueError(
-                    f"line {reader.line_num} of {path} cannot be read ({error}): delete it, and "
-                    "its trial is done again"
-                ) from error
-            outcomes[outcome.key] = outcome
+                outcomes[outcome.key] = outcome
+        except (ValueError, TypeError, csv.Error) as error:
+            raise ValueError(
+                f"line {reader.line_num} of {path} cannot be read ({error}): delete it, and its "
+                "trial is done again"
+            ) from error
     return list(outcomes.values())
 
 
@@ -101,6 +106,9 @@ def _from_row(row: Mapping[str, str], base: PruningConfig) -> Outcome:
     counts = {name: int(row[name]) if row[name] else None for name in _COUNTS}
     damping = number_or_word(row["damping"]) if row["damping"] else None
     figures: dict[str, Any] = {name: float(row[name]) if row[name] else None for name in _FIGURES}
+    for name in _SHARES:
+        if figures[name] is not None and not 0 <= figures[name] <= 1:
+            raise ValueError(f"{name} is {figures[name]}")
     found = GridPoint(row["selection"], row["update"], **counts, damping=damping)
     return Outcome(at_point(base, found), **figures, error=row["error"])
 
@@ -113,22 +121,25 @@ def check_basis(folder: Path, basis: Mapping[str, Any]) -> dict[str, Any] | None
         basis: name -> value, JSON-ready.
 
     Returns:
-        What ``sweep.json`` holds, None if there is none yet.
+        What ``sweep.json`` holds, None if there is none yet; "dense" is a :class:`Scores`.
 
     Raises:
         ValueError: they differ, or there are trials without a basis.
     """
     path = folder / BASIS_FILE
-    if not path.is_file():
+    if not os.path.lexists(path):
         if (folder / CSV_FILE).exists():
             raise ValueError(
                 f"{folder} has a {CSV_FILE} without {BASIS_FILE}: choose another --output"
             )
         return None
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
         known = dict(content["basis"])
-    except (ValueError, KeyError, TypeError) as error:
+        dense = content["dense"]
+        loss = None if dense["dev_loss"] is None else float(dense["dev_loss"])
+        scores = Scores(float(dense["dev_accuracy"]), loss, float(dense["test_accuracy"]))
+    except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not of a sweep: choose another --output") from error
     names = [name for name in {**known, **basis} if known.get(name) != basis.get(name)]
     if names:
@@ -139,7 +150,7 @@ def check_basis(folder: Path, basis: Mapping[str, Any]) -> dict[str, Any] | None
             f"{folder} holds trials of another sweep ({differences}): choose another --output to "
             "keep both"
         )
-    return content
+    return {**content, "dense": scores}
 
 
 def _difference(name: str, before: Any, now: Any) -> str:

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("transformers")
 pytest.importorskip("typer")
@@ -103,6 +104,23 @@ def test_an_unexpected_error_asks_for_a_report(
     assert "in broken" in command(*ARGUMENTS)[2], "what cannot be kept is shown"
     with pytest.raises(KeyError):
         command("--debug", *ARGUMENTS)
+
+
+def test_torch_without_memory_is_no_bug(command: Command, work: Any) -> None:
+    def too_much(*_: object) -> None:
+        torch.empty(1 << 60, dtype=torch.uint8)
+
+    work(too_much)
+    code, _, stderr = command(*ARGUMENTS)
+    assert code == 1 and stderr.startswith("error: out of memory (") and stderr.count("\n") == 1
+    assert "--max-memory" in stderr
+
+
+@pytest.mark.parametrize("option", ["--finetune-epochs", "--recovery-epochs", "--learning-rate"])
+@pytest.mark.parametrize("value", ["inf", "nan", "-1"])
+def test_numbers_that_are_none(command: Command, option: str, value: str) -> None:
+    code, _, stderr = command(*ARGUMENTS, option, value)
+    assert code in (1, 2) and option in stderr and "Traceback" not in stderr
 
 
 @pytest.mark.parametrize(("said", "shown"), [("a was saved", "a was saved"), ("", "interrupted")])

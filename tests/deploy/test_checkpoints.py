@@ -179,3 +179,9 @@ def test_models_that_would_not_be_saved_whole(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="save_pruned needs a model with save_pretrained, got a L"):
         obert_kernels.save_pruned((nn.Linear(2, 2), {}, result.report), None, tmp_path / "saved")
     assert not (tmp_path / "saved").exists()
+
+
+def test_damaged_masks_are_named(tmp_path: Path) -> None:
+    (tmp_path / "masks.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1")
+    with pytest.raises(ValueError, match=r"masks\.safetensors is damaged"):
+        obert_kernels.load_masks(tmp_path)

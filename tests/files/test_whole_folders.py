@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import stat
-import time
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -36,26 +36,22 @@ def content_of(folder: Path) -> str:
     return (folder / "model.safetensors").read_text()
 
 
-class Killed(BaseException):
-    """Ends a process in a test: nothing catches it."""
-
-
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")])
 @pytest.mark.parametrize("call", [1, 2])
 def test_failures_between_the_renames_leave_the_old(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, call: int
 ) -> None:
     folder = save(tmp_path / "half")
-    real, calls = os.rename, []
+    real, calls = Path.rename, []
 
-    def rename(*paths: object, **options: object) -> None:
-        calls.append(paths)
+    def rename(path: Path, target: Path) -> Path:
+        calls.append(path)
         if len(calls) == call:
             raise error
-        real(*paths, **options)
+        return real(path, target)
 
     with monkeypatch.context() as patch:
-        patch.setattr(os, "rename", rename)
+        patch.setattr(Path, "rename", rename)
         with pytest.raises(type(error)):
             save(folder, "new")
     assert content_of(folder) == "old"
@@ -67,16 +63,16 @@ def test_the_old_is_never_deleted_while_nothing_is_in_its_place(
 ) -> None:
     """Every rename but the first fails: not even putting it back works."""
     folder = save(tmp_path / "half")
-    real, calls = os.rename, []
+    real, calls = Path.rename, []
 
-    def rename(*paths: object, **options: object) -> None:
-        calls.append(paths)
+    def rename(path: Path, target: Path) -> Path:
+        calls.append(path)
         if len(calls) > 1:
             raise OSError("the disk is gone")
-        real(*paths, **options)
+        return real(path, target)
 
     with monkeypatch.context() as patch:
-        patch.setattr(os, "rename", rename)
+        patch.setattr(Path, "rename", rename)
         with pytest.raises(OSError, match=r"could not be put back .* it is in .*/old"):
             save(folder, "new")
     assert not folder.exists()
@@ -219,22 +215,19 @@ def test_a_lock_ends_with_its_holder(tmp_path: Path) -> None:
     """Also where it is killed; and there is no file to remove."""
     with locked(tmp_path, "busy"), pytest.raises(BlockingIOError, match="busy"):
         locked(tmp_path, "busy").__enter__()
-    reader, writer = os.pipe()
-    child = os.fork()
-    if child == 0:
-        with locked(tmp_path, "busy"):
-            os.write(writer, b"held")
-            time.sleep(60)
-        os._exit(0)
-    assert os.read(reader, 4) == b"held"
-    with pytest.raises(BlockingIOError):
-        locked(tmp_path, "busy").__enter__()
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
+    code = (
+        "import fcntl, os, sys, time; folder = os.open(sys.argv[1], os.O_RDONLY)\n"
+        "fcntl.flock(folder, fcntl.LOCK_EX); print('held', flush=True); time.sleep(60)"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout is not None and other.stdout.readline() == "held\n"
+        with pytest.raises(BlockingIOError):
+            locked(tmp_path, "busy").__enter__()
+        other.kill()
     with locked(tmp_path, "busy"):
         assert list(tmp_path.iterdir()) == []
-    os.close(reader)
-    os.close(writer)
 
 
 def test_leftovers_are_removed_and_others_are_not(tmp_path: Path) -> None:

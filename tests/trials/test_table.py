@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import csv
+import os
 from dataclasses import replace
 
 import pytest
 from tiny import GREEDY, outcome
 
-from obert_kernels.trials.outcome import best_by_target
-from obert_kernels.trials.table import COLUMNS, TrialTable, format_table
+from obert_kernels.trials.outcome import Scores, best_by_target
+from obert_kernels.trials.table import (
+    COLUMNS,
+    TrialTable,
+    check_basis,
+    format_table,
+    write_basis,
+)
 
 
 def test_best_by_accuracy_then_by_loss():
@@ -80,8 +87,60 @@ def test_other_files_are_refused(tmp_path):
     path.write_text("a,b\n1,2\n")
     with pytest.raises(ValueError, match="other columns"):
         TrialTable(path, GREEDY)
+    path.write_text("a,b\n1,2")
+    with pytest.raises(ValueError, match="other columns"):
+        TrialTable(path, GREEDY)
+    assert path.read_text() == "a,b\n1,2", "no torn line of ours"
     path.unlink()
     TrialTable(path, GREEDY).append(outcome())
     path.write_text(path.read_text().replace("0.9", "much"))
     with pytest.raises(ValueError, match=r"line 2 of .* cannot be read"):
         TrialTable(path, GREEDY)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"), [("0.9", "much"), ("0.9", "nan"), ("0.9", "7.5"), ("0.9", "9" * 200_000)]
+)
+def test_hostile_lines_are_named(tmp_path, before, after):
+    path = tmp_path / "sweep.csv"
+    TrialTable(path, GREEDY).append(outcome())
+    path.write_text(path.read_text().replace(before, after))
+    with pytest.raises(ValueError, match=r"line \d of .*sweep\.csv cannot be read"):
+        TrialTable(path, GREEDY)
+
+
+@pytest.mark.parametrize("content", [b"\0", b"\xff\xfe", b"x" * 200_000, b"\n\n"])
+def test_hostile_tables_are_refused(tmp_path, content):
+    path = tmp_path / "sweep.csv"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="choose another --output"):
+        TrialTable(path, GREEDY)
+    assert path.read_bytes() == content
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "sweep.csv")
+    os.mkfifo(tmp_path / "sweep.json")
+    with pytest.raises(ValueError, match="is no file"):
+        TrialTable(tmp_path / "sweep.csv", GREEDY)
+    with pytest.raises(ValueError, match="is not of a sweep"):
+        check_basis(tmp_path, {})
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "[]", "{}", '{"basis": 1}', '{"basis": {}}', '{"basis": {}, "dense": {}}', "[" * 99999,
+     '{"basis": {}, "dense": {"dev_accuracy": NaN, "dev_loss": 1, "test_accuracy": 1}}',
+     '{"basis": {}, "dense": {"dev_accuracy": null, "dev_loss": null, "test_accuracy": 1}}'],
+)  # fmt: skip
+def test_hostile_bases_are_refused(tmp_path, content):
+    (tmp_path / "sweep.json").write_text(content)
+    with pytest.raises(ValueError, match=r"sweep\.json is not of a sweep: choose another"):
+        check_basis(tmp_path, {})
+
+
+def test_a_basis_comes_back(tmp_path):
+    dense = {"dev_accuracy": 0.5, "dev_loss": float("nan"), "test_accuracy": 0.25}
+    write_basis(tmp_path, {"seed": 1}, dense=dense)
+    known = check_basis(tmp_path, {"seed": 1})
+    assert known["dense"] == Scores(0.5, None, 0.25)
