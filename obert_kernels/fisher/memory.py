@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -14,6 +12,7 @@ from ..gradients.buffers import GRADIENTS_PER_UPDATE, STREAMED_PER_UPDATE, row_b
 from ..sparsity.patterns import Pattern
 from .config import FisherConfig
 from .estimators import estimators
+from .free_memory import available_memory, readable
 
 # Of a weight while masks are chosen: float32 score, int32 sort key, and four bool masks (present,
 # present group, to be pruned, new).  Later, new weights take the place of scores and keys.
@@ -21,8 +20,6 @@ _SELECTION_BYTES = 12
 _SCORE_BYTES, _MASK_BYTES = 4, 1
 # Dampings tried in the same passes: a search always looks at its start and both sides of it.
 _MOST_TRIALS = 3
-# Where Linux says what a container may use.
-_CONTAINER = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True)
@@ -61,38 +58,6 @@ class MemoryPlan:
     def total_bytes(self) -> int:
         """The most that will be held at any time."""
         return self.gram_bytes + self.buffer_bytes + self.other_bytes
-
-
-def available_memory(device: torch.device) -> int | None:
-    """Free memory in bytes of a device or of this machine (or container); None if unknown."""
-    if device.type == "cuda":
-        # What torch keeps of freed tensors counts as taken there, but can be used.
-        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + kept
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvail"))
-    except (OSError, StopIteration):
-        try:
-            return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        except (AttributeError, OSError, ValueError):
-            return None
-    try:
-        return min(free, _left_in_container(_CONTAINER))
-    except (OSError, ValueError, StopIteration):
-        return free
-
-
-def _left_in_container(folder: Path) -> int:
-    """Bytes up to a container's own limit; what it keeps of files that were read can be used."""
-    limit, used = (int((folder / f"memory.{name}").read_text()) for name in ("max", "current"))
-    lines = (folder / "memory.stat").read_text().splitlines()
-    files = next(int(line.split()[1]) for line in lines if line.startswith("inactive_file "))
-    return limit - used + files
-
-
-def _readable(size: float) -> str:
-    return f"{size / 2**30:.2f} GiB" if size >= 2**29 else f"{size / 2**20:.1f} MiB"
 
 
 def plan_passes(
@@ -185,10 +150,10 @@ def plan_passes(
     if budget is not None and not fits(found):
         remedies = _remedies(found, max_memory is None, can_split, size, dtype)
         raise MemoryError(
-            f"pruning needs {_readable(found.total_bytes)} (Gram {_readable(found.gram_bytes)}, "
-            f"gathered gradients {_readable(found.buffer_bytes)}, the rest "
-            f"{_readable(found.other_bytes)}) but "
-            f"{'free memory' if max_memory is None else 'max_memory'} is {_readable(budget)}. "
+            f"pruning needs {readable(found.total_bytes)} (Gram {readable(found.gram_bytes)}, "
+            f"gathered gradients {readable(found.buffer_bytes)}, the rest "
+            f"{readable(found.other_bytes)}) but "
+            f"{'free memory' if max_memory is None else 'max_memory'} is {readable(budget)}. "
             f"Remedies: {'; '.join(remedies)}"
         )
     return found

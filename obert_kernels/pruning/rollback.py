@@ -17,10 +17,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ..fisher.free_memory import out_of_memory
+
 T = TypeVar("T")
 
 # Hooks that the package registers itself, for a while; of a parameter, and of a module.
 _OF_PARAMETERS = ("_backward_hooks", "_post_accumulate_grad_hooks")
+_FLAGS = ("training", "require_backward_grad_sync")  # the second of DistributedDataParallel
 _OF_MODULES = ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called")
 
 
@@ -30,7 +33,7 @@ class Rollback:
     Weights that are about to be overwritten are given to :meth:`keep` first.
 
     Args:
-        model: any module.
+        model: any module, with its wrappers.
         weights: the tensors that may be changed.
         also: objects whose attributes go back as well.
     """
@@ -41,7 +44,10 @@ class Rollback:
         self._on_interrupt = signal.getsignal(signal.SIGINT)
         self._attributes = [(owner, dict(vars(owner))) for owner in also]
         modules, parameters = list(model.modules()), list(model.parameters())
-        self._modes = [(module, module.training) for module in modules]
+        self._modes = [
+            (module, {name: vars(module)[name] for name in _FLAGS if name in vars(module)})
+            for module in modules
+        ]
         self._hooks = [_hooks(module, _OF_MODULES) for module in modules]
         self._hooks += [_hooks(parameter, _OF_PARAMETERS) for parameter in parameters]
         self._flags = [(p, p.requires_grad, p.grad) for p in parameters]
@@ -78,8 +84,8 @@ class Rollback:
             weight.data = data
             if name in self._values:
                 data.copy_(self._values[name])
-        for module, training in self._modes:
-            module.training = training
+        for module, flags in self._modes:
+            vars(module).update(flags)
         for owner, known in self._hooks:
             for name, (hooks, content) in known.items():
                 _put_hooks_back(owner, name, hooks, content)
@@ -131,15 +137,21 @@ def _interrupts_wait(handler: Any) -> Iterator[None]:
 
 
 def all_or_nothing(rollback: Rollback, call: Callable[[], T]) -> T:
-    """Return what a call gives; whatever it raises, put everything back first."""
+    """Return what a call gives; whatever it raises, put everything back first.
+
+    Raises:
+        MemoryError: also in place of torch's own error.
+    """
     try:
         try:
             return call()
         except BaseException:
             rollback.undo()
             raise
-    except BaseException:
+    except BaseException as error:
         rollback.undo_again()
+        if (told := out_of_memory(error)) is not None:
+            raise told from error
         raise
 
 

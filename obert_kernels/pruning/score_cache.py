@@ -12,7 +12,7 @@ from collections.abc import Callable, Hashable, Mapping
 import torch
 from torch import Tensor, nn
 
-from ..fisher.memory import available_memory
+from ..fisher.free_memory import available_memory
 
 # Dampings whose scores are kept: a search tries three to five, and begins at the same one.
 _KEPT = 6

@@ -99,19 +99,6 @@ def test_estimate():
     assert split.passes == [["a"], ["b"]]
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_files_that_a_container_keeps_are_to_be_had(tmp_path, monkeypatch):
-    for name, content in (("max", "9000\n"), ("current", "8000\n"), ("stat", "anon 5\n")):
-        (tmp_path / f"memory.{name}").write_text(content)
-    monkeypatch.setattr(memory, "_CONTAINER", tmp_path)
-    free = memory.available_memory(torch.device("cpu"))
-    assert free > 1 << 20, "not to be understood: the machine's"
-    (tmp_path / "memory.stat").write_text("anon 5\ninactive_file 2500\nactive_file 7\n")
-    assert memory.available_memory(torch.device("cpu")) == 9000 - 8000 + 2500
-    (tmp_path / "memory.max").write_text("max\n")
-    assert memory.available_memory(torch.device("cpu")) > 1 << 20
-
-
 def test_trials_are_held_where_there_is_room():
     weights = {name: nn.Parameter(torch.ones(50, 50)) for name in "abcd"}
     gram, numbers = 50 * 1275 * 8, 4 * 2500
