@@ -20,7 +20,7 @@ from .fisher.woodbury import WoodburyFisher
 from .gradients.losses import model_loss, prediction_loss
 from .gradients.per_batch import batch_gradients
 from .gradients.per_samples import GroupGradients
-from .ops.status import NumericalError
+from .ops.status import NotFiniteError, NumericalError
 from .plugins import load_plugin
 from .pruning.config import PruningConfig
 from .pruning.oneshot import PruneResult, estimate_fisher, prune
@@ -45,6 +45,7 @@ __all__ = [
     "GroupGradients",
     "LayerReport",
     "LiveFisher",
+    "NotFiniteError",
     "NumericalError",
     "Outcome",
     "Pattern",

@@ -31,8 +31,16 @@ def tensors_in(batch: Any) -> list[Tensor]:
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
-    """Move the tensors of a batch to a device."""
-    return map_tensors(batch, lambda tensor: tensor.to(device))
+    """Move the tensors of a batch to a device; copies of those made inside inference_mode, which
+    can have no part in a backward pass."""
+
+    def moved(tensor: Tensor) -> Tensor:
+        if not tensor.is_inference():
+            return tensor.to(device)
+        with torch.inference_mode(False):
+            return tensor.clone().to(device)
+
+    return map_tensors(batch, moved)
 
 
 def how_many(batches: Iterable[Any]) -> int | None:

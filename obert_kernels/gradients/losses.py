@@ -27,7 +27,7 @@ def model_loss(model: nn.Module, batch: Any) -> Tensor:
             f"a batch of type {type(batch).__name__} needs loss_fn=lambda model, batch: loss; "
             "without it batches must be mappings of model arguments with labels"
         )
-    return _own_loss(model, batch, model(**batch))
+    return _own_loss(model, batch, _output(model, batch))
 
 
 def default_loss(model: nn.Module, batch: Any) -> Tensor:
@@ -35,7 +35,7 @@ def default_loss(model: nn.Module, batch: Any) -> Tensor:
     its own loss, :func:`model_loss`, anywhere else."""
     if not isinstance(batch, Mapping):
         return model_loss(model, batch)  # raises, with the remedy
-    output = model(**batch)
+    output = _output(model, batch)
     logits = class_logits(model, output)
     if logits is None or logits.dim() != 2:
         return _own_loss(model, batch, output)
@@ -77,7 +77,7 @@ def prediction_loss(model: nn.Module, batch: Any) -> Tensor:
             f"prediction_loss needs batches that are mappings of model arguments, got a "
             f"{type(batch).__name__}"
         )
-    output = model(**batch)
+    output = _output(model, batch)
     logits = class_logits(model, output)
     if logits is None:
         raise TypeError(
@@ -97,6 +97,31 @@ def class_logits(model: nn.Module, output: Any) -> Tensor | None:
     if not isinstance(logits, Tensor) or logits.dim() < 2 or logits.shape[-1] < 2:
         return None
     return logits
+
+
+def _output(model: nn.Module, batch: Mapping[str, Any]) -> Any:
+    """What the model makes of a batch; lists of numbers, and a single sample, are refused."""
+    tensors = tensors_in(batch)
+    if not tensors and any(map(_is_list_of_numbers, batch.values())):
+        raise TypeError(
+            f"a batch with the keys {sorted(map(str, batch))} holds no tensors: tokenise with "
+            "return_tensors='pt', or pass loss_fn"
+        )
+    labels = batch.get("labels")
+    if isinstance(labels, Tensor) and labels.dim() == 0 and max(x.dim() for x in tensors) < 2:
+        raise ValueError(
+            "a batch holds a single sample without a dimension for samples: pass batches, such as "
+            "a DataLoader gives, not the data set"
+        )
+    return model(**batch)
+
+
+def _is_list_of_numbers(value: Any) -> bool:
+    while isinstance(value, list) and value:
+        value = value[0]
+        if isinstance(value, int | float):
+            return True
+    return False
 
 
 def _part(model: nn.Module, output: Any, name: str) -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..ops.status import NotFiniteError
 from ..sparsity.wrappers import unwrapped
 from .backward import backward, evaluation, grads_of
 from .batches import to_device
@@ -81,10 +82,14 @@ def check_loss(loss: Any, where: str) -> None:
     if not isinstance(loss, Tensor) or loss.dim() != 0:
         raise ValueError(f"{where}: the loss must be a scalar tensor, got {type(loss)}")
     if not loss.requires_grad:
-        raise ValueError(f"{where}: the loss has no gradient; compute it without torch.no_grad")
-    if not torch.isfinite(loss):
         raise ValueError(
-            f"{where}: the loss is {loss.item()}; check its inputs and labels, or the model"
+            f"{where}: the loss has no gradient: it was computed under torch.no_grad, is detached, "
+            "or depends on none of the matrices to prune"
+        )
+    if not torch.isfinite(loss):
+        raise NotFiniteError(
+            f"{where}: the loss is {loss.item()}; check its inputs and labels, or the model, or "
+            "compute in float32 without autocast"
         )
 
 
@@ -100,7 +105,12 @@ def check_reached(reached: bool, where: str) -> None:
 def _check_finite(gradients: Mapping[str, Tensor], where: str) -> None:
     for name, gradient in gradients.items():
         if not torch.isfinite(gradient).all():
-            raise ValueError(
-                f"{where}: the gradient of {name} holds NaN or infinity; leave that batch "
-                "out, or compute gradients in float32"
-            )
+            raise not_finite(name, where)
+
+
+def not_finite(name: str, where: str) -> NotFiniteError:
+    """The error of a matrix whose gradient cannot be used."""
+    return NotFiniteError(
+        f"{where}: the gradient of {name} holds NaN or infinity; leave that batch out, or compute "
+        "gradients in float32 without autocast"
+    )

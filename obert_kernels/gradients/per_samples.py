@@ -28,7 +28,7 @@ from .ignored_labels import (
     without_ignored_samples,
 )
 from .losses import LossFn, model_loss
-from .per_batch import check_loss, check_reached
+from .per_batch import check_loss, check_reached, not_finite
 from .source import BatchSource
 
 Receive = Callable[[str, Tensor], None]
@@ -119,10 +119,7 @@ class _Recorder:
         # A sum is finite if all is; much faster than a look at every number.
         wide = torch.promote_types(grad.dtype, torch.float32)
         if not torch.isfinite(grad.sum(dtype=wide) + inputs.sum(dtype=wide)):
-            raise ValueError(
-                f"{self.where}: the gradient of {name} holds NaN or infinity; leave that batch "
-                "out, or compute gradients in float32"
-            )
+            raise not_finite(name, self.where)
         self.pairs[name].append((self._by_sample(inputs.to(grad.dtype)), self._by_sample(grad)))
         if len(self.pairs[name]) == self.uses[name]:
             self._hand_on(name)

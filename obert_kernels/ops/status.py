@@ -30,6 +30,13 @@ class NumericalError(ArithmeticError):
         return cls(message, block, matrix, remedy)
 
 
+class NotFiniteError(ValueError):
+    """A model gave a loss, logits or gradients with NaN or infinity, before anything was pruned.
+
+    In bfloat16, float16 or under autocast, float32 may do.
+    """
+
+
 def new_status(device: torch.device | str | None = None) -> Tensor:
     """Return a status tensor that says all is well; by default on torch's default device."""
     return torch.full((1,), -1, dtype=torch.int64, device=device)

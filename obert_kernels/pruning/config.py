@@ -66,8 +66,7 @@ class PruningConfig:
     def __post_init__(self) -> None:
         if not isinstance(self.fisher, FisherConfig):
             raise TypeError(f"fisher must be a FisherConfig, got {self.fisher!r}")
-        if self.params is not None and not isinstance(self.params, Iterable):
-            raise TypeError(f"params must be names or re: patterns, got {self.params!r}")
+        params = _names(self.params)
         saliencies.find(self.selection)
         shape = self.shape
         update = self.update
@@ -78,12 +77,11 @@ class PruningConfig:
         at_least_one("steps", self.steps)
         one_of("schedule", self.schedule, SCHEDULES)
         shape.check_steps(self.steps)
-        params = (self.params,) if isinstance(self.params, str) else self.params
         block_size = shape.block_size(self.fisher.block_size)
         self._settle(
             update=update,
             damping=_checked_damping(self.damping),
-            params=None if params is None else tuple(params),
+            params=params,
             steps=int(self.steps),
             fisher=replace(self.fisher, block_size=block_size),
         )
@@ -136,6 +134,17 @@ class PruningConfig:
         if isinstance(values.get("fisher"), Mapping):
             values["fisher"] = FisherConfig.from_dict(values["fisher"])
         return cls(**values)
+
+
+def _names(params: object) -> tuple[str, ...] | None:
+    if params is None:
+        return None
+    names = (
+        tuple(params) if isinstance(params, Iterable) and not isinstance(params, str) else (params,)
+    )
+    if not all(isinstance(name, str) for name in names):
+        raise TypeError(f"params must be names or re: patterns, got {params!r}")
+    return names
 
 
 def _checked_damping(damping: object) -> float | str:

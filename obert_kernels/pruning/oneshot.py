@@ -16,7 +16,8 @@ from ..ops.checks import WIDE
 from ..progress import Progress
 from ..sparsity.layers import find_weights, match_names
 from .config import PruningConfig
-from .pruner import Pruner, check_batches
+from .inputs import check_batches, check_estimate
+from .pruner import Pruner
 from .report import PruneReport
 from .rollback import Rollback
 
@@ -132,6 +133,9 @@ def prune(
             "auto": what the model makes of the calibration batches) are not finite.
     """
     check_batches(batches)
+    check_estimate(fisher)
+    if not isinstance(config, PruningConfig | None):
+        raise TypeError(f"config must be a PruningConfig, got a {type(config).__name__}")
     keywords = PruningConfig(
         pattern=pattern,
         selection=selection,
@@ -180,8 +184,10 @@ def _changed(keywords: PruningConfig) -> list[str]:
 
 def names_of(params: str | Iterable[str] | None) -> tuple[str, ...] | None:
     """One name or several as a tuple."""
-    if params is None or isinstance(params, str):
-        return None if params is None else (params,)
+    if params is None:
+        return None
+    if isinstance(params, str) or not isinstance(params, Iterable):
+        return (params,)  # what is no name is refused by the configuration
     return tuple(params)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..gradients.backward import evaluation
 from ..gradients.batches import to_device
 from ..gradients.losses import LossFn, class_logits, model_loss
+from ..ops.status import NotFiniteError
 
 
 class Predictions(NamedTuple):
@@ -101,14 +102,15 @@ class Calibration:
         """Of the model as it was when this was first asked for.
 
         Raises:
-            ValueError: they are not finite.
+            NotFiniteError: they are not finite.
         """
         before = predict(self._model, self._batches, self._loss_fn)
         if before.broken is not None:
-            raise ValueError(
+            raise NotFiniteError(
                 f"batch {before.broken} of those that the damping is chosen on gives "
                 f"{'a loss' if before.log_probabilities is None else 'logits'} with NaN or "
-                "infinity before anything is pruned: leave it out, or pass calibration="
+                "infinity before anything is pruned: leave it out, compute in float32 without "
+                "autocast, or pass calibration="
             )
         return before
 

@@ -23,6 +23,14 @@ from ..sparsity.layers import match_names
 from ..sparsity.masks import check_pruned_are_zero, check_sparsity, masked_parameters
 from ..sparsity.wrappers import check_one_process, unwrapped, wrappers_at_rest
 from .config import PruningConfig
+from .inputs import (
+    check_batches,
+    check_estimate,
+    check_estimate_serves,
+    check_loss_fn,
+    check_max_memory,
+    check_progress,
+)
 from .passes import DampingChoice, SubStep, from_estimate, in_steps, with_estimate, without_fisher
 from .predictions import Calibration
 from .report import NOTHING_TO_PRUNE, LayerReport, PruneReport, total_or_none
@@ -69,6 +77,11 @@ class Pruner:
         max_memory: int | None = None,
         progress: Progress | None = None,
     ) -> None:
+        if not isinstance(config, PruningConfig | None):
+            raise TypeError(f"config must be a PruningConfig, got a {type(config).__name__}")
+        check_loss_fn(loss_fn)
+        check_max_memory(max_memory)
+        check_progress(progress)
         self.model, self._whole = unwrapped(model), model
         self.config = config or PruningConfig()
         check_one_process(model)
@@ -192,7 +205,7 @@ class Pruner:
     def _all_or_nothing(self, call: Callable[[Rollback], T]) -> T:
         """Make a call that leaves model and pruner as they were unless it succeeds."""
         weights = self.config.check(self.model)  # others may stand there by now
-        rollback = Rollback(self.model, weights, also=[self])
+        rollback = Rollback(self._whole, weights, also=[self])
 
         def from_here() -> T:
             self.weights = weights
@@ -210,8 +223,9 @@ class Pruner:
         calibration: Iterable[Any] | None,
         scores: ScoreCache | None = None,
     ) -> PruneReport:
-        if batches is not None:
-            check_batches(batches)
+        check_batches(batches)
+        check_batches(calibration, "calibration")
+        check_estimate(fisher)
         self._check_pruned_are_zero()
         targets = self._targets(sparsity)
         weights = self.weights
@@ -259,7 +273,7 @@ class Pruner:
         if not config.uses_fisher:
             return in_steps(_with_lasting_batches(step), lambda here, _: without_fisher(here)), []
         if fisher is not None:
-            self._check_estimate(fisher, step)
+            check_estimate_serves(fisher, config, step.weights)
             if config.damping == "auto" and calibration is None:
                 raise ValueError(
                     "damping='auto' needs calibration batches (which the Fisher has not seen) "
@@ -305,20 +319,6 @@ class Pruner:
     def _check_pruned_are_zero(self) -> None:
         remedy = "call apply_masks() after every step of the optimizer"
         check_pruned_are_zero(self.model, self._masks, remedy)
-
-    def _check_estimate(self, fisher: FisherEstimate, step: PruningStep) -> None:
-        for name, weight in step.weights.items():
-            known = fisher.fishers.get(name)
-            if known is None or known.num_weights != weight.numel():
-                raise ValueError(f"fisher has no estimate for {name}; estimate it with this model")
-        if self.config.steps != 1:
-            raise ValueError("steps needs batches for a new Fisher in each; leave fisher out")
-        step.pattern.block_size(fisher.block_size)
-        if fisher.pattern.order != step.pattern.order:
-            raise ValueError(
-                "the blocks of fisher have their weights in another order than pattern "
-                f"{self.config.pattern}; call estimate_fisher with pattern={self.config.pattern!r}"
-            )
 
     def _report(
         self,
@@ -408,12 +408,6 @@ class Pruner:
             self._masks = before
             raise
         self._relative_damping = state["relative_damping"]
-
-
-def check_batches(batches: object) -> None:
-    """Raise TypeError for one batch in place of several."""
-    if isinstance(batches, Mapping):
-        raise TypeError("batches must be an iterable of batches, got a mapping: pass [batch]")
 
 
 def _with_lasting_batches(step: PruningStep) -> PruningStep:

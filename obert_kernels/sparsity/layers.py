@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-import torch
 from torch import nn
 
 from .matrices import Matrices, find_matrices
+from .values import check_values
 from .wrappers import check_no_adapters, unwrapped
 
 # A linear layer inside a numbered layer of the encoder stack: encoder.layer.3.…,
@@ -73,7 +73,7 @@ def find_weights(
             (quantised, or held by ``torch.nn.utils.prune`` or a parametrization), the model has
             adapters of PEFT, or it shares its layers' weights (ALBERT) and ``params`` does not
             say what to do.
-        TypeError: a matrix is not of a floating type.
+        TypeError: the model is none; as for :func:`obert_kernels.sparsity.values.check_values`.
     """
     check_no_adapters(unwrapped(model))
     found = find_matrices(model)
@@ -85,11 +85,7 @@ def find_weights(
     else:
         chosen = _encoder_linear_names(model, found)
     weights = found.usable(chosen)
-    for name, weight in weights.items():
-        if not weight.is_floating_point():
-            raise TypeError(f"{name} has type {weight.dtype}; only floating types can be pruned")
-        if not torch.isfinite(weight).all():
-            raise ValueError(f"{name} holds NaN or infinite weights; load the model again")
+    check_values(weights)
     return weights
 
 

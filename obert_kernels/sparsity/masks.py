@@ -20,7 +20,7 @@ from .wrappers import named_parameters
 
 def check_sparsity(sparsity: float) -> float:
     """Return the sparsity if it lies in [0, 1]; raise ValueError or TypeError otherwise."""
-    if not isinstance(sparsity, Real):
+    if not isinstance(sparsity, Real) or isinstance(sparsity, bool):
         raise TypeError(f"sparsity must be a number from 0 to 1, got {sparsity!r}")
     if not 0 <= sparsity <= 1:
         raise ValueError(f"sparsity must be between 0 and 1 (0.8 is 80 %), got {sparsity!r}")

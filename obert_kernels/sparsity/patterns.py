@@ -202,7 +202,10 @@ def find_pattern(name: str) -> Pattern:
 
     Raises:
         ValueError: no such pattern.
+        TypeError: it is no name.
     """
+    if not isinstance(name, str):
+        raise TypeError(f"pattern must be a name such as 'block4' or '2:4', got {name!r}")
     if name in _patterns:
         return _patterns.find(name)
     if match := _N_OF_M.fullmatch(name):
