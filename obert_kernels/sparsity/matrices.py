@@ -142,7 +142,8 @@ def _of_linear_layer(module: nn.Module) -> tuple[list[str], str | None]:
         return ["weight"], f"its layer ({kind}) has no parameter of this name; make it one"
     if is_lazy(weight):
         return ["weight"], "it has no shape yet; run a batch through the model first"
-    if tuple(weight.shape) != sizes:
+    # Another number of rows or columns alone is what structured pruning leaves.
+    if weight.dim() != 2 or weight.shape[1] == 1 != sizes[1]:
         return ["weight"], (
             f"its layer is of shape {list(sizes)}, but the parameter is {list(weight.shape)}: "
             "quantised, or spread over several devices; prune the model before that is done to it"

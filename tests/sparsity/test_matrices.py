@@ -102,6 +102,16 @@ def test_layers_without_a_weight_of_their_own(kind, reason):
             find_weights(model, params)
 
 
+def test_layers_made_smaller_by_hand_are_pruned():
+    """Their ``out_features`` may still be those from before."""
+    model = TinyEncoder()
+    wide, narrow = model.layer[0]["wide"], model.layer[0]["narrow"]
+    wide.weight, wide.bias = nn.Parameter(wide.weight[:20]), nn.Parameter(wide.bias[:20])
+    narrow.weight = nn.Parameter(narrow.weight[:, :20])
+    result = prune(model, batches(), 0.5, num_grads=8, samples_per_grad=2, damping=1e-3)
+    assert [layer.shape for layer in result.report.layers[:2]] == [[20, 12], [12, 20]]
+
+
 def test_linear_layers_of_other_classes_are_not_left_out():
     class LinearOfOurs(nn.Module):
         def __init__(self, columns: int, rows: int) -> None:
