@@ -118,6 +118,7 @@ def _match(
 def _load_weights(source: ModelSource, config: Any, may_lack_head: bool) -> Any:
     import transformers
 
+    errors = (*loading_errors(), RuntimeError, EOFError, pickle.UnpicklingError)
     try:
         model, loaded = transformers.AutoModelForSequenceClassification.from_pretrained(
             source.place,
@@ -127,7 +128,7 @@ def _load_weights(source: ModelSource, config: Any, may_lack_head: bool) -> Any:
             weights_only=True,
             **source.options,
         )
-    except (*loading_errors(), RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except errors as error:
         raise ValueError(
             f"the weights of {source.name} could not be loaded ({summary(error)}): copy or "
             "download the model again"

@@ -25,8 +25,17 @@ def encode(tokenizer: Any, texts: Texts, max_length: int = 128) -> list[dict[str
     Returns:
         One mapping per text: ``input_ids`` and whatever else the tokenizer gives, and
         ``labels``, the class index.
+
+    Raises:
+        ValueError: nothing is left of a text.
     """
     encoded = tokenizer(texts.texts, texts.pairs, truncation=True, max_length=max_length)
+    empty = [i for i, tokens in enumerate(encoded["input_ids"]) if not tokens]
+    if empty:
+        raise ValueError(
+            f"the tokenizer makes no tokens of {len(empty)} of {len(texts)} texts, the first is "
+            f"{texts.texts[empty[0]][:60]!r}: leave them out"
+        )
     columns = {**encoded, "labels": texts.labels}
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 

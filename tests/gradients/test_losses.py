@@ -230,3 +230,37 @@ def test_a_model_gone_wrong_is_named():
     for batch in (batches(1)[0], {"tokens": batches(1)[0]["tokens"]}):
         with pytest.raises(ValueError, match="batch 0"):
             next(iter(batch_gradients(model, [batch], weights, 1, prediction_loss)))
+
+
+class Unnamed(TinyEncoder):
+    """Returns a tuple, as Hugging Face models do where their configuration says so."""
+
+    config = SimpleNamespace(return_dict=False)
+
+    def forward(self, tokens, labels=None):
+        output = super().forward(tokens, labels)
+        found = (output["logits"],) if labels is None else (output["loss"], output["logits"])
+        return (*found, ((tokens, tokens),))  # of every layer
+
+
+@pytest.mark.parametrize("flag", [{"return_dict": False}, {"torchscript": True}])
+def test_outputs_without_names_have_a_loss_and_logits(flag):
+    torch.manual_seed(0)
+    named = TinyEncoder()
+    unnamed = Unnamed()
+    unnamed.load_state_dict(named.state_dict())
+    unnamed.config = SimpleNamespace(**flag)
+    (batch,) = batches(1)
+    without = {"tokens": batch["tokens"]}
+    for model in (named.eval(), unnamed.eval()):
+        model.found = [
+            model_loss(model, batch), default_loss(model, batch), prediction_loss(model, without),
+        ]  # fmt: skip
+        model.masks = prune(model, batches(4), 0.5, num_grads=4, damping=1e-3).masks
+    assert all(map(torch.equal, named.found, unnamed.found))
+    assert all(torch.equal(mask, unnamed.masks[name]) for name, mask in named.masks.items())
+    with pytest.raises(TypeError, match=r"returned no loss .* add labels"):
+        model_loss(unnamed, without)
+    unnamed.config = SimpleNamespace(return_dict=True)
+    with pytest.raises(TypeError, match="returned no loss"):  # whatever stands first
+        model_loss(unnamed, batch)

@@ -9,11 +9,18 @@ import torch
 
 pytest.importorskip("transformers")
 
-from tiny_text import save_model
+from tiny_text import TINY, save_model
 
+from obert_kernels.ops.status import NumericalError
 from obert_kernels.tasks import precision
 from obert_kernels.tasks.classification import ClassificationTask
-from obert_kernels.tasks.precision import choose_precision, for_backward, text_loss
+from obert_kernels.tasks.evaluate import evaluate
+from obert_kernels.tasks.precision import (
+    choose_precision,
+    for_backward,
+    text_loss,
+    working_precision,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -127,3 +134,89 @@ def test_attention_is_written_out_for_short_texts_in_bfloat16(
         assert torch.backends.cuda.flash_sdp_enabled() == fused
         assert torch.is_autocast_enabled("cpu") == (dtype == torch.bfloat16)
     assert torch.backends.cuda.flash_sdp_enabled()
+
+
+def deberta(folder: Path) -> str:
+    """The first DeBERTa fills masks with a number that bfloat16 does not have."""
+    import transformers
+
+    save_model(folder, head=True)
+    transformers.DebertaForSequenceClassification(
+        transformers.DebertaConfig(
+            vocab_size=15, intermediate_size=32, relative_attention=True, pad_token_id=0,
+            pos_att_type=["p2c", "c2p"], position_biased_input=False, type_vocab_size=0, **TINY,
+        )
+    ).save_pretrained(folder)  # fmt: skip
+    return str(folder)
+
+
+def test_a_model_that_overflows_in_bfloat16_is_run_in_float32(
+    tmp_path: Path, data_file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = deberta(tmp_path / "model")
+    monkeypatch.setattr(precision, "_bfloat16_is_faster", lambda device: True)
+    task = ClassificationTask.load(folder, data_file)
+    assert task.dtype == torch.float32 and task.facts()["precision"] == "float32"
+    (note,) = (note for note in task.facts()["notes"] if "bfloat16" in note)
+    assert note.startswith("float32 is used: in bfloat16 the model does not work (")
+    assert f"note: {note}" in task.describe(None).splitlines()
+    with pytest.raises(ValueError, match=r"in bfloat16 .*overflow.*: use --precision float32$"):
+        ClassificationTask.load(folder, data_file, precision="bfloat16")
+    other = ClassificationTask.load(str(save_model(tmp_path / "bert", head=True)), data_file)
+    assert other.dtype == torch.bfloat16
+
+
+class Odd(torch.nn.Module):
+    """Gives what is no number in some types."""
+
+    def __init__(self, loss: dict[torch.dtype, float], gradient: float = 1.0) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(2))
+        self.loss, self.gradient = loss, gradient
+
+    def loss_of(self, _: object, __: object, dtype: torch.dtype) -> torch.Tensor:
+        total = self.weight.sum()
+        total.register_hook(lambda gradient: gradient * self.gradient)
+        return total * 0 + self.loss.get(dtype, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("model", "name", "expected"),
+    [
+        (Odd({}), "auto", torch.bfloat16),
+        (Odd({torch.bfloat16: torch.nan}), "auto", torch.float32),
+        (Odd({torch.bfloat16: torch.inf}), "auto", torch.float32),
+        (Odd({torch.bfloat16: torch.inf}), "float32", torch.float32),
+        (Odd({torch.bfloat16: torch.inf}), "bfloat16", "loss is inf.*--precision float32"),
+        (Odd({torch.float32: torch.nan}), "float32", r"in float32 \(its loss is nan\)$"),
+        (
+            Odd({torch.float32: torch.nan, torch.bfloat16: torch.nan}),
+            "auto",
+            r"in float32 \(its loss is nan\)$",
+        ),
+        (Odd({}, gradient=torch.nan), "bfloat16", "its gradients are NaN or infinite"),
+    ],
+)
+def test_a_forward_and_a_backward_pass_are_tried(
+    monkeypatch: pytest.MonkeyPatch, model: Odd, name: str, expected: torch.dtype | str
+) -> None:
+    monkeypatch.setattr(precision, "_bfloat16_is_faster", lambda device: True)
+    if isinstance(expected, str):
+        with pytest.raises(ValueError, match=expected):
+            working_precision(name, model, {}, model.loss_of)
+        return
+    chosen, note = working_precision(name, model, {}, model.loss_of)
+    assert chosen == expected and bool(note) == (name == "auto" and chosen == torch.float32)
+    assert model.weight.grad is None and model.training
+
+
+def test_predictions_that_are_no_numbers_are_an_error(tmp_path: Path, data_file: str) -> None:
+    """The largest of NaN is the first class, which is right for some texts."""
+    task = ClassificationTask.load(str(save_model(tmp_path / "model", head=True)), data_file)
+    with torch.no_grad():
+        task.model.classifier.bias[1] = torch.nan
+    with pytest.raises(NumericalError, match=r"NaN or infinite logits in float32$"):
+        task.evaluate(task.model, "test")
+    loader = [{"input_ids": torch.tensor([[2, 3]]), "labels": torch.tensor([0])}]
+    with pytest.raises(NumericalError, match="in bfloat16: use --precision float32"):
+        evaluate(task.model, loader, dtype=torch.bfloat16)

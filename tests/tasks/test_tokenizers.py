@@ -16,6 +16,7 @@ transformers = pytest.importorskip("transformers")
 from tiny_text import TINY, WORDS, save_model
 
 from obert_kernels.tasks.classification import ClassificationTask
+from obert_kernels.tasks.loaders import encode
 from obert_kernels.tasks.text_data import Texts
 from obert_kernels.tasks.tokenizers import check_tokenizer
 
@@ -148,3 +149,10 @@ def test_a_tokenizer_returns_only_what_the_model_takes(tmp_path: Path, data_file
     task = ClassificationTask.load(str(folder), data_file)
     assert sorted(task.fisher_batches(2, 2)[0]) == ["attention_mask", "input_ids", "labels"]
     assert torch.isfinite(torch.tensor(task.evaluate(task.model, "test").loss))
+
+
+def test_texts_of_no_tokens_are_refused() -> None:
+    """A model cannot read them, and in company they would be padding alone."""
+    texts = Texts(["good film", "\u3000", "bad"], [0, 1, 0])
+    with pytest.raises(ValueError, match=r"no tokens of 1 of 3 texts, the first is '\\u3000'"):
+        encode(words(WORDS), texts)
