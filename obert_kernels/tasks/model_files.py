@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-import urllib.error
-import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from .demo_sets import DEMO_PREFIX
 from .downloads import demo_model_folder
+from .hub import hub_problem
 
 DEMO_MODEL = DEMO_PREFIX + "minilm"
 
@@ -27,7 +26,6 @@ _OTHER_FORMATS = {
 }  # fmt: skip
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _LFS = b"version https://git-lfs"
-_REACH_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -95,30 +93,13 @@ def _parent_exists(path: Path) -> bool:
 def _on_the_hub(model: str, trusted: bool) -> ModelSource:
     from huggingface_hub import try_to_load_from_cache
 
-    problem = _hub_problem()
+    problem = hub_problem()
     if problem and not isinstance(try_to_load_from_cache(model, "config.json"), str):
         raise FileNotFoundError(
             f"{model} could not be loaded as a model: it is no folder, and {problem}: check the "
             "path or the network"
         )
     return ModelSource(model, model, in_cache=bool(problem), trusted=trusted)
-
-
-def _hub_problem() -> str:
-    """Return why the hub cannot be reached, "" if it can; transformers itself tries for half a
-    minute, for each file."""
-    from huggingface_hub import constants
-
-    if constants.HF_HUB_OFFLINE:
-        return "HF_HUB_OFFLINE keeps from asking the hub"
-    request = urllib.request.Request(constants.ENDPOINT, method="HEAD")
-    try:
-        urllib.request.urlopen(request, timeout=_REACH_SECONDS).close()
-    except urllib.error.HTTPError:  # it answers
-        return ""
-    except OSError as error:
-        return f"the hub cannot be reached ({getattr(error, 'reason', error)})"
-    return ""
 
 
 def _check_folder(folder: Path) -> None:

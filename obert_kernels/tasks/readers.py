@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from ..files import check_input_file
 from . import labels
 from .demo_sets import DEMO_PREFIX, load_demo_set
+from .hub import hub_problem, without_hub
 from .tables import DIVIDED, ENDINGS, Table, ending, names_of_classes, read_table
 from .text_data import Example, TextData, assemble
 
@@ -149,10 +151,12 @@ def _read_hub(source: str) -> dict[str, Table]:
     import datasets
 
     name, _, configuration = source.partition(":")
+    problem = hub_problem()
     try:
-        return _tables(datasets.load_dataset(name, configuration or None))
+        with without_hub() if problem else nullcontext():
+            return _tables(datasets.load_dataset(name, configuration or None))
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        reason = problem or (str(error) or type(error).__name__).splitlines()[0]
         raise FileNotFoundError(
             f"{source} is neither a file nor a data set that could be loaded ({reason}): check "
             "the path or name, and the network"

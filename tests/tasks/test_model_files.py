@@ -19,6 +19,7 @@ from tiny_text import save_model
 
 from obert_kernels.tasks.classification import ClassificationTask
 from obert_kernels.tasks.model_files import find_model
+from obert_kernels.tasks.readers import load_text_data
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -211,10 +212,14 @@ def test_what_is_no_folder_fails_at_once(
 def test_a_hub_that_cannot_be_reached_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    import datasets  # takes a second
+
     started = time.monotonic()
-    with pytest.raises(FileNotFoundError, match=r"the hub cannot be reached .*check the path or"):
-        find_model("someone/no-model")
+    for load in (find_model, load_text_data):
+        with pytest.raises(FileNotFoundError, match=r"the hub cannot be reached .*check the path"):
+            load("someone/nothing")
     assert time.monotonic() - started < 5
+    assert not datasets.config.HF_HUB_OFFLINE
 
 
 def test_a_model_in_the_cache_needs_no_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
