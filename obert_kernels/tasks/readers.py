@@ -27,7 +27,10 @@ _LABEL_NAMES = (
     "label", "labels", "class", "category", "target", "sentiment", "coarse_label", "intent",
 )  # fmt: skip
 # Parts of the data in a folder, by their files' names without the ending.
-_PARTS = ("train", "validation", "valid", "val", "dev", "test")
+_PARTS = {
+    "train": "train", "validation": "dev", "valid": "dev", "val": "dev", "dev": "dev",
+    "test": "test",
+}  # fmt: skip
 # Names of the hub; no path that begins with a dot or ends like a file is one.
 _HUB_NAME = re.compile(r"(?!\.)[\w.-]+(/[\w.-]+)?(:[^/\s]+)?")
 
@@ -118,8 +121,8 @@ def _files_of_parts(folder: Path) -> dict[str, Path]:
     """Return a file for each part of the data that a folder holds."""
     found: dict[str, Path] = {}
     for file in sorted(folder.iterdir()):
-        part = file.name.partition(".")[0].lower()
-        if part in _PARTS and ending(file) in ENDINGS:
+        part = _PARTS.get(file.name.partition(".")[0].lower())
+        if part is not None and ending(file) in ENDINGS:
             if part in found:
                 raise ValueError(
                     f"{folder} holds both {found[part].name} and {file.name}: give one of them, or "

@@ -288,12 +288,20 @@ def _json_rows(path: Path, text: str) -> list[Any]:
 
 def _parse(path: Path, text: str, line: int | None = None) -> Any:
     try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        number = line or error.lineno
-        raise ValueError(f"line {number} of {path} is not JSON: {error.msg}") from error
+        return json.loads(text, object_pairs_hook=_each_once)
+    except ValueError as error:
+        number = line or getattr(error, "lineno", None)
+        where = f"line {number} of {path}" if number else f"{path}"
+        raise ValueError(f"{where} is not JSON: {getattr(error, 'msg', error)}") from error
     except RecursionError as error:
         raise ValueError(f"{path} is nested too deeply") from error
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("an object has two values of one name")
+    return found
 
 
 def _rows_of_columns(content: dict[str, Any]) -> list[dict[str, Any]]:

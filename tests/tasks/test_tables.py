@@ -144,6 +144,8 @@ def test_json_texts_stay_as_they_are(tmp_path: Path) -> None:
         ('{"text": "a", "label": 1}\n{"text": "cut', "line 2 of .* is not JSON"),
         ('{"text": oops}\n{"text": "a", "label": 1}', "line 1 of .* is not JSON"),
         ('["a", 1]\n["b", 0]\n', "line 2 of .* is not JSON"),
+        ('{"text": "a"}\n{"text": "b", "text": "c"}', "line 2 of .* two values of one name"),
+        ('{"text": "a"}\n{"text": 1' + "0" * 5000 + "}", "line 2 of .* is not JSON: Exceeds"),
         ("[" * 200_000 + "]" * 200_000, "nested too deeply"),
         ('{"text": "a"}\n{"a":' + "[" * 200_000 + "]" * 200_000 + "}", "nested too deeply"),
         ("null", "does not hold rows"),

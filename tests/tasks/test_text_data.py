@@ -103,6 +103,10 @@ def test_a_folder_of_parts_is_read_as_its_files_are(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"both train\.csv and train\.json"):
         load_text_data(str(tmp_path))
     (tmp_path / "train.json").unlink()
+    write(tmp_path, "dev.csv", frame)
+    with pytest.raises(ValueError, match=r"both Validation\.TSV and dev\.csv"):
+        load_text_data(str(tmp_path))
+    (tmp_path / "dev.csv").unlink()
     (tmp_path / "test.jsonl").write_text('{"sentence": "a", "label": "red"}\n')
     with pytest.raises(ValueError, match="has no column 'text', as other parts have: it has sente"):
         load_text_data(str(tmp_path))
