@@ -151,6 +151,11 @@ def _compile(task: tuple[str, int, bool]) -> tuple[Path, str]:
     return ptx, said.read_text() + (ptxas_said.read_text() if machine_code else "")
 
 
+def ptx(source: str, arch: int) -> str:
+    """The PTX of one source for a compute capability, as 75."""
+    return _compile((source, arch, False))[0].read_text()
+
+
 def compile_kernels(machine_code: bool) -> dict[tuple[str, int], tuple[Path, str]]:
     """PTX file and compiler output by (source, architecture); compiled when first asked for."""
     tasks = [(source, arch, machine_code) for source in SOURCES for arch in ARCHITECTURES]

@@ -1,132 +1,30 @@
 """The PTX that nvcc makes of the CUDA kernels, interpreted, against the float64 oracle.
 
 Each operator runs up to the launch; the launch, with exactly the parameters, grid and shared
-memory it asked for, is then replayed on the PTX.  The interpreter stops at an access outside
-every buffer, shared memory nobody wrote, a race between warps (between threads, where a kernel
-has no barriers of a warp), and barriers that not all threads reach.
+memory it asked for, then runs on the PTX, see tests/support/ptx.
 """
 
 from __future__ import annotations
 
-import functools
-import importlib.util
-import re
-import shutil
-from collections.abc import Callable, Iterator
-from pathlib import Path
 from types import ModuleType
-from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from problems import DAMPING, gradients, gram_of, relative_error
+from ptx import Program, PtxError
+from ptx_replay import NVCC, program_of_changed, replay
+from test_ptx import check_living
 from torch import Tensor
 
-from benchmarks.kernels import occupancy
 from obert_kernels import LiveFisher, ops
 from obert_kernels.ops import reference
 from obert_kernels.ops.packing import num_blocks, pack_inverse
 
-ROOT = Path(__file__).resolve().parents[2]
-PTXSIM = ROOT.parent / "shared" / "ptxsim" / "ptxsim.py"
-
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not PTXSIM.exists(), reason="the PTX interpreter is not on this machine"),
-    pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc to compile the kernels"),
-]
+pytestmark = [pytest.mark.slow, NVCC]
 F64, F32 = 1e-11, 3e-7  # as in test_ops.py
 # Fisher blocks that are the work of a quarter of a warp, of a warp, and of two; compiled for the
 # size and general.
 FACTORED = [8, 20, 50, 36]
-
-
-@functools.cache
-def ptxsim() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("ptxsim", PTXSIM)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def one_scope(text: str) -> str:
-    """New names for registers that inline assembly declares and the function around it has too.
-
-    The interpreter takes them for the same.
-    """
-    scope = r"\{\s*\.reg \.pred [^{}<]*\}"
-    return re.sub(scope, lambda found: re.sub(r"%p(\d)", r"%inner\1", found[0]), text)
-
-
-@functools.cache
-def texts(source: str) -> tuple[str, ...]:
-    """The PTX of one source, once if both architectures get the same instructions."""
-    files = occupancy.compile_kernels(machine_code=False)
-    found = [one_scope(files[source, arch][0].read_text()) for arch in occupancy.ARCHITECTURES]
-    return tuple({re.sub(r"\.target sm_\d+", "", text): text for text in found}.values())
-
-
-@functools.cache
-def entries() -> dict[str, tuple[str, str]]:
-    """Source and mangled name of every kernel."""
-    mangled = {
-        name: source
-        for source in occupancy.SOURCES
-        for name in re.findall(r"\.entry (\w+)\(", texts(source)[0])
-    }
-    names = occupancy.demangled(mangled)
-    return {names[name]: (source, name) for name, source in mangled.items()}
-
-
-@functools.cache
-def module(source: str, variant: int) -> Any:
-    return ptxsim().Module(texts(source)[variant])
-
-
-@functools.cache
-def is_strict(source: str, variant: int, name: str) -> bool:
-    """Whether races between lanes of one warp can be looked for as well as between warps.
-
-    The interpreter knows no barrier of a warp, and takes bytes of one word for one place.
-    """
-    body = texts(source)[variant].partition(f".entry {name}(")[2].partition(".entry ")[0]
-    return "bar.warp.sync" not in body and "shared.u8" not in body
-
-
-def memory(tensor: Tensor) -> np.ndarray:
-    assert tensor.is_contiguous()
-    return tensor.flatten().view(torch.uint8).numpy()
-
-
-def replay(host: ModuleType, call: Callable[[], Any], *arguments: Tensor) -> Iterator[Any]:
-    """What ``call`` returns once its kernel has run, for every variant of the PTX.
-
-    Args:
-        host: the kernels compiled for the host, which say what is launched.
-        call: runs one operator.
-        arguments: the contiguous tensors that ``call`` hands to it.
-    """
-    result, launch = occupancy.record(host, call)
-    results = result if isinstance(result, tuple) else () if result is None else (result,)
-    # An operator passes no pointer for an empty tensor.
-    buffers = {t.data_ptr(): memory(t) for t in (*arguments, *results) if t.numel()}
-    before = {address: buffer.copy() for address, buffer in buffers.items()}
-    source, name = entries()[launch["kernel"]]
-    # The structs hold 8-byte words only, or pairs of 4 bytes: pointers are replaced by the
-    # memory they point to, everything else goes as it is.
-    parameters = [
-        [buffers.get(int(word), word) for word in np.frombuffer(parameter, np.uint64)]
-        for parameter in launch["parameters"]
-    ]
-    for variant in range(len(texts(source))):
-        for address, buffer in buffers.items():
-            buffer[:] = before[address]
-        program = module(source, variant)
-        program.opt["strict"] = is_strict(source, variant, name)
-        program.launch(name, launch["grid"], launch["block"], parameters, launch["shared_bytes"])
-        yield result
 
 
 def weights_in(block_size: int) -> int:
@@ -148,11 +46,14 @@ def inverse_of(gram: Tensor, n: int, args: tuple[int, float, float]) -> Tensor:
     return reference.gram_inverse(gram, n, *args, torch.float32, ops.new_status())
 
 
-def check_gram(host: ModuleType, block_size: int, g: Tensor, dtype: torch.dtype) -> None:
+def check_gram(
+    host: ModuleType, block_size: int, g: Tensor, dtype: torch.dtype, changed: Program | None = None
+) -> None:
     start = torch.randn(gram_of(g, block_size).shape).to(dtype)
     gram = start.clone()
     expected = start.double() + gram_of(g.double(), block_size)
-    for _ in replay(host, lambda: ops.gram_accumulate(gram, g, block_size), gram, g):
+    call = lambda: ops.gram_accumulate(gram, g, block_size)  # noqa: E731
+    for _ in replay(host, call, gram, g, changed=changed):
         allowed = 1e-14 if dtype == torch.float64 else 1e-6
         assert relative_error(gram, expected) < allowed
         assert not torch.equal(gram, start)
@@ -246,22 +147,27 @@ def test_gram_greedy_scores(cuda_on_host, block_size, group_size):
         assert status.item() == -1
 
 
+def check_n_of_m(
+    host: ModuleType, block_size: int, kept: int, group: int, changed: Program | None = None
+) -> None:
+    n = 2 * block_size + group if block_size > 8 else weights_in(8)
+    gram, weight = gram_of(gradients(40, n), block_size), torch.randn(n)
+    keep, status = torch.rand(n) < 0.9, ops.new_status()
+    arguments = (gram, weight, keep, kept, group, block_size, 40.0, DAMPING, status)
+    expected = reference.gram_n_of_m(*arguments)
+    call = lambda: ops.gram_n_of_m(*arguments)  # noqa: E731
+    for found in replay(host, call, gram, weight, keep, status, changed=changed):
+        assert torch.equal(found, expected)
+        assert status.item() == -1
+
+
 @pytest.mark.parametrize(
     "block_size, kept, group",
     [(8, 2, 4), (20, 2, 4), (50, 1, 2), (36, 2, 4), (16, 4, 8), (20, 2, 10)],
 )
 def test_gram_n_of_m(cuda_on_host, block_size, kept, group):
     """Also patterns with more sets than threads, and than there is room for."""
-    n = 2 * block_size + group if block_size > 8 else weights_in(8)
-    gram, weight = gram_of(gradients(40, n), block_size), torch.randn(n)
-    keep, status = torch.rand(n) < 0.9, ops.new_status()
-    arguments = (gram, weight, keep, kept, group, block_size, 40.0, DAMPING, status)
-    expected = reference.gram_n_of_m(*arguments)
-    for found in replay(
-        cuda_on_host, lambda: ops.gram_n_of_m(*arguments), gram, weight, keep, status
-    ):
-        assert torch.equal(found, expected)
-        assert status.item() == -1
+    check_n_of_m(cuda_on_host, block_size, kept, group)
 
 
 @pytest.mark.parametrize(
@@ -349,11 +255,22 @@ def test_the_first_failed_block_is_recorded(cuda_on_host, block_size):
         assert status.item() == 1
 
 
-def test_the_checks_are_on(cuda_on_host, monkeypatch):
-    """Without its barriers the same kernel is a race, and is called one."""
-    broken = tuple(re.sub(r"bar(rier)?\.sync[^;]*;", "", text) for text in texts("gram"))
-    assert broken != texts("gram")
-    modules = [ptxsim().Module(text) for text in broken]
-    monkeypatch.setitem(globals(), "module", lambda source, variant: modules[variant])
-    with pytest.raises(ptxsim().PtxError, match=r"race|uninitialised"):
-        check_gram(cuda_on_host, 50, gradients(3, 108), torch.float32)
+@pytest.mark.parametrize(("source", "file", "statement", "size"), [
+    ("gram", "gram.cu", "__syncthreads();", 50),
+    ("n_of_m", "removals.cuh", "T::sync();  // in one warp, too: shuffles order no memory", 8),
+    ("n_of_m", "triangle.cuh", "T::sync();", 8),
+    ("n_of_m", "removals.cuh", "T::sync();", 20),
+    ("gram_living", "gram_living.cu", "Workers::sync();", 8),
+])  # fmt: skip
+def test_without_its_barriers_a_kernel_is_called_a_race(
+    cuda_on_host, tmp_path, source, file, statement, size
+):
+    """Also where shuffles bring the lanes of a warp together, which order no memory."""
+    changed = program_of_changed(tmp_path, source, file, statement, "")
+    with pytest.raises(PtxError, match=r"race|nobody wrote"):
+        if source == "gram":
+            check_gram(cuda_on_host, size, gradients(3, 108), torch.float32, changed)
+        elif source == "n_of_m":
+            check_n_of_m(cuda_on_host, size, 2, 4, changed)
+        else:
+            check_living(cuda_on_host, size, torch.float32, changed)
