@@ -10,10 +10,11 @@ from numpy.typing import NDArray
 
 from .arithmetic import TYPES
 from .memory import Bytes, Global, PtxError, Shared
-from .steps import AT_BARRIER, IN_WARP_OPERATION, LANES, READY, Step, step_of
+from .steps import AT_BARRIER, CONTROL, IN_WARP_OPERATION, LANES, READY, Step, step_of
 from .text import Kernel, kernels
 
 Array = NDArray[Any]
+NOWHERE = 1 << 40
 MOST_THREADS = 1 << 15  # that run side by side
 
 
@@ -77,11 +78,13 @@ class Machine:
         if threads % LANES:
             raise PtxError("thread blocks of whole warps only")
         self.kernel, self.steps = kernel, program.steps(kernel.name)
+        self.joins = set(kernel.labels.values())
         self.threads, self.total = threads, len(blocks) * threads
         self.constants, self.memory = constants, memory
         self.shared = Shared(len(blocks), shared_bytes, threads)
         self.block = np.repeat(np.arange(len(blocks)), threads)
         self.global_block = np.repeat(blocks, threads)
+        self.who = np.arange(self.total)
         self.thread = np.tile(np.arange(threads), len(blocks))
         self.lane = self.thread % LANES
         self.warp = np.arange(self.total) // LANES
@@ -107,33 +110,43 @@ class Machine:
         return found
 
     def run(self) -> None:
-        instructions, end = self.kernel.instructions, len(self.kernel.instructions)
-        while True:
-            ready = (self.state == READY) & ~self.gone
-            if not ready.any():
-                if self.gone.all():
-                    return
+        while not self.gone.all():
+            front = np.where((self.state == READY) & ~self.gone, self.at, NOWHERE)
+            here = int(front.min())
+            if here == NOWHERE:
                 self.release_barriers()
                 continue
-            here = int(self.at[ready].min())
-            if here >= end:
-                raise PtxError("ran past the last instruction")
-            chosen = ready & (self.at == here)
-            ix: Any = slice(None) if chosen.all() else np.nonzero(chosen)[0]
+            chosen = front == here
+            self.run_from(here, slice(None) if chosen.all() else np.nonzero(chosen)[0])
+
+    def run_from(self, here: int, ix: Any) -> None:
+        """Takes threads from an instruction to where others may join them, or they part."""
+        instructions = self.kernel.instructions
+        while True:
+            if here >= len(instructions):
+                raise PtxError(f"{self.kernel.name}: ran past the last instruction")
+            instruction, taken = instructions[here], ix
+            is_control = instruction.opcode[0] in CONTROL
+            if is_control:
+                self.at[ix] = here
+            if instruction.guard:
+                holds = self.register(instruction.guard)[ix] != instruction.negated
+                if not holds.all():
+                    taken = np.arange(self.total)[ix][holds]
+                    if is_control:
+                        self.at[ix] = here + 1
+                        self.at[taken] = here
             try:
-                instruction = instructions[here]
-                if instruction.guard:
-                    holds = self.register(instruction.guard)[ix] != instruction.negated
-                    if not holds.all():
-                        self.at[ix] += 1
-                        ix = np.nonzero(chosen)[0][holds]
-                        if not ix.size:
-                            continue
-                        self.at[ix] = here
-                if self.steps[here](self, ix) is None:
-                    self.at[ix] = here + 1
+                if isinstance(taken, slice) or taken.size:
+                    self.steps[here](self, taken)
             except (PtxError, ArithmeticError) as error:
-                raise PtxError(f"{self.kernel.name}: {error}; {instructions[here]}") from error
+                raise PtxError(f"{self.kernel.name}: {error}; {instruction}") from error
+            here += 1
+            if is_control:
+                return
+            if here in self.joins:
+                self.at[ix] = here
+                return
 
     def indices(self, ix: Any) -> Array:
         return np.arange(self.total)[ix]

@@ -119,8 +119,13 @@ class Global:
         return old
 
 
+def as_bytes(values: NDArray[Any], size: int) -> Bytes:
+    """``[values, size]``"""
+    return np.ascontiguousarray(values).view(np.uint8).reshape(-1, size)
+
+
 class Shared:
-    """The shared memory of all thread blocks of a launch: ``[blocks, bytes]``.
+    """The shared memory of all thread blocks of a launch, one after the other.
 
     Of every word (and of every byte that is accessed alone) it keeps the last write and the last
     two threads that read, with what orders them: the barriers that their thread block had passed,
@@ -129,91 +134,100 @@ class Shared:
 
     def __init__(self, blocks: int, size: int, threads: int) -> None:
         self.size = size
-        room = -(-max(size, 1) // 16) * 16
-        self.data = np.full((blocks, room), 0xFF, np.uint8)
-        self.written = np.zeros_like(self.data)
-        self.last_write = np.full((blocks, room), NOBODY, np.int64)
-        self.last_reads = [self.last_write.copy(), self.last_write.copy()]
-        self.warp_read = np.full((blocks, room), NOBODY, np.int64)  # warp or several, and phase
+        self.room = -(-max(size, 1) // 16) * 16
+        everything = blocks * self.room
+        self.data = np.full(everything, 0xFF, np.uint8)
+        self.written = np.zeros(everything, np.uint8)
+        # Events: the phase of the block, the barriers of the warp, the thread; or nothing yet.
+        self.last_write = np.full(everything, NOBODY, np.int64)
+        self.newest_read, self.read_before = self.last_write.copy(), self.last_write.copy()
+        self.warp_read = self.last_write.copy()  # phase and warp, or several
         self.phase = np.zeros(blocks, np.int64)  # barriers passed by the block
-        self.syncs = np.zeros((blocks, threads), np.int64)  # of the warp passed by the thread
-        self.mask = np.zeros((blocks, threads), np.int64)  # of the last of them
+        self.threads = threads
+        self.syncs = np.zeros(blocks * threads, np.int64)  # of the warp passed by the thread
+        self.mask = np.zeros(blocks * threads, np.int64)  # of the last of them
 
     def pass_barrier(self, block: int) -> None:
         self.phase[block] += 1
-        self.syncs[block] = 0
+        self.syncs[block * self.threads : (block + 1) * self.threads] = 0
 
-    def pass_warp_barrier(self, block: Ints, thread: Ints, mask: NDArray[np.uint32]) -> None:
-        self.syncs[block, thread] += 1
-        self.mask[block, thread] = mask
+    def pass_warp_barrier(self, threads: Ints, mask: NDArray[np.uint32]) -> None:
+        self.syncs[threads] += 1
+        self.mask[threads] = mask
 
-    def check_place(self, address: Ints, size: int) -> None:
-        if (address % size).any():
+    def places(self, address: Ints, size: int, block: Ints) -> Ints:
+        """Where accesses go, of all thread blocks."""
+        if (address & size - 1).any():
             raise PtxError(f"misaligned access of {size} bytes of shared memory")
-        if (outside := (address < 0) | (address + size > self.size)).any():
-            at = int(address[first(outside)])
+        if address.min() < 0 or address.max() + size > self.size:
+            at = int(address[first((address < 0) | (address + size > self.size))])
             raise PtxError(f"access of byte {at} of {self.size} bytes of shared memory")
+        return block * self.room + address
 
-    def unordered(self, event: Ints, block: Ints, thread: Ints) -> NDArray[np.bool_]:
+    def unordered(self, event: Ints, now: Ints, who: Ints) -> NDArray[np.bool_]:
         """Whether what happened to some places is not known to have happened before now."""
-        phase, syncs, other = event >> 40, event >> 16 & 0xFFFFFF, event & 0xFFFF
-        there = (event != NOBODY) & (phase == self.phase[block]) & (other != thread)
-        together = (self.mask[block, thread] >> (other & 31) & 1).astype(bool)
-        behind = together & (self.syncs[block, thread] > syncs)
-        return there & ~((other >> 5 == thread >> 5) & behind)
+        recent = (event >> 40 == now >> 40) & (event != NOBODY) & (event & 0xFFFF != now & 0xFFFF)
+        if not recent.any():
+            return recent
+        other = event & 0xFFFF
+        behind = (self.syncs[who] > event >> 16 & 0xFFFFFF) & (
+            self.mask[who] >> (other & 31) & 1 == 1
+        )
+        return recent & ~((other >> 5 == (now & 0xFFFF) >> 5) & behind)
 
-    def check_order(
-        self, address: Ints, size: int, block: Ints, thread: Ints, writes: bool
-    ) -> None:
-        cells = (address[:, None] + np.arange(0, size, 4)).ravel()
-        per = cells.size // address.size
-        b, t = np.repeat(block, per), np.repeat(thread, per)
-        now = self.phase[b] << 40 | self.syncs[b, t] << 16 | t
-        wrong = self.unordered(self.last_write[b, cells], b, t)
-        warp = self.phase[b] << 16 | t >> 5
+    def check_order(self, places: Ints, size: int, block: Ints, who: Ints, writes: bool) -> None:
+        if size > 4:
+            per = size // 4
+            places = (places[:, None] + np.arange(0, size, 4)).ravel()
+            block, who = np.repeat(block, per), np.repeat(who, per)
+        thread, phase = who - block * self.threads, self.phase[block]
+        now = phase << 40 | self.syncs[who] << 16 | thread
+        warp, seen = phase << 16 | thread >> 5, self.warp_read[places]
+        wrong = self.unordered(self.last_write[places], now, who)
         if writes:
-            for reads in self.last_reads:
-                wrong |= self.unordered(reads[b, cells], b, t)
-            seen = self.warp_read[b, cells]
-            wrong |= (seen != NOBODY) & (seen >> 16 == self.phase[b]) & (seen != warp)
+            wrong |= self.unordered(self.newest_read[places], now, who)
+            wrong |= self.unordered(self.read_before[places], now, who)
+            wrong |= (seen >> 16 == phase) & (seen != NOBODY) & (seen != warp)
         if wrong.any():
             k = first(wrong)
-            raise PtxError(f"race on byte {cells[k]} of shared memory, thread block {b[k]}, "
-                           f"thread {t[k]}")  # fmt: skip
+            raise PtxError(f"race on byte {places[k] % self.room} of shared memory, thread block "
+                           f"{block[k]}, thread {thread[k]}")  # fmt: skip
         if writes:
-            self.last_write[b, cells] = now
-            if (self.last_write[b, cells] != now).any():
-                k = first(self.last_write[b, cells] != now)
-                raise PtxError(f"two lanes write byte {cells[k]} of shared memory at once")
+            self.last_write[places] = now
+            if (lost := self.last_write[places] != now).any():
+                at = places[first(lost)] % self.room
+                raise PtxError(f"two lanes write byte {at} of shared memory at once")
             return
-        newest, before = self.last_reads
-        for latest in range(2):  # the second time for lanes that read the same place at once
-            new = newest[b, cells] != now
-            before[b[new], cells[new]] = (newest[b, cells] if latest == 0 else now)[new]
-            if latest == 0:
-                newest[b[new], cells[new]] = now[new]
-        seen = self.warp_read[b, cells]
-        other = (seen != NOBODY) & (seen >> 16 == self.phase[b]) & (seen != warp)
-        self.warp_read[b, cells] = np.where(other, self.phase[b] << 16 | 0xFFFF, warp)
-        clash = self.warp_read[b, cells] != warp
-        if (clash & ~other).any():  # several warps in one step
-            self.warp_read[b[clash], cells[clash]] = self.phase[b[clash]] << 16 | 0xFFFF
+        several = (seen >> 16 == phase) & (seen != NOBODY) & (seen != warp)
+        self.warp_read[places] = np.where(several, phase << 16 | 0xFFFF, warp)
+        if (at_once := (self.warp_read[places] != warp) & ~several).any():
+            self.warp_read[places[at_once]] = phase[at_once] << 16 | 0xFFFF
+        newest = self.newest_read[places]
+        if (new := newest != now).any():
+            self.read_before[places[new]] = newest[new]
+            self.newest_read[places[new]] = now[new]
+            # Of lanes that read the same place at once the one before the last.
+            if (lost := self.newest_read[places] != now).any():
+                self.read_before[places[lost]] = now[lost]
 
-    def load(self, address: Ints, size: int, count: int, block: Ints, thread: Ints) -> Bytes:
+    def load(self, address: Ints, size: int, count: int, block: Ints, who: Ints) -> Bytes:
         whole = size * count
-        self.check_place(address, whole)
-        places = block[:, None], address[:, None] + np.arange(whole)
-        if not self.written[places].all():
-            k = first(~self.written[places].all(axis=1))
+        places = self.places(address, whole, block)
+        word = min(whole, 8)
+        if not (
+            there := self.written.view(f"u{word}")[places // word] == 2 ** (8 * word) - 1
+        ).all():
+            k = first(~there)
             raise PtxError(f"read of byte {address[k]} of shared memory, which nobody wrote, "
-                           f"thread block {block[k]}, thread {thread[k]}")  # fmt: skip
-        self.check_order(address, whole, block, thread, writes=False)
-        return self.data[places]
+                           f"thread block {block[k]}, thread {who[k] % self.threads}")  # fmt: skip
+        self.check_order(places, whole, block, who, writes=False)
+        return as_bytes(self.data.view(f"V{whole}")[places // whole], whole)
 
-    def store(self, address: Ints, values: Bytes, block: Ints, thread: Ints) -> None:
+    def store(self, address: Ints, values: Bytes, block: Ints, who: Ints) -> None:
         whole = values.shape[1]
-        self.check_place(address, whole)
-        self.check_order(address, whole, block, thread, writes=True)
-        places = block[:, None], address[:, None] + np.arange(whole)
-        self.data[places] = values
-        self.written[places] = 1
+        places = self.places(address, whole, block)
+        self.check_order(places, whole, block, who, writes=True)
+        self.data.view(f"V{whole}")[places // whole] = values.view(f"V{whole}")[:, 0]
+        self.written.view(f"V{whole}")[places // whole] = np.full(whole, 0xFF, np.uint8).view(
+            f"V{whole}"
+        )

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .arithmetic import COUNTED, SAME_TYPE, TYPES, WIDE, compare, convert, select
-from .memory import Bytes, PtxError
+from .memory import Bytes, PtxError, as_bytes
 from .text import Instruction, Kernel, split_operands
 
 if TYPE_CHECKING:
@@ -22,7 +22,8 @@ LANES = 32
 READY, AT_BARRIER, IN_WARP_OPERATION = range(3)
 SPECIAL_REGISTERS = ("%tid.x", "%ctaid.x", "%ntid.x")
 ADDRESS = re.compile(r"\[\s*([^+\]\s]+)\s*(?:\+\s*(-?\d+))?\s*\]")
-# Returns True if it has said itself where its threads go on.
+# These say where their threads go on and return True; they find them at the instruction.
+CONTROL = ("bra", "bar", "barrier", "shfl", "vote", "ret", "exit")
 Step = Callable[["Machine", Any], "bool | None"]
 
 # ---- operands ------------------------------------------------------------------------
@@ -100,8 +101,8 @@ def address_of(kernel: Kernel, operand: str) -> Callable[[Machine, Any], Array]:
 # ---- instructions --------------------------------------------------------------------
 
 
-def as_bytes(value: Array) -> Bytes:
-    return np.ascontiguousarray(value).view(np.uint8).reshape(value.size, value.itemsize)
+def of_one(value: Array) -> Bytes:
+    return as_bytes(value, value.itemsize)
 
 
 def load(kernel: Kernel, i: Instruction) -> Step:
@@ -115,7 +116,7 @@ def load(kernel: Kernel, i: Instruction) -> Step:
             values = machine.constants[at[:, None] + np.arange(whole)]
         elif space == "shared":
             values = machine.shared.load(
-                at, kind.itemsize, len(writes), machine.block[ix], machine.thread[ix]
+                at, kind.itemsize, len(writes), machine.block[ix], machine.who[ix]
             )
         else:
             block = machine.global_block[ix]
@@ -132,11 +133,9 @@ def store(kernel: Kernel, i: Instruction) -> Step:
     reads = [reader(kernel, name, kind) for name in components(i.operands[1])]
 
     def step(machine: Machine, ix: Any) -> None:
-        values = np.concatenate([as_bytes(read(machine, ix)) for read in reads], axis=1)
+        values = np.concatenate([of_one(read(machine, ix)) for read in reads], axis=1)
         if "shared" in i.opcode:
-            machine.shared.store(
-                address(machine, ix), values, machine.block[ix], machine.thread[ix]
-            )
+            machine.shared.store(address(machine, ix), values, machine.block[ix], machine.who[ix])
         else:
             machine.memory.store(address(machine, ix), values, machine.global_block[ix])
 
@@ -176,7 +175,7 @@ def move(kernel: Kernel, i: Instruction) -> Step:
     def step(machine: Machine, ix: Any) -> None:
         if len(given) == len(to) == 1:
             return writes[0](machine, ix, reads[0](machine, ix))
-        values = np.concatenate([as_bytes(read(machine, ix)) for read in reads], axis=1)
+        values = np.concatenate([of_one(read(machine, ix)) for read in reads], axis=1)
         split = values.view(part if len(to) > 1 else f"u{kind.itemsize}")
         for k, write in enumerate(writes):
             write(machine, ix, np.ascontiguousarray(split[:, k]))
@@ -280,7 +279,7 @@ def barrier(kernel: Kernel, i: Instruction) -> Step:
 
     def step(machine: Machine, ix: Any) -> bool:
         def work(threads: Array, masks: Array) -> None:
-            machine.shared.pass_warp_barrier(machine.block[threads], machine.thread[threads], masks)
+            machine.shared.pass_warp_barrier(threads, masks)
 
         return machine.meet(ix, mask(machine, ix), work)
 
