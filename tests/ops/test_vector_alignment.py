@@ -13,11 +13,11 @@ import pytest
 from obert_kernels.ops import native
 
 ROOT = Path(__file__).parents[2]
-# One instruction set is enough, of vectors that the stack does not align by itself.
+# One instruction set is enough, of vectors wider than what the stack is aligned to.
 CHANGES = {
     "IS_X86 = platform": "IS_X86 = False and platform",
     '"-DOBERT_VECTOR_BYTES=16"': '"-DOBERT_VECTOR_BYTES=32", "-mavx2", "-mfma"',
-    "-O3": "-O1",  # what is inlined touches no memory
+    "-O3": "-O0",  # optimised, most vectors stand in registers, and the rest is aligned by chance
 }
 TESTS = ["test_ops.py", "test_packed_inverse.py", "test_greedy.py", "test_n_of_m.py"]
 
