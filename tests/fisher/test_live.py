@@ -7,7 +7,7 @@ import pickle
 import pytest
 import torch
 from devices import INSTRUCTION_SETS
-from problems import DAMPING, gradients, relative_error
+from problems import DAMPING, gradients, gram_of, relative_error
 from tiny import TinyEncoder, batches, snapshot, unchanged
 
 from obert_kernels import GramFisher, NumericalError, estimate_fisher, prune
@@ -229,6 +229,43 @@ def test_cuda_leaves_blocks_alone_whose_tables_point_outside(
         assert not found[place].any()
         others[place] = False
     assert relative_error(found[others], expected[others]) < 1e-12
+
+
+# Places of two blocks, of which a table of 300 holds the first and not the second.
+STRANGE = [
+    (0, 100, 320),  # goes on behind the table, where more places stand
+    (0, 43, 300),  # more than the largest block
+    (280, 300, 200),  # ends far before it begins
+]
+
+
+@pytest.mark.parametrize("first_place", STRANGE)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_cuda_leaves_blocks_alone_that_are_none(cuda_on_host, first_place, dtype):
+    """All they could use is there: nothing but the check keeps them from it."""
+    g = gradients(4, 400)
+    places = torch.arange(400, dtype=torch.int32)[:300]
+    first, length = first_place[0], first_place[1] - first_place[0]
+    begins = length * (length + 1) // 2
+    gram = torch.zeros(begins + 300 * 301 // 2, dtype=dtype)
+    starts = torch.tensor([0, begins])
+    living.gram_accumulate_living(gram, g, starts, torch.tensor(first_place), places)
+    assert not gram[begins:].any()
+    expected = gram_of(g[:, first : first + length].double(), length)
+    assert relative_error(gram[:begins], expected.flatten()) < 1e-6
+
+
+@pytest.mark.parametrize("places", [27, 61, 66, 67])
+def test_nothing_is_added_behind_the_last_gram(isa, places):
+    """Not even zero, which would take the sign from what stands there."""
+    entries = places * (places + 1) // 2
+    storage = torch.full((entries + 300,), -0.0, dtype=torch.float64)
+    tables = (torch.zeros(1, dtype=torch.int64), torch.tensor([0, places]))
+    g = gradients(5, places)
+    order = torch.arange(places, dtype=torch.int32)
+    living.gram_accumulate_living(storage[:entries], g, *tables, order)
+    assert relative_error(storage[:entries], gram_of(g, places).flatten()) < 1e-14
+    assert storage[entries:].signbit().all() and not storage[entries:].any()
 
 
 def test_no_gradients_change_nothing(isa):
