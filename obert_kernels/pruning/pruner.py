@@ -40,6 +40,7 @@ from .step import PruningStep
 from .weights import present_masks
 
 _STATE_VERSION = 1
+_REMEDY = "call apply_masks() after every step of the optimizer"
 
 T = TypeVar("T")
 
@@ -226,7 +227,7 @@ class Pruner:
         check_batches(batches)
         check_batches(calibration, "calibration")
         check_estimate(fisher)
-        self._check_pruned_are_zero()
+        check_pruned_are_zero(self.model, self._masks, _REMEDY)
         targets = self._targets(sparsity)
         weights = self.weights
         if isinstance(targets, dict):
@@ -316,10 +317,6 @@ class Pruner:
             raise ValueError("sparsity is empty: give a number, or one for each matrix by name")
         return targets
 
-    def _check_pruned_are_zero(self) -> None:
-        remedy = "call apply_masks() after every step of the optimizer"
-        check_pruned_are_zero(self.model, self._masks, remedy)
-
     def _report(
         self,
         step: PruningStep,
@@ -400,14 +397,9 @@ class Pruner:
         shapes = {name: tuple(weight.shape) for name, weight in self.weights.items()}
         if {name: tuple(mask.shape) for name, mask in masks.items()} != shapes:
             raise ValueError("state of a Pruner: it is of other matrices than this model's")
-        before = self._masks
-        self._masks = {name: masks[name].to(self.weights[name].device) for name in self.weights}
-        try:
-            self._check_pruned_are_zero()
-        except ValueError:
-            self._masks = before
-            raise
-        self._relative_damping = state["relative_damping"]
+        check_pruned_are_zero(self.model, masks, _REMEDY)
+        placed = {name: masks[name].to(self.weights[name].device) for name in self.weights}
+        vars(self).update(_masks=placed, _relative_damping=state["relative_damping"])
 
 
 def _with_lasting_batches(step: PruningStep) -> PruningStep:

@@ -78,9 +78,17 @@ def pruned(*arguments: Any, **options: Any) -> Callable[[Calls], object]:
 
 
 def step_of_a_pruner(calls: Calls) -> object:
-    if calls.pruner is None:
-        return None
+    assert calls.pruner is not None
     return calls.pruner.step(0.7, DATA)
+
+
+def state_of_a_pruner(calls: Calls) -> object:
+    assert calls.pruner is not None
+    state = calls.pruner.state_dict()
+    state["relative_damping"] = 0.5
+    for mask in state["masks"].values():
+        mask.fill_(True)
+    return calls.pruner.load_state_dict(state)
 
 
 def from_estimate(calls: Calls) -> object:
@@ -123,6 +131,7 @@ CASES: dict[str, tuple[Callable[[Calls], object], bool]] = {
     "block4": (pruned(0.5, "block4", damping=1e-3, selection="diagonal"), True),
     "magnitude": (pruned(0.5, selection="magnitude"), False),
     "pruner": (step_of_a_pruner, False),
+    "state": (state_of_a_pruner, False),
     "estimate": (from_estimate, False),
     "failing": (failing, False),
     "grid": (grid, True),
@@ -132,7 +141,7 @@ CASES: dict[str, tuple[Callable[[Calls], object], bool]] = {
 def prepared(case: str) -> Calls:
     how, sparse = CASES[case]
     calls = Calls(how, sparse)
-    if case == "pruner":
+    if case in ("pruner", "state"):
         fisher = FisherConfig(**SMALL)
         calls.pruner = Pruner(calls.model, PruningConfig(fisher=fisher), loss_fn=calls.loss)
         calls.pruner.step(0.4, DATA)
