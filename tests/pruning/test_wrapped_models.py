@@ -12,7 +12,15 @@ from tiny import TinyEncoder, batches, snapshot, unchanged
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from obert_kernels import Pruner, PruningConfig, model_loss, prediction_loss, prune
+from obert_kernels import (
+    GroupGradients,
+    Pruner,
+    PruningConfig,
+    find_weights,
+    model_loss,
+    prediction_loss,
+    prune,
+)
 from obert_kernels.gradients.losses import class_logits
 
 OPTIONS = {"num_grads": 8, "damping": 1e-3, "block_size": 8}
@@ -81,6 +89,24 @@ def test_the_model_inside_is_pruned(wrap, samples_per_grad):
         assert model.head.weight.grad is not None and model.head.weight.grad.any()
     wrapper.eval(), plain.eval()
     torch.testing.assert_close(wrapper(**data[0])["logits"], plain(**data[0])["logits"])
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")
+def test_gradients_of_groups_where_something_inside_is_compiled():
+    """Compiled before there were hooks, it would not call them."""
+    found: dict[str, dict[str, torch.Tensor]] = {}
+    for wrap in (lambda model: model, compiled_in_place):
+        model = wrap(tiny())
+        model(**batches()[0])["loss"].backward()
+        groups = GroupGradients(model, find_weights(model), samples_per_grad=2)
+        groups.check(batches()[0])
+        found[wrap.__name__] = {}
+        for _ in groups.run(batches(1), 2, found[wrap.__name__].__setitem__):
+            assert groups.split == 0
+    plain, other = found.values()
+    assert plain.keys() == other.keys() and len(plain) == 4
+    for name, gradients in plain.items():
+        torch.testing.assert_close(other[name], gradients)
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute")
