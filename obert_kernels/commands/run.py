@@ -150,6 +150,7 @@ def _prune(
     if settings.finetune_epochs > 0:
         saved.append(_fine_tune(settings, task))
     dense = task.evaluate(model, "test").accuracy
+    note(*task.doubts(dense))
     echo(f"dense accuracy {dense:.1%}\n\nsparsity  magnitude  obert_kernels  damping")
     loop.run(trials)
     seconds = time.perf_counter() - started

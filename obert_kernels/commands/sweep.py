@@ -121,6 +121,7 @@ def _sweep(
     loop.check(left)  # what is done needs no memory any more
     echo(task.describe(settings.params))
     dense = evaluate(model) if known is None else known["dense"]
+    note(*task.doubts(dense.test_accuracy))
     echo(f"dense accuracy {dense.dev_accuracy:.1%} on held-back texts, {_test(dense)}\n")
 
     def with_the_first_trial() -> None:  # until then nothing stands in the way of other settings

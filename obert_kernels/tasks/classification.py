@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -215,6 +216,18 @@ class ClassificationTask:
                 by_length=True,
             )
         return evaluate(model, self._loaders[part], dtype=self.dtype, progress=self.progress)
+
+    def doubts(self, accuracy: float) -> list[str]:
+        """Return a note where a model that is not pruned does no better than guessing: a tokenizer
+        of another model, say, shows nowhere else."""
+        labels = self.data.test.labels
+        most = Counter(labels).most_common(1)[0][1] / len(labels)
+        if accuracy > most:
+            return []
+        return [
+            f"the model is right about {accuracy:.1%} of the test texts, and the most frequent "
+            f"class is that of {most:.1%}: was it trained for these classes, with this tokenizer?"
+        ]
 
     def fine_tune(
         self,

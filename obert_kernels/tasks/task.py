@@ -55,6 +55,9 @@ class Task(Protocol):
     def evaluate(self, model: nn.Module, part: Part) -> Evaluation:
         """Return how well a model does, pruned or not."""
 
+    def doubts(self, accuracy: float) -> list[str]:
+        """Return notes on the accuracy of the model as it was given, on the test samples."""
+
     def fine_tune(
         self,
         epochs: float,

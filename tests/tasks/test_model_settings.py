@@ -131,3 +131,23 @@ def test_zeros_of_a_head_and_of_embeddings_do_not_count(tmp_path: Path, data_fil
         task.model.bert.embeddings.word_embeddings.weight.zero_()
         task.model.bert.encoder.layer[0].output.dense.weight[0, 0] = 0.0
     assert zeros_of(task.model) == (0.0, {})
+
+
+@pytest.mark.parametrize("name", ["run", "sweep"])
+def test_a_model_that_only_guesses_is_doubted(
+    tmp_path: Path, data_file: str, command: Callable[..., tuple[int, str, str]], name: str
+) -> None:
+    model, out = save_model(tmp_path / "model", head=True), tmp_path / "out"
+    task = ClassificationTask.load(str(model), data_file)
+    right, texts = sum(task.data.test.labels), len(task.data.test)
+    most = max(right, texts - right) / texts
+    assert task.doubts(most + 0.01) == []
+    with torch.no_grad():
+        task.model.classifier.weight.zero_()
+        task.model.classifier.bias.copy_(torch.tensor([0.0, 1.0]))
+    task.model.save_pretrained(model)
+    options = ("-s", 0.5, "-o", out, "--selection", "magnitude")
+    code, stdout, stderr = command(name, model, data_file, *options)
+    assert code == 0, stderr
+    assert f"note: the model is right about {right / texts:.1%} of the test texts, and" in stdout
+    assert f"is that of {most:.1%}: was it trained for these classes" in stdout
