@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
@@ -12,8 +13,9 @@ from .loaders import Batch
 from .precision import autocast
 
 # A class is taken for another one where the model gives it to so many texts, and so large a share
-# of them is of the other.
-_TEXTS, _SHARE = 5, 0.6
+# of them is of the other; and a circle of such classes counts if the texts that say so outnumber
+# those that do not by so many standard errors, which chance does once in thirty thousand models.
+_TEXTS, _SHARE, _ERRORS = 5, 0.6, 4.0
 
 
 def check_order(
@@ -42,14 +44,34 @@ def check_order(
             found = model(**batch).logits.argmax(dim=-1).tolist()
             for given, meant in zip(found, batch["labels"].tolist(), strict=True):
                 counts[given, meant] += 1
-    circle = _circle(_mistaken(counts))
-    if circle:
-        pairs = ", ".join(f"{class_names[i]} for {class_names[j]}" for i, j in circle[:3])
+    said = _contradiction(counts, class_names)
+    if said:
         raise ValueError(
             f"the classes of {name} seem to be in another order than those of the data: taken in "
-            f"order, it gives {pairs}; write the names of its classes into id2label of its "
-            "config.json"
+            f"order, it {said}; write the names of its classes into id2label of its config.json"
         )
+
+
+def _contradiction(counts: Tensor, class_names: Sequence[str]) -> str:
+    """Return what speaks against the order, "" if nothing does.
+
+    Args:
+        counts: of texts, ``[class as the model numbers them, class of the data]``.
+        class_names: of the data.
+    """
+    circle = _circle(_mistaken(counts))
+    against, in_favour = (
+        sum(int(counts[pair]) for pair in pairs) for pairs in (circle, [(i, i) for i, _ in circle])
+    )
+    if against - in_favour > _ERRORS * math.sqrt(against + in_favour):
+        return "gives " + ", ".join(f"{class_names[i]} for {class_names[j]}" for i, j in circle[:3])
+    # A model may give one class for two others; but learnt or not, it is right as often as if it
+    # knew no more than how often each class comes.
+    right, texts = int(counts.trace()), int(counts.sum())
+    by_chance = float(counts.sum(dim=0) @ counts.sum(dim=1)) / max(texts, 1)
+    if by_chance - right > _ERRORS * math.sqrt(by_chance):
+        return f"is right about {right} of {texts} texts, where chance is {by_chance:.0f}"
+    return ""
 
 
 def _mistaken(counts: Tensor) -> dict[int, int]:

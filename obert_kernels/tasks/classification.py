@@ -105,7 +105,8 @@ class ClassificationTask:
         first = batches.first_batch(loaded.tokenizer, texts.train, max_length=max_length)
         dtype, note = working_precision(precision, loaded.model, first, LOSSES[gradients_of])
         notes += [note] if note else []
-        if loaded.taken_for:
+        numbered = set(loaded.model.config.id2label.values()) != set(texts.label_names)
+        if loaded.taken_for or (numbered and not new_head):
             check_order(
                 model,
                 loaded.model,

@@ -105,12 +105,13 @@ def _match(
             f"{name} knows the classes {shorten(known)}, but {data_name} has "
             f"{shorten(data.label_names)}"
         )
+        remedy = "; or, if it was, write the names of its classes into id2label of its config.json"
     else:
-        problem = f"{name} has no trained classification head"
+        problem, remedy = f"{name} has no trained classification head", ""
     if not new_head:
         raise ValueError(
             f"{problem}: fine-tune it first, for example with "
-            "obert-prune run and --finetune-epochs 3"
+            f"obert-prune run and --finetune-epochs 3{remedy}"
         )
     return Matched(data, known=False)
 

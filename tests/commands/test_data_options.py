@@ -17,6 +17,7 @@ pytest.importorskip("typer")
 from tiny_text import save_model
 
 from obert_kernels.commands import run, sweep
+from obert_kernels.tasks.classification import ClassificationTask
 
 pytestmark = pytest.mark.usefixtures("one_thread", "quick_plots")
 
@@ -62,6 +63,29 @@ def test_a_sweep_goes_on_with_the_same_test_texts_alone(
     assert code == 1 and "max-test-texts was None, now 5" in stderr
     other = (*given[:4], tmp_path / "other", *QUICK, "--max-test-texts", 5)
     assert command(*other)[0] == command(*other)[0] == 0
+
+
+@pytest.mark.parametrize("written", [["1.0", "0.0"], ["two", "one"], ["2", "1"]])
+def test_recovery_does_not_train_a_model_to_other_classes(
+    tmp_path: Path, data_file: str, command: Command, written: list[str]
+) -> None:
+    """Its classes are called LABEL_0 and LABEL_1, its predictions say which they are."""
+    folder = save_model(tmp_path / "model", head=True)
+    task = ClassificationTask.load(str(folder), data_file, max_length=16)
+    task.fine_tune(12, learning_rate=5e-3)
+    task.model.save_pretrained(folder)
+    lines = Path(data_file).read_text().splitlines()
+    for names in (written, written[::-1]):
+        rows = (line.rpartition(",") for line in lines[1:])
+        content = "".join(f"{text},{names[int(label)]}\n" for text, _, label in rows)
+        (tmp_path / "a.csv").write_text(f"text,label\n{content}")
+        given = (folder, tmp_path / "a.csv", *QUICK, "--recovery-epochs", 0.1)
+        code, stdout, stderr = command("run", *given, "-o", tmp_path / "out")
+        if names is written:
+            assert code == 1 and "seem to be in another order" in stderr
+        else:
+            assert code == 0, stderr
+            assert float(re.search(r"dense accuracy ([0-9.]+)%", stdout)[1]) > 90
 
 
 @pytest.mark.parametrize(

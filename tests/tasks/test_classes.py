@@ -163,3 +163,20 @@ def test_predictions_show_an_order_that_is_wrong(answers: list[int], refused: st
 def test_few_texts_show_nothing() -> None:
     batch = {"answers": torch.tensor([1, 0]).repeat(4), "labels": torch.arange(2).repeat(4)}
     check_order("bert", Known(), [batch], list("abcd"))
+
+
+def test_less_than_chance_shows_an_order_that_is_wrong() -> None:
+    """One class was never learnt: there is no circle."""
+    answers, labels = torch.tensor([2, 2, 0, 2, 0, 0] * 20), torch.tensor([0, 1, 2, 0, 1, 2] * 20)
+    with pytest.raises(ValueError, match="is right about 0 of 120 texts, where chance is 40"):
+        check_order("bert", Known(), [{"answers": answers, "labels": labels}], list("abcd"))
+
+
+def test_chance_shows_nothing() -> None:
+    """A head that is random may well be wrong in three of five texts."""
+    right, wrong = torch.tensor([0, 1] * 20), torch.tensor([1, 0] * 32)
+    answers, labels = torch.cat([right, wrong]), torch.tensor([0, 1] * 52)
+    check_order("bert", Known(), [{"answers": answers, "labels": labels}], list("abcd"))
+    answers, labels = torch.cat([right, wrong.repeat(3)]), torch.tensor([0, 1] * 116)
+    with pytest.raises(ValueError, match="in another order"):
+        check_order("bert", Known(), [{"answers": answers, "labels": labels}], list("abcd"))
