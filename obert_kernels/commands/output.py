@@ -64,7 +64,16 @@ def opened_output(folder: Path, names: str, note: Callable[[str], object]) -> It
 
 
 def check_output(folder: Path) -> None:
-    """Raise NotADirectoryError if the output folder or one above it is a file or a broken link."""
+    """Check what can be checked of the output folder without touching it.
+
+    Raises:
+        NotADirectoryError: it or one above it is a file or a broken link.
+        ValueError: no model can be saved under its name.
+    """
+    try:
+        str(folder.absolute()).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"--output {str(folder)!a} is not UTF-8: choose another name") from error
     for path in (folder, *folder.parents):
         if os.path.lexists(path) and not path.is_dir():
             what = "a file" if path.exists() else "a link to nothing"
@@ -85,14 +94,19 @@ def _not_writable(folder: Path, error: OSError, what: str = "") -> OSError:
 
 
 @contextmanager
-def decoration(what: str, note: Callable[[str], object]) -> Iterator[None]:
-    """Draw something in the body; whatever goes wrong is a note, for no result depends on it."""
+def decoration(picture: Path, note: Callable[[str], object]) -> Iterator[None]:
+    """Draw a picture in the body; whatever goes wrong is a note, for no result depends on it.
+
+    There is none then: an earlier one, of other results, is removed.
+    """
     try:
+        picture.unlink(missing_ok=True)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     except Exception as error:
-        note(f"{what} was not drawn ({type(error).__name__}: {' '.join(str(error).split())[:200]})")
+        reason = " ".join(str(error).split())[:200]
+        note(f"{picture.name} was not drawn ({type(error).__name__}: {reason})")
 
 
 def check_drawing() -> None:

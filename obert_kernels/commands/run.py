@@ -155,8 +155,9 @@ def _prune(
     loop.run(trials)
     seconds = time.perf_counter() - started
     report = _write_summary(settings, task, dense, rows, seconds, note)
+    picture = f"{PLOT_FILE}, " if (settings.output / PLOT_FILE).exists() else ""
     echo(
-        f"\n{seconds:.0f} s. Written to {settings.output}: accuracy.png, report.json, and one "
+        f"\n{seconds:.0f} s. Written to {settings.output}: {picture}report.json, and one "
         "checkpoint for each sparsity (load with from_pretrained)"
     )
     return report
@@ -275,8 +276,9 @@ def _write_summary(
         "versions": {name: version(name) for name in ("obert-kernels", "torch", "transformers")},
     }
     write_json(settings.output / REPORT_FILE, report)
-    with decoration(PLOT_FILE, note):
-        plot_accuracy(curves, dense, settings.output / PLOT_FILE, title)
+    picture = settings.output / PLOT_FILE
+    with decoration(picture, note):
+        plot_accuracy(curves, dense, picture, title)
     return report
 
 

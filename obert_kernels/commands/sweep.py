@@ -218,8 +218,9 @@ def _write_summary(
     files = [CSV_FILE, TABLE_FILE]
     if any(not outcome.error for outcome in outcomes):
         assert dense.dev_accuracy is not None  # the grid is judged by it
-        with decoration(PLOT_FILE, note):
-            plot_sweep(outcomes, dense.dev_accuracy, settings.output / PLOT_FILE, title)
+        picture = settings.output / PLOT_FILE
+        with decoration(picture, note):
+            plot_sweep(outcomes, dense.dev_accuracy, picture, title)
             files.append(PLOT_FILE)
     echo(f"* best on the held-back texts. Written to {settings.output}: {', '.join(files)}")
 

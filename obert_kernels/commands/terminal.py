@@ -31,7 +31,7 @@ class _Lenient(io.FileIO):
 
 
 def outlive_readers() -> None:
-    """Let the work go on when stdout or stderr ends: ``| head``, a closed terminal, a full disk.
+    """Let the work go on when stdout or stderr ends: ``| head``, or a log on a full disk.
 
     Characters that the encoding does not have are written as escapes.
     """

@@ -21,6 +21,7 @@ from tiny_text import save_model
 from obert_kernels.commands import run, sweep
 from obert_kernels.deploy import checkpoints
 from obert_kernels.files import locked
+from obert_kernels.pruning.report import NOTHING_TO_PRUNE
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -81,6 +82,17 @@ def test_an_output_that_cannot_be_used_is_found_before_the_work(
         held.pop().__exit__(None, None, None)
     assert code == 1 and stderr.startswith("error: ") and message in stderr
     assert stderr.count("\n") == 1
+
+
+@pytest.mark.usefixtures("no_work")
+@pytest.mark.parametrize(
+    ("name", "message"), [("\udcff", "is not UTF-8"), ("x" * 300, "File name too long")]
+)
+def test_names_that_no_model_can_have(
+    tmp_path: Path, command: Command, name: str, message: str
+) -> None:
+    code, _, stderr = command("run", "model", "x.csv", "-s", 0.5, "-o", tmp_path / name)
+    assert code == 1 and message in stderr and stderr.count("\n") == 1
 
 
 @pytest.mark.usefixtures("no_work")
@@ -189,6 +201,7 @@ def test_a_plot_that_fails_is_a_note(
     code, stdout, stderr = command("run", model, data_file, *options)
     assert code == 0, stderr
     assert stdout.count("note: accuracy.png was not drawn (RuntimeError: no fonts)") == 1
+    assert "accuracy.png, report" not in stdout
     assert sorted(path.name for path in out.iterdir()) == [
         "report.json", "sparsity-0.5", "sparsity-0.75",
     ]  # fmt: skip
@@ -239,6 +252,20 @@ def test_an_early_interrupt_leaves_nothing(
     code, _, stderr = command(name, "model", "x.csv", "-s", 0.5, "-o", tmp_path / "a" / "b")
     assert code == 130 and stderr == f"\ninterrupted: {said}\n"
     assert list(tmp_path.iterdir()) == []
+
+
+def test_notes_of_the_report_are_shown(
+    tmp_path: Path, data_file: str, command: Command
+) -> None:  # fmt: skip
+    model, out = save_model(tmp_path / "model", head=True), tmp_path / "out"
+    options = ("--selection", "magnitude", "--max-length", 16)
+    assert command("run", model, data_file, "-s", 0.75, "-o", out, *options)[0] == 0
+    for name in ("run", "sweep"):
+        code, stdout, stderr = command(
+            name, out / "sparsity-0.75", data_file, "-s", 0.5, "-o", tmp_path / name, *options
+        )
+        assert code == 0, stderr
+        assert stdout.count(f"\nnote: {NOTHING_TO_PRUNE}\n") == 1
 
 
 def test_leftovers_of_killed_runs_are_named(

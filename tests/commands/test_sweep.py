@@ -159,6 +159,18 @@ def test_a_resumed_sweep_never_mixes_precisions(
 
 
 @pytest.mark.usefixtures("quick_plot")
+def test_what_is_done_needs_no_memory(tmp_path: Path, data_file: str, command: Command) -> None:
+    model, out = save_model(tmp_path / "model", head=True), tmp_path / "out"
+    arguments = ("sweep", model, data_file, "-s", 0.5, "--damping", 1e-3, *QUICK, "-o", out)
+    assert command(*arguments)[0] == 0
+    code, stdout, stderr = command(*arguments, "--max-memory", "1KB")
+    assert code == 0, stderr
+    assert "1 of 1 trials are in" in stdout
+    code, _, stderr = command(*arguments, "-s", 0.6, "--max-memory", "1KB")
+    assert code == 1 and "max_memory" in stderr
+
+
+@pytest.mark.usefixtures("quick_plot")
 @pytest.mark.parametrize(
     ("changed", "message"),
     [

@@ -185,12 +185,15 @@ def test_bars_are_drawn_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "gradients" in shown.getvalue()
 
 
-def test_what_cannot_be_drawn_is_a_note_said_once() -> None:
+def test_what_cannot_be_drawn_is_a_note_said_once(tmp_path: Path) -> None:
+    picture = tmp_path / "accuracy.png"
+    picture.write_text("of an earlier run")
     said: list[str] = []
     note = Notes(said.append)
     for _ in range(2):
-        with decoration("accuracy.png", note):
+        with decoration(picture, note):
             raise ValueError("odd\nname")
     assert said == ["note: accuracy.png was not drawn (ValueError: odd name)"]
-    with pytest.raises(KeyboardInterrupt), decoration("accuracy.png", note):
+    assert not picture.exists()
+    with pytest.raises(KeyboardInterrupt), decoration(picture, note):
         raise KeyboardInterrupt

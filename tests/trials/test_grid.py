@@ -127,7 +127,7 @@ def test_finished_trials_need_no_estimate(estimates):
     model = tiny.TinyEncoder()
     first = tiny_grid(model, SETTINGS[:4], [0.5])
     estimates.clear()
-    again = tiny_grid(model, SETTINGS[:4], [0.5], finished=first.outcomes)
+    again = tiny_grid(model, SETTINGS[:4], [0.5], finished=first.outcomes, max_memory=1)
     assert again.outcomes == first.outcomes and not estimates
     more = tiny_grid(model, SETTINGS, [0.5], finished=first.outcomes)
     assert len(more.outcomes) == len(SETTINGS)
