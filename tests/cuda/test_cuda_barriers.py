@@ -114,9 +114,9 @@ GROUPS = {"group scores", "given: group scores"}
 NOTHING = {"update, nothing to remove", "given: update, nothing to remove"}
 
 
-# Not shown: the same barriers of the tile kernel and of the greedy choice where a team is part of
-# a warp.  The shuffles around them already bring the lanes together; they order memory, which is
-# not modelled here.
+# Not here: the same barriers of the tile kernel and of the greedy choice where a team is part of a
+# warp.  The shuffles around them already bring the lanes together; they order memory, which the
+# interpreter of PTX looks at (test_cuda_ptx.py).
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("file", "statement", "occurrence", "size", "expected"),

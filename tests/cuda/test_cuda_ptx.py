@@ -94,7 +94,9 @@ def test_gradients_of_any_type(cuda_on_host, dtype):
     check_woodbury(cuda_on_host, 50, g)
 
 
-def check_woodbury(host: ModuleType, block_size: int, g: Tensor) -> None:
+def check_woodbury(
+    host: ModuleType, block_size: int, g: Tensor, changed: Program | None = None
+) -> None:
     k, n = g.shape
     blocks = num_blocks(n, block_size)
     start = pack_inverse((torch.eye(block_size) / DAMPING).repeat(blocks, 1, 1))
@@ -104,10 +106,8 @@ def check_woodbury(host: ModuleType, block_size: int, g: Tensor) -> None:
         gram_of(g.double(), block_size), n, block_size, float(k), DAMPING, torch.float64,
         ops.new_status(),
     )  # fmt: skip
-    run = replay(
-        host, lambda: ops.woodbury_update(inverse, g, float(k), status), inverse, g, status
-    )
-    for _ in run:
+    call = lambda: ops.woodbury_update(inverse, g, float(k), status)  # noqa: E731
+    for _ in replay(host, call, inverse, g, status, changed=changed):
         assert relative_error(inverse, exact) < 4 * relative_error(naive, exact) + 1e-6
         assert status.item() == -1
 
@@ -133,18 +133,23 @@ def test_gram_scores(cuda_on_host, block_size, group_size):
         assert status.item() == -1
 
 
-@pytest.mark.parametrize("group_size", [1, 4])
-@pytest.mark.parametrize("block_size", FACTORED)
-def test_gram_greedy_scores(cuda_on_host, block_size, group_size):
+def check_greedy(
+    host: ModuleType, block_size: int, group_size: int, changed: Program | None = None
+) -> None:
     gram, weight, keep, args = problem(block_size)
     status = ops.new_status()
     arguments = (gram, weight, keep, group_size, *args, status)
     expected = reference.gram_greedy_scores(*arguments)
-    for scores in replay(
-        cuda_on_host, lambda: ops.gram_greedy_scores(*arguments), gram, weight, keep, status
-    ):
+    call = lambda: ops.gram_greedy_scores(*arguments)  # noqa: E731
+    for scores in replay(host, call, gram, weight, keep, status, changed=changed):
         assert relative_error(scores, expected) < F32
         assert status.item() == -1
+
+
+@pytest.mark.parametrize("group_size", [1, 4])
+@pytest.mark.parametrize("block_size", FACTORED)
+def test_gram_greedy_scores(cuda_on_host, block_size, group_size):
+    check_greedy(cuda_on_host, block_size, group_size)
 
 
 def check_n_of_m(
@@ -257,10 +262,11 @@ def test_the_first_failed_block_is_recorded(cuda_on_host, block_size):
 
 @pytest.mark.parametrize(("source", "file", "statement", "size"), [
     ("gram", "gram.cu", "__syncthreads();", 50),
-    ("n_of_m", "removals.cuh", "T::sync();  // in one warp, too: shuffles order no memory", 8),
+    ("greedy", "removals.cuh", "T::sync();  // in one warp, too: shuffles order no memory", 8),
     ("n_of_m", "triangle.cuh", "T::sync();", 8),
     ("n_of_m", "removals.cuh", "T::sync();", 20),
     ("gram_living", "gram_living.cu", "Workers::sync();", 8),
+    ("woodbury", "woodbury.cu", "T::sync();", 8),
 ])  # fmt: skip
 def test_without_its_barriers_a_kernel_is_called_a_race(
     cuda_on_host, tmp_path, source, file, statement, size
@@ -270,6 +276,10 @@ def test_without_its_barriers_a_kernel_is_called_a_race(
     with pytest.raises(PtxError, match=r"race|nobody wrote"):
         if source == "gram":
             check_gram(cuda_on_host, size, gradients(3, 108), torch.float32, changed)
+        elif source == "woodbury":
+            check_woodbury(cuda_on_host, size, gradients(2, 3 * size), changed)
+        elif source == "greedy":
+            check_greedy(cuda_on_host, size, 4, changed)
         elif source == "n_of_m":
             check_n_of_m(cuda_on_host, size, 2, 4, changed)
         else:
