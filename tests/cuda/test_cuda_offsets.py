@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from devices import CUDA_ON_HOST, INSTRUCTION_SETS
 from problems import DAMPING, fresh_inverse, gradients, gram_of
 from reserved_memory import reserved
 from torch import Tensor
@@ -176,10 +177,12 @@ def test_far_is_as_near(cuda_on_host, name, size, dtype):
 # ---- gradients and tables, on every processor ----------------------------------------
 
 APART = 2**31 + 5  # elements
+HERE = pytest.mark.parametrize("isa", [*INSTRUCTION_SETS, CUDA_ON_HOST], indirect=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("size", [4, 20, 50])
+@HERE
 def test_gradients_lie_any_distance_apart(isa, size, dtype):
     n = 3 * size - 1
     g = gradients(3, n, dtype=dtype)
@@ -205,6 +208,7 @@ def test_gradients_lie_any_distance_apart(isa, size, dtype):
 
 @pytest.mark.parametrize("size", [3, 20, 50])
 @pytest.mark.parametrize("gram_dtype", [torch.float32, torch.float64])
+@HERE
 def test_living_weights_may_stand_anywhere(isa, size, gram_dtype):
     """Grams, places and weights far behind in their tables; many blocks in front that are empty."""
     entries, n = size * (size + 1) // 2, 2 * size
