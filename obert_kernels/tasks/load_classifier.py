@@ -119,7 +119,8 @@ def _match(
 def _load_weights(source: ModelSource, config: Any, may_lack_head: bool) -> Any:
     import transformers
 
-    errors = (*loading_errors(), RuntimeError, EOFError, pickle.UnpicklingError)
+    also = (RuntimeError, EOFError, pickle.UnpicklingError)
+    errors: tuple[type[Exception], ...] = (*loading_errors(), *also)
     try:
         model, loaded = transformers.AutoModelForSequenceClassification.from_pretrained(
             source.place,
