@@ -131,9 +131,11 @@ def _load_weights(source: ModelSource, config: Any, may_lack_head: bool) -> Any:
             **source.options,
         )
     except errors as error:
+        pickled = isinstance(error, pickle.UnpicklingError)
+        reason = "more than tensors, or damaged; pickled code is not run" if pickled else ""
         raise ValueError(
-            f"the weights of {source.name} could not be loaded ({summary(error)}): copy or "
-            "download the model again"
+            f"the weights of {source.name} could not be loaded ({reason or summary(error)}): "
+            "copy or download the model again"
         ) from error
     if getattr(model, "_hf_peft_config_loaded", False):
         raise ValueError(f"{source.name} is an adapter: merge it into its model first")

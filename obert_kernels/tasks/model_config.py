@@ -65,6 +65,7 @@ def loading_errors() -> tuple[type[Exception], ...]:
 def summary(error: BaseException) -> str:
     """Return the beginning of a message as one line, with the error's name where it needs it."""
     text = " ".join(str(error).split())
+    text = "".join(character for character in text if character.isprintable())
     text = text if len(text) <= _SUMMARY else f"{text[:_SUMMARY]}…"
     return f"{type(error).__name__}: {text}" if isinstance(error, KeyError) or not text else text
 
@@ -73,7 +74,8 @@ def refuse_untrusted_tokenizer(source: ModelSource) -> None:
     """Raise ValueError if the tokenizer is code of its own that is not trusted."""
     from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
-    written = get_tokenizer_config(source.place, local_files_only=source.in_cache)
+    with _loading(source):
+        written = get_tokenizer_config(source.place, local_files_only=source.in_cache)
     _refuse_code(source, written, "tokenizer_config.json")
 
 

@@ -123,6 +123,8 @@ def _check_folder(folder: Path) -> None:
             f"{folder} holds no tokenizer (tokenizer.json, vocab.txt or the like): copy its files "
             "from the model it was fine-tuned from"
         )
+    if (folder / "tokenizer_config.json").is_file():
+        read_json(folder / "tokenizer_config.json")
     for path in tokenizer:
         with path.open("rb") as stream:
             _refuse_pointer(path, stream.read(64))

@@ -105,6 +105,7 @@ def sharded(folder: Path) -> None:
         (rename("config.json", "dense/config.json"), "no config.json; perhaps .*/dense is meant"),
         (rename("config.json", "x.json"), "no config.json: is it the folder of a model?"),
         (write("adapter_config.json", b"{}"), "holds an adapter .*merge_and_unload"),
+        (cut("tokenizer_config.json", 9), "tokenizer_config.json is damaged: "),
         (write("tokenizer.json", POINTER), "tokenizer.json is a pointer of Git LFS"),
         (lambda f: [p.unlink() for p in f.glob("tokenizer*")], "model holds no tokenizer"),
     ],
@@ -181,7 +182,8 @@ def test_pickled_weights_run_no_code(folder: Path, data_file: str) -> None:
     for content in (Evil(), None):
         path = folder / "pytorch_model.bin"
         torch.save(content, path) if content else path.write_bytes(b"nothing" * 99)
-        with pytest.raises(ValueError, match=r"weights of .* could not be loaded") as raised:
+        message = r"weights of .* could not be loaded \(more than tensors, or damaged; pickled code"
+        with pytest.raises(ValueError, match=message) as raised:
             ClassificationTask.load(str(folder), data_file)
         assert "\n" not in str(raised.value) and not (folder / "ran").exists()
 
