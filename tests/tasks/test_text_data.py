@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas
 import pytest
 
-from obert_kernels.tasks import downloads, text_data
+from obert_kernels.tasks import downloads, readers, text_data
 from obert_kernels.tasks.readers import load_text_data
 
 COLOURS = ("red", "green", "blue")
@@ -193,6 +193,7 @@ def test_failures_of_the_library_are_one_line(monkeypatch: pytest.MonkeyPatch) -
     def fail(*_: object) -> None:
         raise datasets.exceptions.DatasetGenerationError("went wrong\nsomewhere")
 
+    monkeypatch.setattr(readers, "hub_problem", lambda: "")
     monkeypatch.setattr(datasets, "load_dataset", fail)
     with pytest.raises(FileNotFoundError, match=r"could be loaded \(went wrong\): check"):
         load_text_data("owner/name")
