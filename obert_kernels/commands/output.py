@@ -99,8 +99,9 @@ def decoration(picture: Path, note: Callable[[str], object]) -> Iterator[None]:
 
     There is none then: an earlier one, of other results, is removed.
     """
-    try:
+    with contextlib.suppress(OSError):
         picture.unlink(missing_ok=True)
+    try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield

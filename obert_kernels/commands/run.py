@@ -177,10 +177,16 @@ def _check(settings: RunConfig) -> dict[float, Path]:
     for package in ("transformers", "tqdm", "safetensors", *trainer):
         importlib.import_module(package)  # one that is missing is an error now, not later
     check_drawing()
-    return {
+    folders = {
         check_sparsity(sparsity): settings.output / f"sparsity-{sparsity:g}"
         for sparsity in settings.sparsity
     }
+    if len(set(folders.values())) < len(folders):
+        raise ValueError(
+            f"--sparsity {', '.join(map(str, folders))}: two of them are written alike with six "
+            "digits, and one would replace the other"
+        )
+    return folders
 
 
 def _written(settings: RunConfig, folders: Mapping[float, Path]) -> list[Path]:

@@ -117,6 +117,13 @@ def test_what_is_in_the_way_is_found_before_the_work(
 
 
 @pytest.mark.usefixtures("no_work")
+def test_two_sparsities_do_not_share_a_folder(tmp_path: Path, command: Command) -> None:
+    options = ("-s", 0.5, "-s", 0.50000001, "-o", tmp_path / "out")
+    code, _, stderr = command("run", "model", "x.csv", *options)
+    assert code == 1 and "one would replace the other" in stderr
+
+
+@pytest.mark.usefixtures("no_work")
 @pytest.mark.parametrize("name", ["sweep.md", "sweep.png"])
 def test_a_sweep_replaces_nothing_of_a_user(tmp_path: Path, command: Command, name: str) -> None:
     (tmp_path / name).write_text("mine")
