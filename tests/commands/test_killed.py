@@ -24,7 +24,7 @@ from tiny_text import save_model
 from obert_kernels import load_masks, prune, save_pruned
 from obert_kernels.commands import run, sweep
 from obert_kernels.commands.config import RunConfig, load_task
-from obert_kernels.files import check_replaceable, write_whole
+from obert_kernels.files import check_replaceable, recover, write_whole
 from obert_kernels.trials.outcome import make_grid
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -84,6 +84,8 @@ def test_a_save_that_ends_at_any_operation(tmp_path: Path, end: BaseException) -
         if isinstance(raised, OSError):
             place = re.search(r"whole in (\S+) instead", str(raised))
             assert place and weights_in_other(Path(place[1])) == new
+        recover(folder.parent, "half")  # the next start, which might fail before it saves
+        assert weights_in(folder) in (old, new), at
         save_pruned(result, None, folder)
         assert weights_in(folder) == new and visible(folder.parent) == ["half"], at
         if watch.count < at:
