@@ -21,7 +21,8 @@ from obert_kernels import ops
 from obert_kernels.ops import native, reference
 from obert_kernels.ops.living import gram_accumulate_living
 
-FAR = 2**33  # weights in front: an int counts neither them nor groups of four of them
+# Weights in front: an int counts neither them nor groups of four of them, nor cuts them to zero.
+FAR = 2**33 + 2**31 + 2**20
 TOGETHER = 4096  # blocks in front: a multiple of those of a thread block
 M = 40.0
 
@@ -95,6 +96,8 @@ OPERATORS: dict[str, tuple[list[str], Callable[[Any, Problem], Any]]] = {
         0, fisher=p.fisher, diagonal=p["new"], diagonal_type=0)),
     "solve": (["new"], lambda core, p: core.gram_solve(
         0, fisher=p.fisher, right_hand_side=p["weight"], solution=p["new"], vector_type=0)),
+    "solve, float64": (["wide"], lambda core, p: core.gram_solve(
+        0, fisher=p.fisher, right_hand_side=p["wide_weight"], solution=p["wide"], vector_type=1)),
     "scores": (["new"], lambda core, p: core.gram_scores(
         0, fisher=p.fisher, **p.vector(), group_size=1, scores=p["new"])),
     "group scores": (["scores"], lambda core, p: core.gram_scores(
@@ -134,6 +137,8 @@ def near_problem(size: int, dtype: torch.dtype) -> dict[str, Tensor]:
         "all": torch.ones(n, dtype=torch.bool), "new": torch.zeros(n),
         "new_keep": torch.zeros(n, dtype=torch.bool), "scores": torch.zeros(n // 2),
         "increase": torch.zeros(len(gram), dtype=torch.float64), "made": torch.zeros_like(inverse),
+        "wide_weight": torch.randn(n, dtype=torch.float64),
+        "wide": torch.zeros(n, dtype=torch.float64),
     }  # fmt: skip
 
 
@@ -141,12 +146,7 @@ def thread_blocks(core: ModuleType, call: Callable[[Any, Problem], Any], problem
     return occupancy.record(core, lambda: call(core, problem))[1]["grid"][0]
 
 
-# Teams of a part of a warp, of two warps, and of four; compiled for the size, and general.
-@pytest.mark.parametrize(("size", "dtype"), [
-    (4, torch.bfloat16), (50, torch.float32), (20, torch.float64), (100, torch.float16),
-], ids=str)  # fmt: skip
-@pytest.mark.parametrize("name", OPERATORS)
-def test_far_is_as_near(cuda_on_host, name, size, dtype):
+def check_far(core: ModuleType, name: str, size: int, dtype: torch.dtype) -> None:
     written, call = OPERATORS[name]
     values = near_problem(size, dtype)
     front = -(-FAR // size // TOGETHER) * TOGETHER
@@ -154,15 +154,15 @@ def test_far_is_as_near(cuda_on_host, name, size, dtype):
     for spoilt in (False, True):
         if spoilt:
             values["gram"][2, 0] = values["inverse"][2, 0] = float("nan")
-        near = Problem(cuda_on_host, size, values, 0)
-        far = Problem(cuda_on_host, size, values, front)
-        call(cuda_on_host, near)
-        first = thread_blocks(cuda_on_host, call, far) - thread_blocks(cuda_on_host, call, near)
-        cuda_on_host.set_thread_blocks(first, 2**40)
+        near = Problem(core, size, values, 0)
+        far = Problem(core, size, values, front)
+        call(core, near)
+        first = thread_blocks(core, call, far) - thread_blocks(core, call, near)
+        core.set_thread_blocks(first, 2**40)
         try:
-            call(cuda_on_host, far)
+            call(core, far)
         finally:
-            cuda_on_host.set_thread_blocks(0, 2**64 - 1)
+            core.set_thread_blocks(0, 2**64 - 1)
         for output in written:
             expected = near.tensors[output]
             actual = far.tensors[output][-len(expected) :]
@@ -172,6 +172,19 @@ def test_far_is_as_near(cuda_on_host, name, size, dtype):
         assert far.status.item() == (failed if failed < 0 else front + failed)
         found.append(failed)
     assert found == [-1, -1 if name == "gram" else 2]
+
+
+# Teams of a part of a warp, of two warps, and of four; compiled for the size, and general.
+@pytest.mark.parametrize(("size", "dtype"), [
+    (4, torch.bfloat16), (50, torch.float32), (20, torch.float64), (100, torch.float16),
+], ids=str)  # fmt: skip
+@pytest.mark.parametrize("name", OPERATORS)
+def test_far_is_as_near(cuda_on_host, name, size, dtype):
+    check_far(cuda_on_host, name, size, dtype)
+
+
+def test_a_gram_of_more_tiles_than_threads_lies_far(cuda_on_host):
+    check_far(cuda_on_host, "gram", 130, torch.float32)
 
 
 # ---- gradients and tables, on every processor ----------------------------------------

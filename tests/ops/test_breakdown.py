@@ -115,7 +115,7 @@ def gram_with(block_size: int, dtype: torch.dtype, excess: float) -> torch.Tenso
 @pytest.mark.parametrize("block_size", [2, 4, 16, 36, 50, 64])
 @pytest.mark.parametrize("excess", [0.5, 1.5])
 def test_a_gram_singular_to_rounding_is_refused(isa, dtype, block_size, excess):
-    gram = gram_with(block_size, dtype, excess)
+    gram = 1024 * gram_with(block_size, dtype, excess)
     n = 3 * block_size
     weight, keep = torch.randn(n), torch.ones(n, dtype=torch.bool)
     fisher = (block_size, 1.0, 1e-30)  # so little damping changes no bit
