@@ -255,7 +255,7 @@ def test_cuda_leaves_blocks_alone_that_are_none(cuda_on_host, first_place, dtype
     assert relative_error(gram[:begins], expected.flatten()) < 1e-6
 
 
-@pytest.mark.parametrize("places", [27, 61, 66, 67])
+@pytest.mark.parametrize("places", [27, 61, 66, 67, 256])
 def test_nothing_is_added_behind_the_last_gram(isa, places):
     """Not even zero, which would take the sign from what stands there."""
     entries = places * (places + 1) // 2
@@ -266,6 +266,14 @@ def test_nothing_is_added_behind_the_last_gram(isa, places):
     living.gram_accumulate_living(storage[:entries], g, *tables, order)
     assert relative_error(storage[:entries], gram_of(g, places).flatten()) < 1e-14
     assert storage[entries:].signbit().all() and not storage[entries:].any()
+
+
+def test_no_blocks_are_no_work(isa):
+    none = torch.zeros(0, dtype=torch.int64)
+    places = torch.zeros(0, dtype=torch.int32)
+    living.gram_accumulate_living(
+        torch.zeros(0), gradients(3, 5), none, torch.zeros(1).long(), places
+    )
 
 
 def test_no_gradients_change_nothing(isa):

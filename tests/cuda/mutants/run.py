@@ -1,6 +1,6 @@
 """Plants every fault listed beside this file, and says which ones no test notices.
 
-    python tests/cuda/mutants/run.py [--only PATTERN] [--same] [--sample N] [--seconds S]
+    python tests/cuda/mutants/run.py [--only PATTERN] [--same] [--sample N] [--seconds S] [TESTS]
 
 One build holds nearly all faults, a number switches one of them on.  For each fault a copy of
 this process runs the tests that pass its place, those first that found the most so far, until one
@@ -95,18 +95,14 @@ class Run:
     """A pytest plugin that takes the place of its loop over the tests."""
 
     def __init__(
-        self,
-        chosen: list[int],
-        listed: list[mutants.Mutant],
-        most_seconds: float,
-        say: Callable[[str], None],
+        self, faults: list[mutants.Mutant], most_seconds: float, say: Callable[[str], None]
     ) -> None:
-        self.chosen, self.listed, self.most, self.say = chosen, listed, most_seconds, say
-        self.switched = mutants.Switched(listed, FOLDER)
+        self.faults, self.most, self.say = faults, most_seconds, say
+        self.switched = mutants.Switched(faults, FOLDER)
         self.module: ModuleType = self.switched.module
         devices.host_cuda = functools.cache(lambda: self.module)
-        self.killed: dict[int, str] = {}
-        self.survived: list[int] = []
+        self.killed: list[mutants.Mutant] = []
+        self.survived: list[mutants.Mutant] = []
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         items[:] = filter(is_on_host, items)
@@ -122,16 +118,15 @@ class Run:
             seconds[item], reached[item] = time.perf_counter() - start, self.switched.take_reached()
         self.say(f"{len(seconds)} tests, {sum(seconds.values()):.0f} s")
         trial, found = Trial(seconds), Counter()
-        for number in self.chosen:
-            mutant = self.listed[number]
+        for number, mutant in enumerate(self.faults):
             items = [i for i in session.items if mutant.constant or number in reached[i]]
             items.sort(key=lambda item: seconds[item] / (1 + 10 * found[item, mutant.file]))
             items = items[: bisect.bisect([*accumulate(map(seconds.get, items))], self.most) + 1]
             killer = trial.killer(self.planter(number), items)
             if killer is None:
-                self.survived.append(number)
+                self.survived.append(mutant)
             else:
-                self.killed[number] = killer.nodeid
+                self.killed.append(mutant)
                 found[killer, mutant.file] += 1
             end = killer.nodeid if killer else f"SURVIVED {len(items)} tests"
             self.say(f"{end}\t{mutant}")
@@ -139,7 +134,7 @@ class Run:
 
     def planter(self, number: int) -> Callable[[], None]:
         """What plants a fault in a copy of this process; compiles here what has to be."""
-        mutant = self.listed[number]
+        mutant = self.faults[number]
         if not mutant.constant:
             return functools.partial(self.switched.switch_on, number)
         library = mutants.build(
@@ -162,44 +157,36 @@ def arguments() -> argparse.Namespace:
         "--seconds", type=float, default=float("inf"), help="of tests for a fault, for a first look"
     )
     parser.add_argument("--sample", type=int, default=1, metavar="N", help="every Nth fault")
+    parser.add_argument("tests", nargs="*", default=TESTS, help="files and folders of tests")
     return parser.parse_args()
 
 
-def summary(run: Run) -> Iterable[str]:
-    listed = run.listed
-    unexplained = [listed[n] for n in run.survived if not listed[n].same]
+def summary(run: Run, listed: list[mutants.Mutant]) -> Iterable[str]:
+    """What survived and why, and the score."""
+    unexplained = [mutant for mutant in run.survived if not mutant.same]
     yield from (f"SURVIVED  {mutant}" for mutant in unexplained)
-    yield from (
-        f"noticed, though listed as the same  {listed[n]}" for n in run.killed if listed[n].same
-    )
+    yield from (f"noticed, though listed as the same  {m}" for m in run.killed if m.same)
     yield from (f"same  {m}\n          {m.same}" for m in listed if m.same)
-    yield from (
-        f"on the host not to be seen  {m}\n          {m.seen_by}" for m in listed if m.seen_by
-    )
+    yield from (f"not seen on the host  {m}\n          {m.seen_by}" for m in listed if m.seen_by)
     tried = len(run.killed) + len(run.survived)
     yield f"{len(run.killed)} of {tried} faults noticed, {len(unexplained)} survive unexplained"
 
 
 def main() -> int:
     options = arguments()
-    listed = mutants.all_mutants()
-    chosen = [
-        number
-        for number, mutant in enumerate(listed)
-        if re.search(options.only, str(mutant))
-        and not mutant.seen_by
-        and (options.same or not mutant.same)
-    ][:: options.sample]
+    listed = [m for m in mutants.all_mutants() if re.search(options.only, str(m))]
+    faults = [m for m in listed if not m.seen_by and (options.same or not m.same)]
     stdout = open(os.dup(1), "w")  # pytest takes the other  # noqa: SIM115
 
     def say(line: str) -> None:
         print(line, file=stdout, flush=True)
 
-    run = Run(chosen, listed, options.seconds, say)
     os.chdir(ROOT)
-    pytest.main(["-q", "-p", "no:cacheprovider", *TESTS], plugins=[run])
-    print(*summary(run), sep="\n")
-    return int(any(not listed[number].same for number in run.survived))
+    run = Run(faults[options.sample // 2 :: options.sample], options.seconds, say)
+    if pytest.main(["-q", "-p", "no:cacheprovider", *options.tests], plugins=[run]) != 0:
+        return 2
+    print(*summary(run, listed), sep="\n")
+    return int(any(not mutant.same for mutant in run.survived))
 
 
 if __name__ == "__main__":

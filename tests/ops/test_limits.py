@@ -1,0 +1,117 @@
+"""Blocks just inside and just outside of what operators accept, the same on every processor."""
+
+import pytest
+import torch
+from problems import fresh_inverse, gradients, gram_of, relative_error
+
+from obert_kernels import ops
+from obert_kernels.ops import reference
+from obert_kernels.ops.packing import pack_inverse
+
+SIZES = [4, 8, 20, 50, 64, 70]
+
+
+@pytest.mark.parametrize("block_size", SIZES)
+def test_a_denominator_below_half_of_m_is_refused(isa, block_size):
+    """Though it is positive, and so is the diagonal afterwards."""
+    inverse = pack_inverse((torch.eye(block_size) * 10).repeat(3, 1, 1))
+    dense = torch.eye(block_size) * 10
+    dense[0, 1] = dense[1, 0] = -14
+    inverse[1] = pack_inverse(dense[None])[0]
+    g = torch.zeros(2, 3 * block_size)
+    g[0, [0, 1, block_size, block_size + 1]] = 1  # g^T F^-1 g = -8 in the second block
+    for m, expected in ((10.0, 1), (15.0, 1), (17.0, -1)):
+        state, status = inverse.clone(), ops.new_status()
+        ops.woodbury_update(state, g, m, status)
+        assert status.item() == expected, m
+        assert torch.equal(state[1], inverse[1]) == (expected == 1)
+        assert not torch.equal(state[0], inverse[0]) and torch.equal(state[2], inverse[2])
+
+
+@pytest.mark.parametrize("block_size", SIZES)
+def test_a_denominator_that_no_float32_holds_is_refused(isa, block_size):
+    """One gradient of many: those behind it do not make up for it."""
+    g = gradients(7, 3 * block_size)
+    g[3, block_size + block_size // 2] = 1e20
+    before = fresh_inverse(3, block_size)
+    state, status = before.clone(), ops.new_status()
+    ops.woodbury_update(state, g, 7.0, status)
+    assert status.item() == 1 and torch.equal(state[1], before[1])
+    expected = before.clone()
+    reference.woodbury_update(expected, g, 7.0, ops.new_status())
+    assert relative_error(state, expected) < 1e-4
+
+
+@pytest.mark.parametrize("block_size", SIZES)
+def test_an_infinite_diagonal_is_refused(isa, block_size):
+    """Alone: no entry beside it says so, and its inverse would be zero."""
+    n = 3 * block_size
+    gram, v, fisher = gram_of(gradients(40, n), block_size), torch.randn(n), (block_size, 40.0, 1.0)
+    everything, keep = torch.ones(n, dtype=torch.bool), torch.arange(n) % block_size > 0
+    for i in (0, block_size - 1):
+        spoilt = gram.clone()
+        row = i * (i + 1) // 2
+        spoilt[1, row : row + i] = 0
+        spoilt[1, row + i] = float("inf")
+        for name, call in {
+            "inverse": lambda s: ops.gram_inverse(spoilt, n, *fisher, torch.float64, s),  # noqa: B023
+            "solve": lambda s: ops.gram_solve(spoilt, v, *fisher, s),  # noqa: B023
+            "diagonal": lambda s: ops.gram_diagonal(spoilt, n, *fisher, torch.float64, s),  # noqa: B023
+            "scores": lambda s: ops.gram_scores(spoilt, v, 1, *fisher, s),  # noqa: B023
+            "greedy": lambda s: ops.gram_greedy_scores(spoilt, v, everything, 1, *fisher, s),  # noqa: B023
+            "N:M": lambda s: ops.gram_n_of_m(spoilt, v, everything, 1, 2, *fisher, s),  # noqa: B023
+            "sum": lambda s: ops.gram_update(spoilt, v, keep, 1, False, *fisher, s),  # noqa: B023
+        }.items():
+            status = ops.new_status()
+            call(status)
+            assert status.item() == 1, (name, i)
+
+
+@pytest.mark.parametrize("block_size", [2, 4, 20, 48, 64])
+@pytest.mark.parametrize("other", [1, -1])
+def test_costs_are_compared_in_float64(isa, block_size, other):
+    """Of two that a float32 does not tell apart the smaller goes, wherever it stands."""
+    n = 2 * block_size
+    gram = torch.zeros(2, block_size * (block_size + 1) // 2, dtype=torch.float64)
+    weight = torch.ones(n, dtype=torch.float64)
+    weight[1::2] += other * 1e-9
+    everything, fisher = torch.ones(n, dtype=torch.bool), (block_size, 1.0, 1.0)
+    found = ops.gram_n_of_m(gram, weight, everything, 1, 2, *fisher, ops.new_status())
+    assert torch.equal(found, torch.arange(n) % 2 == (other == 1))
+
+
+@pytest.mark.parametrize("block_size", SIZES)
+def test_a_weight_that_stays_may_lack_all_information(cuda_on_host, block_size):
+    """Its entry of the inverse is infinite, and nothing depends on it.
+
+    CUDA alone: CPU kernels work on several weights at once, and refuse such a block.
+    """
+    n = 3 * block_size
+    gram = torch.eye(block_size, dtype=torch.float64)
+    gram[1, 1] = 0
+    lower = torch.ones(block_size, block_size, dtype=torch.bool).tril()
+    gram = gram[lower].repeat(3, 1)
+    weight, keep = torch.randn(n), torch.arange(n) % block_size != 0
+    for group in (1, 2):
+        if group == 2:
+            keep[:] = torch.arange(n) % block_size < 2
+        status = ops.new_status()
+        new, increase = ops.gram_update(
+            gram, weight, keep, group, False, block_size, 1.0, 1e-315, status
+        )
+        assert status.item() == -1
+        assert torch.equal(new, weight * keep)
+        expected = 0.5 * (weight * ~keep).double().square().view(3, -1).sum(1)
+        assert relative_error(increase, expected) < 1e-6
+
+
+@pytest.mark.parametrize("block_size", [5, 6, 50])
+def test_every_entry_of_a_diagonal_names_its_own_block(isa, block_size):
+    """Also where four weights that are scored together lie in two blocks."""
+    n = 4 * block_size
+    start, weight = fresh_inverse(4, block_size), torch.randn(n)
+    for i in range(n):
+        inverse, status = start.clone(), ops.new_status()
+        inverse[i // block_size, i % block_size] = -1.0
+        ops.inverse_scores(inverse, weight, 1, status)
+        assert status.item() == i // block_size, i
