@@ -115,3 +115,28 @@ def test_every_entry_of_a_diagonal_names_its_own_block(isa, block_size):
         inverse[i // block_size, i % block_size] = -1.0
         ops.inverse_scores(inverse, weight, 1, status)
         assert status.item() == i // block_size, i
+
+
+@pytest.mark.parametrize("block_size", [4, 20, 64])
+def test_sets_that_all_cost_more_than_a_float64_holds_are_refused(isa, block_size):
+    """The weights are finite, their squares are not."""
+    n = 3 * block_size
+    gram = gram_of(gradients(40, n), block_size)
+    weight, everything = torch.randn(n, dtype=torch.float64), torch.ones(n, dtype=torch.bool)
+    weight[block_size : block_size + 4] = 1e200
+    status = ops.new_status()
+    found = ops.gram_n_of_m(gram, weight, everything, 2, 4, block_size, 40.0, 1.0, status)
+    assert status.item() == 1 and found[block_size : 2 * block_size].all()
+    assert found.sum() == n // 2 + block_size // 2
+
+
+@pytest.mark.parametrize("block_size", SIZES)
+def test_the_last_weight_of_a_block_may_not_lack_all_information(isa, block_size):
+    """Nobody comes after it who would find what its removal leaves."""
+    n = 3 * block_size
+    gram = torch.zeros(3, block_size * (block_size + 1) // 2, dtype=torch.float64)
+    keep, status = torch.zeros(n, dtype=torch.bool), ops.new_status()
+    keep[block_size + 1] = True
+    weight = torch.randn(n) * keep
+    ops.gram_greedy_scores(gram, weight, keep, 1, block_size, 1.0, 1e-315, status)
+    assert status.item() == 1
