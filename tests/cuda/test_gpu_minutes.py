@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -19,6 +22,7 @@ from benchmarks.support.contender import prune_as_reference
 from obert_kernels.ops import fallback
 
 FILE = "fake_gpu_1_gb.json"
+ROOT = Path(__file__).parents[2]
 
 
 class SlowTimer(FakeTimer):
@@ -222,3 +226,19 @@ def test_rounds_end_with_the_time_of_a_row(monkeypatch):
         clock.now = 0.0
         times = timer.alternate({rows.OURS: [lambda: None]}, 20, limit)
         assert (len(times[rows.OURS]), clock.now) == (rounds, spent)
+
+
+@pytest.mark.parametrize(("no_build", "failing"), [("0", "pytest"), ("1", "nothing")])
+def test_the_command_for_a_gpu_machine(tmp_path, no_build, failing):
+    """Failing tests do not keep it from measuring, but are not forgotten."""
+    python, said = tmp_path / "python", tmp_path / "said"
+    python.write_text(f'#!/bin/sh\necho "$@" >> {said}\n[ "$2" != {failing} ]\n')
+    python.chmod(0o755)
+    env = {**os.environ, "PYTHON": str(python), "NO_BUILD": no_build}
+    done = subprocess.run([ROOT / ".ci" / "gpu", "8", tmp_path], env=env, capture_output=True)
+    assert (done.returncode == 0) == (failing == "nothing")
+    asked = [line.split()[1] for line in said.read_text().splitlines()]
+    rest = ["obert_kernels", "pytest", "benchmarks.kernels.gpu"]
+    assert asked == (rest if no_build == "1" else ["pip", *rest])
+    minutes = said.read_text().splitlines()[-1].split()[3]
+    assert minutes in ("7", "8")

@@ -13,7 +13,7 @@ DAMPING = 1e-7
 
 def exact_diagonal(g: torch.Tensor, damping: float) -> np.ndarray:
     """diag(F^-1) in extended precision from the same float32 gradients (numpy longdouble)."""
-    x = g.numpy().astype(np.longdouble)
+    x = g.cpu().numpy().astype(np.longdouble)
     f = x.T @ x / x.shape[0] + np.longdouble(damping) * np.eye(x.shape[1], dtype=np.longdouble)
     n = f.shape[0]
     inverse = np.eye(n, dtype=np.longdouble)

@@ -69,6 +69,8 @@ class Run:
         self, timer: Timer, settings: Settings, folder: Path, command: str, deadline: Deadline
     ) -> None:
         self.timer, self.settings, self.folder, self.deadline = timer, settings, folder, deadline
+        about = {"torch": torch.__version__, **timer.describe()}
+        print(f"{timer.name}: {', '.join(f'{name} {what}' for name, what in about.items())}")
         sizes, count = validated(timer, settings, deadline)
         self.sizes = sizes
         self.document: Row = {
