@@ -178,8 +178,8 @@ inline void swap_halves(typename Simd<T>::Vec& a, typename Simd<T>::Vec& b) {
 #endif
 }
 
-// Element l of the result is element l ^ distance of v.  By value: the type deduced from an unaligned
-// vector is the aligned one.
+// Element l of the result is element l ^ distance of v.  By value: the type deduced from an
+// unaligned vector is the aligned one.
 template <int distance, class Vec>
 inline Vec exchanged(Vec v) {
     constexpr int lanes = sizeof(Vec) / sizeof(v[0]);
