@@ -6,6 +6,9 @@ One build holds nearly all faults, a number switches one of them on.  For each f
 this process runs the tests that pass its place, those first that found the most so far, until one
 fails, crashes, or takes far longer than without the fault.  Prints the faults that survive and the
 score; ends with 1 if a fault survives that the lists do not explain.
+
+With ``--seconds 5`` all of them take about ten minutes of one core, the build included.  Without
+it a fault that survives has run every test that passes its place, up to a minute and a half.
 """
 
 from __future__ import annotations
