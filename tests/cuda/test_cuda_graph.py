@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from problems import DAMPING, gradients, gram_of
+from problems import DAMPING, gradients, gram_of, relative_error
 
 from obert_kernels import ops
 from obert_kernels.ops import native, reference
@@ -101,3 +101,16 @@ def test_launches_go_to_the_callers_stream_and_can_be_run_again(recording, name,
     for result in results:
         for a, b in zip(result, call(), strict=True):
             assert torch.equal(a, b)
+
+
+def test_a_kept_launch_keeps_its_shared_memory(recording):
+    """Another of the same kernel, which asks for less, comes before it is run."""
+    kept, status = [], ops.new_status()
+    for size in (160, 130):
+        gram, v = gram_of(gradients(M, size), size), torch.randn(size)
+        fisher = (size, float(M), DAMPING, status)
+        kept.append((gram, v, fisher, ops.gram_solve(gram, v, *fisher)))
+    recording.replay()
+    for gram, v, fisher, found in kept:
+        expected = reference.gram_solve(gram, v.double(), *fisher)
+        assert relative_error(found, expected) < 1e-6
