@@ -42,6 +42,7 @@ from .options import (
     TextColumn,
     TrustRemoteCode,
     load_plugins,
+    output_folder,
     prescribed_sparsity,
 )
 from .run import prune_classifier
@@ -96,9 +97,7 @@ def run(
     model: Model,
     data: Data,
     sparsity: Sparsity = None,
-    output: Annotated[
-        Path, typer.Option("--output", "-o", help="Folder for checkpoints, report and plot.")
-    ] = Path("obert-pruned"),
+    output: Annotated[Path, output_folder("checkpoints, report and plot")] = Path("obert-pruned"),
     pattern: PatternName = "unstructured",
     scope: Scope = "global",
     selection: Annotated[
@@ -222,14 +221,12 @@ app.command(cls=PlainCommand)(sweep)
 
 @app.command(cls=PlainCommand)
 def demo(
-    output: Annotated[
-        Path, typer.Option("--output", "-o", help="Folder for checkpoints, report and plot.")
-    ] = Path("obert-demo"),
+    output: Annotated[Path, output_folder("checkpoints, report and plot")] = Path("obert-demo"),
     dataset: Annotated[
         Literal["trec", "mr"],
         typer.Option(help="TREC questions (6 classes) or film reviews (2 classes)."),
     ] = "trec",
-    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+    seed: Seed = 0,
 ) -> None:
     """Fine-tune MiniLM-L6, prune it at 50, 60, 70 and 80 %, and compare: a few minutes.
 

@@ -31,6 +31,7 @@ from .options import (
     TextColumn,
     TrustRemoteCode,
     load_plugins,
+    output_folder,
     prescribed_sparsity,
 )
 from .sweep import sweep_classifier
@@ -43,9 +44,7 @@ def sweep(
     model: Model,
     data: Data,
     sparsity: Sparsity = None,
-    output: Annotated[
-        Path, typer.Option("--output", "-o", help="Folder for table and plot.")
-    ] = Path("obert-sweep"),
+    output: Annotated[Path, output_folder("table and plot")] = Path("obert-sweep"),
     texts: Annotated[
         list[int] | None,
         typer.Option(

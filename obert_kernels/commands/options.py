@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import typer
 
+from ..files import expanded
 from ..plugins import load_plugin
 from ..sparsity.patterns import NofM, find_pattern
 
@@ -47,7 +49,20 @@ def prescribed_sparsity(pattern: str) -> float:
 def load_plugins(sources: list[str] | None) -> None:
     """Import the files and modules that --plugin names."""
     for source in sources or ():
-        load_plugin(source)
+        load_plugin(expanded(source) if source.endswith(".py") else source)
+
+
+def _folder(text: str) -> Path:
+    if not str(text).strip():
+        raise typer.BadParameter("the name is empty: give a folder, . for this one")
+    return expanded(text)
+
+
+def output_folder(content: str) -> Any:
+    """Return the option --output; shells leave a ``~`` in ``--output=~/pruned`` as it is."""
+    return typer.Option(
+        "--output", "-o", parser=_folder, metavar="FOLDER", help=f"Folder for {content}."
+    )
 
 
 Model = Annotated[
@@ -182,4 +197,11 @@ TrustRemoteCode = Annotated[
         "you may: read it first.",
     ),
 ]
-Seed = Annotated[int, typer.Option(help="Of everything random: order, dropout, a new head.")]
+Seed = Annotated[
+    int,
+    typer.Option(
+        min=0,
+        max=2**32 - 1,  # of NumPy's, which training seeds too
+        help="Of everything random: order, dropout, a new head.",
+    ),
+]

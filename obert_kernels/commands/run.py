@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from ..deploy import checkpoints
-from ..files import REPORT_FILE, check_replaceable, check_room, read_json, write_json
+from ..files import REPORT_FILE, check_replaceable, check_room, expanded, read_json, write_json
 from ..ops.status import NumericalError
 from ..progress import Progress, silent
 from ..pruning.config import PruningConfig
@@ -172,7 +172,9 @@ def _check(settings: RunConfig) -> dict[float, Path]:
     for name in ("finetune_epochs", "recovery_epochs", "learning_rate"):
         if not 0 <= getattr(settings, name) < math.inf:
             option = name.replace("_", "-")
-            raise ValueError(f"--{option} must be a finite number, got {getattr(settings, name)}")
+            raise ValueError(
+                f"--{option} must be a finite number of at least 0, got {getattr(settings, name)}"
+            )
     trainer = ["accelerate"] if settings.finetune_epochs or settings.recovery_epochs else []
     for package in ("transformers", "tqdm", "safetensors", *trainer):
         importlib.import_module(package)  # one that is missing is an error now, not later
@@ -199,7 +201,7 @@ def _check_replaceable(settings: RunConfig, folders: Mapping[float, Path]) -> No
     _check_summary_replaceable(settings.output)
     for folder in _written(settings, folders):
         for what, source in (("model", settings.model), ("data", settings.data)):
-            place = Path(source).resolve()
+            place = expanded(source).resolve()
             if folder.resolve() in (place, *place.parents):
                 raise ValueError(
                     f"{folder}, where the {what} is, would be replaced: choose another --output"

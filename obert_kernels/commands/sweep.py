@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from ..files import write_whole
+from ..files import expanded, write_whole
 from ..progress import Progress, silent
 from ..pruning.config import PruningConfig
 from ..tasks.digests import digest
@@ -155,7 +155,7 @@ def _basis(settings: RunConfig) -> dict[str, Any]:
 
 def _plugin_digest(source: str) -> str:
     """A file's content; of a module only the name."""
-    path = Path(source)
+    path = expanded(source)
     return f"{path.name} {digest(path.read_bytes())}" if path.suffix == ".py" else source
 
 

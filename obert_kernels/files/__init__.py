@@ -1,7 +1,7 @@
 """Files and folders that appear whole or not at all, where they may be put, what may be read."""
 
 from .folders import REPORT_FILE, check_replaceable, recover, whole_folder
-from .inputs import check_input_file
+from .inputs import check_input_file, expanded
 from .places import check_room, locked, made, try_writing
 from .whole import read_json, sha256_of, write_json, write_whole
 
@@ -10,6 +10,7 @@ __all__ = [
     "check_input_file",
     "check_replaceable",
     "check_room",
+    "expanded",
     "locked",
     "made",
     "read_json",

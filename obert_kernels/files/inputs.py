@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import stat
 from pathlib import Path
 
@@ -9,6 +10,11 @@ _KINDS = (
     (stat.S_ISDIR, "a folder"), (stat.S_ISFIFO, "a named pipe"), (stat.S_ISSOCK, "a socket"),
     (stat.S_ISCHR, "a device"), (stat.S_ISBLK, "a device"),
 )  # fmt: skip
+
+
+def expanded(path: str | Path) -> Path:
+    """Return a path with the home folder in place of ``~``; a user nobody knows stays as it is."""
+    return Path(os.path.expanduser(path))
 
 
 def check_input_file(path: str | Path) -> None:
@@ -21,6 +27,10 @@ def check_input_file(path: str | Path) -> None:
     try:
         mode = Path(path).stat().st_mode
     except FileNotFoundError as error:
+        if Path(path).is_symlink():  # as in a snapshot of the hub's cache that was copied alone
+            raise FileNotFoundError(
+                f"{path} is a link to nothing: copy the file it stands for"
+            ) from error
         raise FileNotFoundError(f"there is no file {path}: check the path") from error
     except OSError as error:
         raise OSError(f"{path} cannot be read: {error.strerror}") from error

@@ -7,6 +7,7 @@ those that do by :meth:`PruningConfig.check`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from numbers import Real
@@ -15,7 +16,7 @@ from typing import Any
 from torch import nn
 
 from ..fisher.config import VERSION, FisherConfig, at_least_one, one_of, read_values
-from ..ops.checks import check_positive
+from ..ops.checks import check_positive, require
 from ..sparsity.layers import find_weights
 from ..sparsity.matrices import find_matrices
 from ..sparsity.patterns import UNSTRUCTURED, Pattern, find_pattern
@@ -155,4 +156,5 @@ def _checked_damping(damping: object) -> float | str:
     if not isinstance(damping, Real):
         raise TypeError(f"damping must be a positive number or 'auto', got {damping!r}")
     check_positive("damping", float(damping))
+    require(math.isfinite(damping), f"damping must be finite, got {damping}")
     return float(damping)

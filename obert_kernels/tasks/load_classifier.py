@@ -119,7 +119,7 @@ def _match(
 def _load_weights(source: ModelSource, config: Any, may_lack_head: bool) -> Any:
     import transformers
 
-    also = (RuntimeError, EOFError, pickle.UnpicklingError)
+    also = (RuntimeError, EOFError, pickle.UnpicklingError, ArithmeticError, AssertionError)
     errors: tuple[type[Exception], ...] = (*loading_errors(), *also)
     try:
         model, loaded = transformers.AutoModelForSequenceClassification.from_pretrained(
@@ -135,7 +135,7 @@ def _load_weights(source: ModelSource, config: Any, may_lack_head: bool) -> Any:
         reason = "more than tensors, or damaged; pickled code is not run" if pickled else ""
         raise ValueError(
             f"the weights of {source.name} could not be loaded ({reason or summary(error)}): "
-            "copy or download the model again"
+            "correct its config.json, or copy or download the model again"
         ) from error
     if getattr(model, "_hf_peft_config_loaded", False):
         raise ValueError(f"{source.name} is an adapter: merge it into its model first")

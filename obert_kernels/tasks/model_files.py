@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..files import check_input_file, expanded
 from .demo_sets import DEMO_PREFIX
 from .downloads import demo_model_folder
 from .hub import hub_problem
@@ -72,7 +74,7 @@ def find_model(model: str, trust_remote_code: bool = False) -> ModelSource:
         return ModelSource(model, str(demo_model_folder()))
     if not model.strip():
         raise ValueError("the name of the model is empty: give a folder, or a name on the hub")
-    path = Path(model).expanduser()
+    path = expanded(model)
     if path.is_dir():
         _check_folder(path)
         return ModelSource(model, str(path), trusted=trust_remote_code)
@@ -110,6 +112,8 @@ def _check_folder(folder: Path) -> None:
             f"{folder} holds an adapter (adapter_config.json): merge it into its model "
             "(merge_and_unload of peft) and give the folder that is saved to"
         )
+    if config.is_symlink():
+        check_input_file(config)
     if not config.is_file():
         below = sorted(path.parent for path in folder.glob("*/config.json"))
         hint = f"; perhaps {below[0]} is meant" if below else ": is it the folder of a model?"
@@ -117,7 +121,12 @@ def _check_folder(folder: Path) -> None:
     read_json(config)
     for path in _weight_files(folder):
         _check_weights(path)
-    tokenizer = [path for pattern in _TOKENIZERS for path in sorted(folder.glob(pattern))]
+    tokenizer = [
+        path
+        for pattern in _TOKENIZERS
+        for path in sorted(folder.glob(pattern))
+        if not path.is_dir()
+    ]
     if not tokenizer:
         raise FileNotFoundError(
             f"{folder} holds no tokenizer (tokenizer.json, vocab.txt or the like): copy its files "
@@ -126,6 +135,7 @@ def _check_folder(folder: Path) -> None:
     if (folder / "tokenizer_config.json").is_file():
         read_json(folder / "tokenizer_config.json")
     for path in tokenizer:
+        check_input_file(path)
         with path.open("rb") as stream:
             _refuse_pointer(path, stream.read(64))
 
@@ -158,9 +168,10 @@ def _refuse_pointer(path: Path, content: bytes) -> None:
 
 def _weight_files(folder: Path) -> list[Path]:
     """Return the files that transformers will read weights from."""
-    name = next((name for name in _WEIGHTS if (folder / name).is_file()), None)
+    name = next((name for name in _WEIGHTS if os.path.lexists(folder / name)), None)
     if name is None:
         raise FileNotFoundError(f"{folder} holds no weights that can be loaded{_others(folder)}")
+    check_input_file(folder / name)
     if not name.endswith(".json"):
         return [folder / name]
     parts = read_json(folder / name).get("weight_map")

@@ -8,7 +8,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from ..files import check_input_file
+from ..files import check_input_file, expanded
 from . import labels
 from .demo_sets import DEMO_PREFIX, load_demo_set
 from .hub import hub_problem, without_hub
@@ -106,7 +106,7 @@ def _read(source: str, given: tuple[str | None, str | None, str | None]) -> dict
 
     if not source.strip():
         raise ValueError("the name of the data is empty: give a file or a name on the hub")
-    path = Path(source).expanduser()
+    path = expanded(source)
     if path.is_dir():
         files = _files_of_parts(path)
         return {part: read_table(file, serves) for part, file in files.items()} or _saved(path)

@@ -228,7 +228,9 @@ def test_user_errors_are_one_line(
     [["run"], ["run", "a", "b"], ["run", "a", "b", "-s", "2"], ["prune"],
      ["run", "a", "b", "-s", "0.5", "--max-memory", "lots"], ["sweep", "a"], ["sweep", "a", "b"],
      ["sweep", "a", "b", "-s", "0.5", "--budget", "-1"],
-     ["run", "a", "b", "-s", "0.5", "--precision", "float16"]],
+     ["run", "a", "b", "-s", "0.5", "--precision", "float16"],
+     ["run", "a", "b", "-s", "0.5", "--seed", "-1"], ["sweep", "a", "b", "--seed", str(2**32)],
+     ["demo", "--seed", str(2**32)]],
 )  # fmt: skip
 def test_wrong_usage_exits_with_2(
     command: Callable[..., tuple[int, str, str]], arguments: list[str]

@@ -18,7 +18,7 @@ pytest.importorskip("typer")
 
 from tiny_text import save_model
 
-from obert_kernels.commands import run, sweep
+from obert_kernels.commands import cli, cli_sweep, run, sweep
 from obert_kernels.deploy import checkpoints
 from obert_kernels.files import locked
 from obert_kernels.pruning.report import NOTHING_TO_PRUNE
@@ -93,6 +93,41 @@ def test_names_that_no_model_can_have(
 ) -> None:
     code, _, stderr = command("run", "model", "x.csv", "-s", 0.5, "-o", tmp_path / name)
     assert code == 1 and message in stderr and stderr.count("\n") == 1
+
+
+@pytest.mark.usefixtures("no_work")
+@pytest.mark.parametrize("command_name", ["run", "sweep"])
+def test_an_empty_name_is_not_the_current_folder(
+    tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch, command_name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, _, stderr = command(command_name, "model", "x.csv", "-s", 0.5, "--output", "")
+    assert code == 2 and "the name is empty" in stderr and not list(tmp_path.iterdir())
+
+
+def test_a_tilde_that_a_shell_leaves_is_the_home_folder(
+    tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch, no_work: None
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    seen = []
+    monkeypatch.setattr(cli, "prune_classifier", lambda settings, *_: seen.append(settings.output))
+    monkeypatch.setattr(
+        cli_sweep, "sweep_classifier", lambda settings, *_: seen.append(settings.output)
+    )
+    plugin = tmp_path / "named_by_a_tilde.py"
+    plugin.write_text("")
+    for name in ("run", "sweep"):
+        options = ("-s", 0.5, "--output=~/out", "--plugin=~/named_by_a_tilde.py")
+        assert command(name, "model", "x.csv", *options)[0] == 0
+    assert seen == [tmp_path / "out"] * 2
+    # The check that nothing is replaced knows it as well.
+    monkeypatch.undo()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(run, "load_task", lambda *_, **__: pytest.fail("it has begun"))
+    code, _, stderr = command(
+        "run", "~/out/sparsity-0.5", "x.csv", "-s", 0.5, "-o", tmp_path / "out"
+    )
+    assert code == 1 and "where the model is, would be replaced" in stderr
 
 
 @pytest.mark.usefixtures("no_work")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import time
@@ -49,6 +50,24 @@ def rename(name: str, other: str) -> Callable[[Path], None]:
     def change(folder: Path) -> None:
         (folder / other).parent.mkdir(exist_ok=True)
         (folder / name).rename(folder / other)
+
+    return change
+
+
+def pipe(name: str) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        (folder / name).unlink(missing_ok=True)
+        os.mkfifo(folder / name)
+
+    return change
+
+
+def link_to_nothing(name: str) -> Callable[[Path], None]:
+    """As in a snapshot of the hub's cache that was copied without what it links to."""
+
+    def change(folder: Path) -> None:
+        (folder / name).unlink()
+        (folder / name).symlink_to("../../blobs/0123")
 
     return change
 
@@ -108,6 +127,12 @@ def sharded(folder: Path) -> None:
         (cut("tokenizer_config.json", 9), "tokenizer_config.json is damaged: "),
         (write("tokenizer.json", POINTER), "tokenizer.json is a pointer of Git LFS"),
         (lambda f: [p.unlink() for p in f.glob("tokenizer*")], "model holds no tokenizer"),
+        (pipe("tokenizer.json"), "tokenizer.json is a named pipe"),
+        (pipe("vocab.txt"), "vocab.txt is a named pipe"),
+        (pipe(WEIGHTS), f"{WEIGHTS} is a named pipe"),
+        (link_to_nothing("config.json"), "config.json is a link to nothing: copy the file"),
+        (link_to_nothing("tokenizer.json"), "tokenizer.json is a link to nothing"),
+        (link_to_nothing(WEIGHTS), f"{WEIGHTS} is a link to nothing"),
     ],
 )
 def test_damaged_folders(folder: Path, damage: Callable[[Path], None], message: str) -> None:
@@ -147,6 +172,8 @@ def other_prefix(tensors: dict[str, torch.Tensor]) -> None:
         (settings(model_type="roberta"), "lack .* of a RobertaForSequenceClassification"),
         (settings(model_type="unheard"), "could not be loaded as a model .*`unheard`"),
         (settings(hidden_act="unheard"), "weights of .* could not be loaded .*unheard"),
+        (settings(hidden_size=0), "weights of .* could not be loaded .*correct its config.json"),
+        (settings(pad_token_id=99), "weights of .* could not be loaded .*[Pp]adding_idx"),
         (settings(hidden_size="16"), "could not be loaded as a model .*hidden_size"),
         (settings(num_attention_heads=3), "could not be loaded .*attention heads"),
         (settings(dtype="unheard"), "could not be loaded .*unheard"),
@@ -198,6 +225,7 @@ def test_pickled_weights_run_no_code(folder: Path, data_file: str) -> None:
         ("", "the name of the model is empty"),
         ("my model", "there is no folder my model"),
         ("tests/no-model", "there is no folder tests/no-model"),
+        ("~nobody-here/model", "there is no folder ~nobody-here/model: check the path"),
         ("no-model", "no-model could not be loaded as a model: it is no folder, and HF_HUB_OFF"),
         (__file__, "is a file: give the folder"),
     ],
@@ -209,6 +237,12 @@ def test_what_is_no_folder_fails_at_once(
     monkeypatch.chdir(Path(__file__).parents[2])
     with pytest.raises((ValueError, FileNotFoundError), match=re.escape(message)):
         find_model(name)
+
+
+def test_folders_named_like_files_of_a_tokenizer_are_passed_over(folder: Path) -> None:
+    for name in ("tokenizer", "vocab_files", "old.model"):
+        (folder / name).mkdir()
+    assert find_model(str(folder)).folder == folder
 
 
 def test_a_hub_that_cannot_be_reached_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
