@@ -118,16 +118,55 @@ def test_every_entry_of_a_diagonal_names_its_own_block(isa, block_size):
 
 
 @pytest.mark.parametrize("block_size", [4, 20, 64])
-def test_sets_that_all_cost_more_than_a_float64_holds_are_refused(isa, block_size):
-    """The weights are finite, their squares are not."""
+@pytest.mark.parametrize("last", [False, True])
+def test_sets_that_all_cost_more_than_a_float64_holds_are_refused(isa, block_size, last):
+    """The weights are finite, their squares are not.  Groups that have been pruned come back."""
     n = 3 * block_size
     gram = gram_of(gradients(40, n), block_size)
     weight, everything = torch.randn(n, dtype=torch.float64), torch.ones(n, dtype=torch.bool)
-    weight[block_size : block_size + 4] = 1e200
+    begin = 2 * block_size - 4 if last else block_size
+    weight[begin : begin + 4] = 1e200
     status = ops.new_status()
     found = ops.gram_n_of_m(gram, weight, everything, 2, 4, block_size, 40.0, 1.0, status)
     assert status.item() == 1 and found[block_size : 2 * block_size].all()
     assert found.sum() == n // 2 + block_size // 2
+
+
+def nearly_two_others(block_size: int, share: float, more: float) -> torch.Tensor:
+    """The packed Gram of a block whose first weight is the next two and ``more``."""
+    f = torch.eye(block_size, dtype=torch.float64)
+    f[0, 0], f[1, 0], f[2, 0] = 1 + share + more, 1, share**0.5
+    return f[torch.ones(block_size, block_size, dtype=torch.bool).tril()].view(1, -1)
+
+
+@pytest.mark.parametrize("block_size", [8, 20, 64])
+def test_a_set_whose_pivot_is_lost_refuses_its_block(isa, block_size):
+    """Though another set would cost less; what is lost may be zero, or less than it."""
+    weight, everything = torch.ones(block_size), torch.ones(block_size, dtype=torch.bool)
+    weight[1], weight[2] = 1000, 0
+    tried = 0
+    for step in range(24):
+        gram = nearly_two_others(block_size, 2**-26 * (1 + step / 8), 2**-54 * (1 + step / 6))
+        fisher, status = (block_size, 1.0, 1e-300), ops.new_status()
+        ops.gram_diagonal(gram, block_size, *fisher, torch.float64, status)
+        if status.item() == -1:  # no pivot of the factor says so
+            tried += 1
+            found = ops.gram_n_of_m(gram, weight, everything, 1, 4, *fisher, status)
+            assert status.item() == 0 and found.all()
+    assert tried >= 10
+
+
+def test_at_the_border_a_block_is_refused_or_has_the_pattern(isa):
+    """Where the cost of a set and its removal may disagree on a pivot by a rounding."""
+    weight, everything = torch.tensor([1.0, 0, 0, 1]), torch.ones(4, dtype=torch.bool)
+    seen = set()
+    for share in torch.logspace(-30, -22, 12, base=2).tolist():
+        for more in torch.logspace(-52, -49.5, 25, base=2).tolist():
+            gram, status = nearly_two_others(4, share, more), ops.new_status()
+            found = ops.gram_n_of_m(gram, weight, everything, 1, 4, 4, 1.0, 1e-300, status)
+            assert found.sum() == (1 if status.item() == -1 else 4)
+            seen.add(status.item())
+    assert seen == {-1, 0}
 
 
 @pytest.mark.parametrize("block_size", SIZES)
