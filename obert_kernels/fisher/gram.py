@@ -107,7 +107,10 @@ class GramFisher(Fisher):
         if int(status.item()) < 0:
             return
         if not bool(torch.isfinite(self.gram).all()):
-            remedy = f"its gradients, or their squares, left the range of {self.gram.dtype}"
+            remedy = (
+                "its gradients hold NaN or infinity, or their squares left the range of "
+                f"{self.gram.dtype}"
+            )
         else:
             remedy = (
                 f"damping {damping:g} is lost in the rounding of a {self.gram.dtype} Gram of "
