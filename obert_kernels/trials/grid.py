@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..fisher.estimate import FisherEstimate
 from ..gradients.losses import LossFn
@@ -176,9 +176,7 @@ class TrialLoop:
     ) -> Outcome:
         """Prune, recover, evaluate, and put the weights back."""
         pruner = self._pruner(config)
-        changing: Mapping[str, Tensor] = pruner.weights
-        if self.recover is not None:
-            changing = self.model.state_dict(keep_vars=True)
+        changing = self.model.state_dict(keep_vars=True)  # evaluate may train, as recover does
 
         def pruned() -> PruneResult:
             if not (self.one_damping and prepared.fisher and config.damping == "auto"):
@@ -217,7 +215,7 @@ class TrialLoop:
             report = result.report
             figures |= {
                 "sparsity": report.sparsity,
-                **self.evaluate(self.model)._asdict(),
+                **_scores(self.evaluate(self.model))._asdict(),
                 "predicted_increase": report.predicted_increase,
                 "damping_used": report.settings["damping"],
             }
@@ -247,6 +245,15 @@ class TrialLoop:
         result = self._prune(self._pruner(replace(config, damping=damping)), target, prepared)
         result.report.damping_trials = known.report.damping_trials
         return result
+
+
+def _scores(found: object) -> Scores:
+    if isinstance(found, Scores):
+        return found
+    raise TypeError(
+        "evaluate must return obert_kernels.Scores(dev_accuracy, dev_loss, test_accuracy), got a "
+        f"{type(found).__name__}"
+    )
 
 
 def run_grid(
@@ -279,7 +286,7 @@ def run_grid(
     Args:
         model: pruned in place and put back after each trial, also if one fails or is interrupted.
         batches_of: called with m and g; returns batches that give m gradients of g samples.
-        evaluate: called with the pruned model; returns its
+        evaluate: called with the pruned model, which it may train first; returns its
             :class:`obert_kernels.trials.outcome.Scores`.
         settings: what to try, see :func:`obert_kernels.make_grid`; those that share an estimate are
             tried together.
@@ -301,9 +308,15 @@ def run_grid(
 
     Raises:
         ValueError, TypeError, MemoryError: as :func:`obert_kernels.prune`.
-        TypeError: ``sparsities`` is a number.
+        TypeError: ``sparsities`` is a number, or another argument is of a wrong type.
     """
     targets = list(dict.fromkeys(values_to_try("sparsities", sparsities)))
+    settings = values_to_try("settings", settings)
+    for config in settings:
+        if not isinstance(config, PruningConfig):
+            raise TypeError(f"settings are PruningConfigs, see make_grid, got {config!r}")
+    if isinstance(calibration, Iterator):
+        calibration = list(calibration)  # each trial looks at all of them
     configs = [_with(c, pattern, scope, params, estimator, fisher_dtype) for c in settings]
     outcomes = list(finished)
     done = {outcome.key for outcome in outcomes}
@@ -327,6 +340,9 @@ def run_grid(
     wanted = list(product({canonical(config): config for config in configs}.values(), targets))
     to_do = [trial for trial in wanted if (canonical(trial[0]), trial[1]) not in done]
     loop.check(to_do)
+    for name, function in (("batches_of", batches_of), ("evaluate", evaluate)):
+        if to_do and not callable(function):
+            raise TypeError(f"{name} is a function, got a {type(function).__name__}")
     return GridResult(outcomes, loop.run(grouped(to_do)))
 
 

@@ -320,3 +320,54 @@ def test_scores_are_kept_where_there_is_room(monkeypatch, free, limit, kept):
     weights = find_weights(tiny.TinyEncoder(), ["re:layer.*weight"])
     limit = None if limit is None else 500 + limit
     assert (ScoreCache.if_room(weights, 500, limit) is not None) == kept
+
+
+def test_what_evaluate_trains_is_put_back_too():
+    model = tiny.TinyEncoder()
+    before = tiny.snapshot(model)
+    heads = []
+
+    def trained(model):
+        heads.append(model.head.weight.detach().clone())
+        tiny.train(model.train(), tiny.batches(2), 1)
+        return Scores(0.5, 0.5, 0.5)
+
+    config = PruningConfig(selection="magnitude")
+    grid.run_grid(model.eval(), lambda m, g: [], trained, [config], [0.5, 0.8])
+    assert tiny.unchanged(model, before) and not model.training
+    assert torch.equal(heads[0], heads[1]), "each trial begins with the model given"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"evaluate": lambda model: 0.9}, r"evaluate must return obert_kernels\.Scores\(dev_acc"),
+        ({"evaluate": 0.9}, "evaluate is a function, got a float"),
+        ({"batches_of": []}, "batches_of is a function, got a list"),
+        ({"settings": GREEDY}, r"settings is a list of values to try, got Pruning.*write \["),
+        ({"settings": [{"damping": 1}]}, "settings are PruningConfigs, see make_grid, got {'da"),
+    ],
+)
+def test_what_a_grid_cannot_work_with(options, message):
+    model = tiny.TinyEncoder()
+    before = tiny.snapshot(model)
+    given = {
+        "batches_of": lambda m, g: [],
+        "evaluate": evaluate,
+        "settings": [PruningConfig(selection="magnitude")],
+    }
+    with pytest.raises(TypeError, match=message):
+        grid.run_grid(model, sparsities=[0.5], **{**given, **options})
+    assert tiny.unchanged(model, before)
+
+
+def test_batches_to_choose_on_that_come_once_serve_all_trials():
+    found = grid.run_grid(
+        tiny.TinyEncoder(),
+        tiny.batches,
+        evaluate,
+        [replace(GREEDY, damping="auto")],
+        [0.5, 0.8],
+        calibration=iter(tiny.batches(2)),
+    )
+    assert len(found.outcomes) == 2 and not any(outcome.error for outcome in found.outcomes)
