@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Mapping
+from os import PathLike
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 
 from ..files import REPORT_FILE, whole_folder, write_json
+from ..files.whole import json_text
 from ..sparsity.masks import check_pruned_are_zero
 from ..sparsity.wrappers import check_no_adapters, plain_state_dict, unwrapped
 
@@ -45,8 +47,10 @@ def save_pruned(
             the message says where it was saved instead.
         ValueError: pruned weights are not zero any more, or the model has adapters of PEFT, which
             would be saved alone; nothing was written.
-        TypeError: it is no model of Hugging Face.
+        TypeError: it is no model of Hugging Face, or an argument is of a wrong type; nothing was
+            written.
     """
+    _check_arguments(result, tokenizer, folder, extra)
     model, masks, report = result
     model = cast(Any, unwrapped(model))
     if not hasattr(model, "save_pretrained"):
@@ -69,6 +73,30 @@ def save_pruned(
         write_json(fresh / REPORT_FILE, {**report.to_dict(), **(extra or {})})
 
     return save_folder(folder, write, model)
+
+
+def _check_arguments(result: Any, tokenizer: Any, folder: Any, extra: Any) -> None:
+    """Raise TypeError or ValueError for what would fail once weights have been written."""
+    is_result = isinstance(result, tuple) and len(result) == 3
+    if not is_result or not hasattr(result[2], "to_dict"):
+        raise TypeError(
+            "save_pruned takes what prune returned, or the tuple (model, masks, report) of it; got "
+            f"a {type(result).__name__}"
+        )
+    if tokenizer is not None and not hasattr(tokenizer, "save_pretrained"):
+        raise TypeError(
+            f"tokenizer must have save_pretrained, or be None; got a {type(tokenizer).__name__}: "
+            "load it with AutoTokenizer.from_pretrained"
+        )
+    if not isinstance(folder, str | PathLike) or not str(folder):
+        raise TypeError(f"folder must be the path of the folder to save in, got {folder!r}")
+    if not isinstance(extra, Mapping | None):
+        raise TypeError(f"extra must be a mapping, got a {type(extra).__name__}")
+    for name, value in (extra or {}).items():
+        try:
+            json_text({name: value})
+        except (TypeError, ValueError) as error:
+            raise TypeError(f"extra: {name!r} cannot be written as JSON: {error}") from None
 
 
 def save_folder(folder: str | Path, write: Callable[[Path], object], model: Any) -> Path:

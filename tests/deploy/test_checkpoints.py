@@ -185,3 +185,24 @@ def test_damaged_masks_are_named(tmp_path: Path) -> None:
     (tmp_path / "masks.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1")
     with pytest.raises(ValueError, match=r"masks\.safetensors is damaged"):
         obert_kernels.load_masks(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda given: {"result": given["result"].model}, r"prune returned, .* got a BertFor"),
+        (lambda given: {"result": given["result"][:2]}, r"\(model, masks, report\) of it"),
+        (lambda given: {"tokenizer": "bert-base-uncased"}, r"got a str: load it with AutoTok"),
+        (lambda given: {"folder": None}, "folder must be the path .* got None"),
+        (lambda given: {"folder": ""}, "folder must be the path .* got ''"),
+        (lambda given: {"extra": [0.9]}, "extra must be a mapping, got a list"),
+        (lambda given: {"extra": {"best": torch.ones(1)}}, "extra: 'best' cannot be written as"),
+    ],
+)
+def test_wrong_arguments_are_found_before_anything_is_written(
+    change: Any, message: str, result: Any, tmp_path: Path, temporary: Path
+) -> None:
+    given = {"result": result, "tokenizer": None, "folder": tmp_path / "saved"}
+    with pytest.raises(TypeError, match=message):
+        obert_kernels.save_pruned(**{**given, **change(given)})
+    assert not (tmp_path / "saved").exists() and not list(temporary.iterdir())
