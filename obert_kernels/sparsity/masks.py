@@ -31,15 +31,18 @@ def masked_parameters(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[str
     """Return the parameters of a model that masks belong to, by name.
 
     Raises:
-        ValueError: a mask names no parameter of the model inside its wrappers, or has another
-            shape.
+        TypeError: masks are no mapping from name to tensor.
+        ValueError: a mask names no parameter of the model inside its wrappers, has another shape,
+            or holds something else than 0 and 1.
     """
+    _check_masks(masks)
     parameters = named_parameters(model)
     unknown = sorted(masks.keys() - parameters.keys())
     if unknown:
         raise ValueError(
             f"masks name parameters the model does not have: {', '.join(unknown[:3])}"
-            f"{f' and {len(unknown) - 3} more' if len(unknown) > 3 else ''}"
+            f"{f' and {len(unknown) - 3} more' if len(unknown) > 3 else ''}; it has, for example, "
+            f"{next(iter(parameters), 'none')}: load it as the class of the model that was pruned"
         )
     for name, mask in masks.items():
         if mask.shape != parameters[name].shape:
@@ -48,6 +51,25 @@ def masked_parameters(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[str
                 f"{list(parameters[name].shape)}"
             )
     return {name: parameters[name] for name in masks}
+
+
+def _check_masks(masks: object) -> None:
+    wanted = "masks must be a mapping from parameter name to bool tensor"
+    if not isinstance(masks, Mapping):
+        raise TypeError(
+            f"{wanted}, got a {type(masks).__name__}: give the masks of what prune returned, or "
+            "obert_kernels.load_masks(folder)"
+        )
+    for name, mask in masks.items():
+        if not isinstance(mask, Tensor):
+            raise TypeError(
+                f"{wanted}, got a {type(mask).__name__} for {name}: make it one, torch.as_tensor"
+            )
+        if mask.dtype != torch.bool and not bool(((mask == 0) | (mask == 1)).all()):
+            raise ValueError(
+                f"the mask of {name} holds something else than 0 and 1: say which weights remain, "
+                "for example mask > 0.5"
+            )
 
 
 def check_pruned_are_zero(model: nn.Module, masks: Mapping[str, Tensor], remedy: str) -> None:

@@ -25,12 +25,14 @@ class MaskedWeights:
         masks: parameter name -> bool tensor of its shape, True = remains; on any device.
 
     Raises:
-        ValueError: a mask names no parameter of the model, or has another shape.
+        TypeError: masks are no mapping from name to tensor.
+        ValueError: there is no mask, one names no parameter of the model, has another shape, or
+            holds something else than 0 and 1.
     """
 
     def __init__(self, model: nn.Module, masks: Mapping[str, Tensor]) -> None:
         self._model = model
-        self.masks = dict(masks)
+        self.masks = masks  # copied there
 
     @property
     def masks(self) -> dict[str, Tensor]:
@@ -40,6 +42,8 @@ class MaskedWeights:
     @masks.setter
     def masks(self, masks: Mapping[str, Tensor]) -> None:
         masked_parameters(self._model, masks)
+        if not masks:
+            raise ValueError("masks are empty, so nothing would be kept: give those of prune")
         self._masks = dict(masks)
         self._pruned = {name: ~mask.bool() for name, mask in masks.items()}
 
@@ -107,7 +111,8 @@ def pruned_weights_kept(
         The weights, whose ``masks`` may be set anew when more has been pruned.
 
     Raises:
-        ValueError: a mask fits no parameter of the model; or, without masks, nothing is zero.
+        TypeError, ValueError: as for :class:`~obert_kernels.training.masks.MaskedWeights`; or,
+            without masks, nothing is zero.
     """
     if masks is not None and params is not None:
         raise ValueError("give masks or params, not both: masks name their matrices themselves")

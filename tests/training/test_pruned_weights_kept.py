@@ -77,10 +77,32 @@ def test_without_masks_what_is_zero_at_the_start_is_kept():
         ({"masks": {"head.bias": torch.ones(5)}}, r"head\.bias has shape \[5\]"),
         ({"masks": {"kernel": torch.ones(5)}}, "the model does not have: kernel"),
         ({"masks": {}, "params": "head"}, "masks or params, not both"),
+        ({"masks": {}}, "masks are empty, so nothing would be kept"),
+        (
+            {"masks": {"m.head.bias": torch.ones(3)}},
+            r"for example, embedding\.weight: load",
+        ),
+        (
+            {"masks": {"head.bias": torch.full((3,), 0.5)}},
+            r"head\.bias holds something else",
+        ),
     ],
 )
 def test_what_cannot_be_kept_is_refused(arguments, message):
     with pytest.raises(ValueError, match=message), pruned_weights_kept(TinyEncoder(), **arguments):
+        pytest.fail("the block is not entered")
+
+
+@pytest.mark.parametrize(
+    ("masks", "message"),
+    [
+        (("model", {}, "report"), r"got a tuple: give the masks of what prune returned"),
+        ("folder", r"got a str: .*load_masks\(folder\)"),
+        ({"head.bias": [True, False, True]}, r"got a list for head\.bias: .* torch\.as_tensor"),
+    ],
+)
+def test_what_are_no_masks(masks, message):
+    with pytest.raises(TypeError, match=message), pruned_weights_kept(TinyEncoder(), masks):
         pytest.fail("the block is not entered")
 
 
