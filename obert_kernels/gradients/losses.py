@@ -100,8 +100,16 @@ def class_logits(model: nn.Module, output: Any) -> Tensor | None:
 
 
 def _output(model: nn.Module, batch: Mapping[str, Any]) -> Any:
-    """What the model makes of a batch; lists of numbers, and a single sample, are refused."""
+    """What the model makes of a batch; what holds no samples, one without a dimension for them, or
+    numbers that are no tensors, is refused."""
     tensors = tensors_in(batch)
+    if arrays := [key for key, value in batch.items() if type(value).__module__ == "numpy"]:
+        raise TypeError(
+            f"a batch holds numpy arrays ({', '.join(map(str, arrays))}): make them tensors, "
+            "torch.as_tensor, or set the data set's format to torch"
+        )
+    if samples_in(batch) == 0:
+        raise ValueError("a batch holds no samples: leave it out")
     if not tensors and any(map(_is_list_of_numbers, batch.values())):
         raise TypeError(
             f"a batch with the keys {sorted(map(str, batch))} holds no tensors: tokenise with "

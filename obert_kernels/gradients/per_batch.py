@@ -80,7 +80,13 @@ def batch_gradients(
 def check_loss(loss: Any, where: str) -> None:
     """Raise ValueError unless the loss is a finite scalar with a gradient."""
     if not isinstance(loss, Tensor) or loss.dim() != 0:
-        raise ValueError(f"{where}: the loss must be a scalar tensor, got {type(loss)}")
+        got = f"a {type(loss).__name__}"
+        if isinstance(loss, Tensor):
+            got = f"one of shape {list(loss.shape)}"
+        raise ValueError(
+            f"{where}: the loss must be a scalar tensor, got {got}: return the mean over the "
+            "samples from loss_fn"
+        )
     if not loss.requires_grad:
         raise ValueError(
             f"{where}: the loss has no gradient: it was computed under torch.no_grad, is detached, "

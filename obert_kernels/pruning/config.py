@@ -153,7 +153,7 @@ def _checked_damping(damping: object) -> float | str:
         return "auto"
     if isinstance(damping, str):
         raise ValueError(f"damping must be a positive number or 'auto', got {damping!r}")
-    if not isinstance(damping, Real):
+    if not isinstance(damping, Real) or isinstance(damping, bool):
         raise TypeError(f"damping must be a positive number or 'auto', got {damping!r}")
     check_positive("damping", float(damping))
     require(math.isfinite(damping), f"damping must be finite, got {damping}")

@@ -22,6 +22,8 @@ def check_batches(batches: object, name: str = "batches") -> None:
         )
     if isinstance(batches, Tensor):
         raise TypeError(f"{name} must be an iterable of batches, got a tensor: pass [tensor]")
+    if isinstance(batches, nn.Module):
+        raise TypeError(f"{name} must be an iterable of batches, got a model: pass the model first")
     is_iterable = isinstance(batches, Iterable) or hasattr(batches, "__getitem__")
     if batches is not None and (isinstance(batches, type) or not is_iterable):
         hint = ": call it" if callable(batches) else ""

@@ -15,6 +15,8 @@ from ..gradients.losses import LossFn
 from ..ops.checks import WIDE
 from ..progress import Progress
 from ..sparsity.layers import find_weights, match_names
+from ..sparsity.matrices import find_matrices
+from ..sparsity.wrappers import check_no_adapters, unwrapped
 from .config import PruningConfig
 from .inputs import check_batches, check_estimate
 from .pruner import Pruner
@@ -206,15 +208,17 @@ def _implied_names(
     model: nn.Module, sparsity: float | Mapping[str, float] | None, fisher: FisherEstimate | None
 ) -> tuple[str, ...] | None:
     """The matrices that a sparsity of each, or an estimate, speaks of."""
-    if isinstance(sparsity, Mapping):
-        return _matched(model, list(sparsity) if fisher is None else fisher.fishers, sparsity)
+    if isinstance(sparsity, Mapping) and sparsity:
+        return _matched(model, None if fisher is None else fisher.fishers, sparsity)
     return None if fisher is None else tuple(fisher.fishers)
 
 
 def _matched(
-    model: nn.Module, params: Iterable[str], sparsity: Mapping[str, float]
+    model: nn.Module, params: Iterable[str] | None, sparsity: Mapping[str, float]
 ) -> tuple[str, ...]:
-    return tuple(match_names(find_weights(model, params), sparsity))
+    check_no_adapters(unwrapped(model))
+    names = find_matrices(model).names if params is None else find_weights(model, params)
+    return tuple(match_names(names, sparsity, "sparsity"))
 
 
 def estimate_fisher(

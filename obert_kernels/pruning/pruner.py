@@ -310,7 +310,7 @@ class Pruner:
             return check_sparsity(wanted)
         targets: dict[str, float] = {}
         for pattern, value in wanted.items():
-            for name in match_names(self.weights, [pattern]):
+            for name in match_names(self.weights, [pattern], "sparsity"):
                 if targets.setdefault(name, check_sparsity(value)) != value:
                     raise ValueError(f"sparsity: {name} is matched twice, with different values")
         if not targets:
@@ -380,9 +380,15 @@ class Pruner:
         """Go on where another pruner of the same model stood; load the model's weights first.
 
         Raises:
+            TypeError: it is no mapping.
             ValueError: it is of other matrices or a later version, or pruned weights of the model
                 are not zero.
         """
+        if not isinstance(state, Mapping):
+            raise TypeError(
+                "state of a Pruner: what state_dict() returned is needed, got a "
+                f"{type(state).__name__}"
+            )
         if state.get("version") != _STATE_VERSION:
             raise ValueError(f"state of a Pruner: version {state.get('version')!r} is not known")
         missing = {"config", "masks", "relative_damping"} - state.keys()

@@ -16,33 +16,37 @@ from .wrappers import check_no_adapters, unwrapped
 _ENCODER_LAYER = re.compile(r"(^|\.)layers?\.\d+\.")
 
 
-def match_names(names: Iterable[str], patterns: Iterable[str]) -> list[str]:
+def match_names(names: Iterable[str], patterns: Iterable[str], option: str = "params") -> list[str]:
     """Return the parameter names that the patterns select, in the order of ``names``.
 
     Args:
         names: parameter names such as ``bert.encoder.layer.0.output.dense.weight``.
         patterns: each a parameter name, a module name (its ``weight`` is meant), or
             ``re:<expression>`` matched from the start of the parameter name.
+        option: where the patterns were given, for errors.
 
     Raises:
+        TypeError: a pattern is no string.
         ValueError: a pattern matches nothing or is not a valid expression.
     """
     names = list(names)
     chosen: set[str] = set()
     for pattern in patterns:
+        if not isinstance(pattern, str):
+            raise TypeError(f"{option}: names and re: patterns are strings, got {pattern!r}")
         if pattern.startswith("re:"):
             try:
                 expression = re.compile(pattern[3:])
             except re.error as error:
                 raise ValueError(
-                    f"params: {pattern!r} is not a valid expression: {error}"
+                    f"{option}: {pattern!r} is not a valid expression: {error}"
                 ) from None
             found = {name for name in names if expression.match(name)}
         else:
             found = {name for name in names if name in (pattern, f"{pattern}.weight")}
         if not found:
             raise ValueError(
-                f"params: {pattern!r} matches no prunable weight matrix of the model; "
+                f"{option}: {pattern!r} matches no prunable weight matrix of the model; "
                 f"there are {_sample(names)}"
             )
         chosen |= found

@@ -125,7 +125,7 @@ def test_samples_that_no_row_tells_apart_have_pushes_of_their_own():
 
 def test_a_batch_of_nothing_is_named():
     model, empty = TinyEncoder(), {"tokens": torch.zeros(0, 6, dtype=torch.long)}
-    with pytest.raises(ValueError, match="batch 0"):
+    with pytest.raises(ValueError, match="a batch holds no samples: leave it out"):
         next(iter(batch_gradients(model, [empty], find_weights(model), 1, prediction_loss)))
 
 
@@ -217,6 +217,9 @@ def test_errors_name_the_remedy():
     with pytest.raises(TypeError, match="mappings of model arguments, got a Tensor"):
         prediction_loss(TinyEncoder(), torch.ones(2))
     model = TinyEncoder()
+    arrays = {name: tensor.numpy() for name, tensor in batches(1)[0].items()}
+    with pytest.raises(TypeError, match=r"numpy arrays \(tokens, labels\): make them tensors"):
+        prediction_loss(model, arrays)
     model.config = SimpleNamespace(problem_type="regression")
     with pytest.raises(TypeError, match="TinyEncoder gives no logits of classes"):
         prediction_loss(model, batches(1)[0])

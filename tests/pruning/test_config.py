@@ -25,6 +25,7 @@ from obert_kernels import FisherConfig, PruningConfig, prune, register_saliency
         ({"damping": "much"}, ValueError, "damping must be a positive number or 'auto'"),
         ({"damping": -1.0}, ValueError, "damping must be positive"),
         ({"damping": float("inf")}, ValueError, "damping must be finite, got inf"),
+        ({"damping": True}, TypeError, "damping must be a positive number or 'auto', got True"),
         ({"damping": None}, TypeError, "damping must be a positive number or 'auto'"),
         ({"scope": "model"}, ValueError, "scope must be 'global' or 'layer'"),
         ({"schedule": "cubic"}, ValueError, "schedule must be 'linear' or 'geometric'"),

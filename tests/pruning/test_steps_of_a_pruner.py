@@ -128,6 +128,8 @@ def test_another_pruner_goes_on_where_one_stood(tmp_path):
 def test_a_state_of_something_else_is_refused():
     pruner = Pruner(TinyEncoder())
     state = pruner.state_dict()
+    with pytest.raises(TypeError, match=r"what state_dict\(\) returned is needed, got a NoneType"):
+        pruner.load_state_dict(None)
     with pytest.raises(ValueError, match="other matrices"):
         Pruner(TinyEncoder(width=8)).load_state_dict(state)
     with pytest.raises(ValueError, match="version 7 is not known"):

@@ -49,6 +49,11 @@ def test_what_is_no_model(thing: Any, kind: str) -> None:
         ("train.csv", TypeError, "got the text 'train.csv': read and tokenise it first"),
         (b"text", TypeError, "got the text b'text'"),
         (torch.zeros(4, 6), TypeError, r"got a tensor: pass \[tensor\]"),
+        (
+            TinyEncoder(),
+            TypeError,
+            "batches must be .* got a model: pass the model first",
+        ),
         (batches, TypeError, "batches must be an iterable of batches, got a function: call it"),
         (DataLoader, TypeError, "got the class DataLoader: call it"),
         (7, TypeError, "got a int"),
@@ -92,6 +97,10 @@ def test_what_is_no_batches(data: Any, error: type[Exception], message: str) -> 
         ({"sparsity": "80%"}, TypeError, "sparsity must be a number from 0 to 1, got '80%'"),
         ({"sparsity": True}, TypeError, "sparsity must be a number from 0 to 1, got True"),
         ({"sparsity": float("nan")}, ValueError, "sparsity must be between 0 and 1"),
+        ({"sparsity": {4: 0.5}}, TypeError, "sparsity: names and re: patterns are strings, got 4"),
+        ({"sparsity": {}}, ValueError, "sparsity is empty"),
+        ({"sparsity": {"layer.7": 0.5}}, ValueError, "sparsity: 'layer.7' matches no prunable"),
+        ({"sparsity": {"re:(": 0.5}}, ValueError, r"sparsity: 're:\(' is not a valid expression"),
         ({"sparsity": {"layer.0.wide": True}}, TypeError, "must be a number from 0 to 1, got True"),
     ],
 )
@@ -170,8 +179,14 @@ def test_frozen_weights_are_pruned_and_stay_frozen() -> None:
     ("loss_fn", "message"),
     [
         (lambda model, batch: model(**batch)["loss"].detach(), "the loss has no gradient"),
-        (lambda model, batch: model(**batch)["loss"].item(), "must be a scalar tensor, got <class"),
-        (lambda model, batch: model(**batch)["logits"], "the loss must be a scalar tensor"),
+        (
+            lambda model, batch: model(**batch)["loss"].item(),
+            "scalar tensor, got a float: return",
+        ),
+        (
+            lambda model, batch: model(**batch)["logits"],
+            r"tensor, got one of shape \[\d, 3\]",
+        ),
         (lambda model, batch: model.head.weight.sum(), "or depends on none of the matrices"),
         (lambda model, batch: model(**batch)["loss"] * torch.nan, "the loss is nan"),
     ],
