@@ -92,8 +92,9 @@ def match_classes(data: TextData, names: Sequence[str] | None, count: int) -> Ma
     if by_number is not None:
         said = f"0, 1, ... of the data are taken for {shorten(own)}" if names is not None else ""
         return Matched(_reindexed(data, by_number, numbers), True, said)
-    # What counts from 0 and leaves one out is not numbered like the model.
-    if names is None and "0" not in given:
+    # What counts from 0 and leaves one out is not numbered like the model, nor is LABEL_1, LABEL_2.
+    shared = {canonical(name) for name in given} & {canonical(name) for name in own}
+    if names is None and "0" not in given and not shared:
         return Matched(data, True, f"LABEL_0, LABEL_1, ... of the model are taken for "
                                    f"{shorten(given)}")  # fmt: skip
     return None

@@ -106,7 +106,8 @@ def _order(name: str) -> tuple[int, int, list[tuple[int, str]], str]:
 
 def shorten(names: Sequence[str]) -> str:
     """Return the first names, and how many there are."""
-    shown = ", ".join(names[:6])
+    # Escapes of a terminal are shown, not sent there.
+    shown = ", ".join(name if name.isprintable() else ascii(name) for name in names[:6])
     return f"{shown}, … ({len(names)})" if len(names) > 6 else shown
 
 

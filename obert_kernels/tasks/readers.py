@@ -79,6 +79,8 @@ def load_text_data(
     parts: dict[str, list[Example]] = {}
     for part, table in tables.items():
         parts[part], left_out = _examples(table, columns)
+        if len(tables) > 1 and not parts[part] and not left_out:
+            notes.append(f"the part {part} of {source} holds no rows: it is left out")
         if left_out:
             where = "" if len(tables) == 1 else f" of {part}"
             rows = labels.plural(left_out, "row")

@@ -145,6 +145,7 @@ def assemble(
     if not train or not test:
         raise ValueError(
             f"{source} is too small: {len(train)} texts to train and {len(test)} to test on"
+            + "".join(f"; {note}" for note in known.notes())
         )
     index = {name: position for position, name in enumerate(names)}
     said = [*notes, *known.notes()]

@@ -115,6 +115,7 @@ def test_classes_are_brought_into_the_order_of_the_model(
         (["0", "1"], ["1", "2"], 2),  # is 1 the model's first or second?
         (["0", "1"], ["0", "0.0"], 2),
         (["a", "b"], None, 3),
+        (["LABEL_1", "LABEL_2"], None, 2),  # LABEL_1 is the model's second
     ],
 )
 def test_classes_in_doubt_are_not_matched(

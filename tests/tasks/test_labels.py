@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from obert_kernels.tasks.labels import class_names, in_order, written
+from obert_kernels.tasks.labels import class_names, in_order, shorten, written
 from obert_kernels.tasks.readers import load_text_data
 
 
@@ -97,3 +97,7 @@ def test_what_is_no_class_is_refused() -> None:
 def test_a_number_nobody_can_hold_is_a_name() -> None:
     assert class_names(["1e999999999", "1"], "label") == {"1e999999999": "1e999999999", "1": "1"}
     assert in_order(["b", "a10", "a9", "10", "9", "-1"]) == ["-1", "9", "10", "a9", "a10", "b"]
+
+
+def test_names_send_no_escapes_to_a_terminal() -> None:
+    assert shorten(["\x1b[31mred", "größe"]) == "'\\x1b[31mred', größe"

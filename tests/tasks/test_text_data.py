@@ -112,6 +112,17 @@ def test_a_folder_of_parts_is_read_as_its_files_are(tmp_path: Path) -> None:
         load_text_data(str(tmp_path))
 
 
+def test_parts_that_leave_nothing_say_why(tmp_path: Path) -> None:
+    frame = pandas.DataFrame(rows())
+    write(tmp_path, "train.csv", frame)
+    write(tmp_path, "test.csv", frame[:0])
+    note = f"the part test of {tmp_path} holds no rows: it is left out"
+    assert load_text_data(str(tmp_path)).notes == (note,)
+    write(tmp_path, "test.csv", frame)
+    with pytest.raises(ValueError, match="0 texts to train and 60 to test on; 60 texts dropped"):
+        load_text_data(str(tmp_path))
+
+
 def test_numbers_are_the_same_classes_in_every_part(tmp_path: Path) -> None:
     """A missing label made floats of one part, and the parts begin with different classes."""
     numbers = [str(index % 12) for index in range(120)]
