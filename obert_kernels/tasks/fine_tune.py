@@ -79,7 +79,10 @@ def fine_tune(
                 disable_tqdm=True,
             ),
             optimizers=(torch.optim.AdamW(groups, lr=learning_rate, fused=True), None),
-            callbacks=[KeepPrunedAtZero(masks or {}), _Report(progress or silent, stage)],
+            callbacks=[
+                *([KeepPrunedAtZero(masks)] if masks else []),
+                _Report(progress or silent, stage),
+            ],
         )
         trainer.loader, trainer.dtype, trainer.peak = loader, dtype, learning_rate
         trainer.remove_callback(PrinterCallback)
