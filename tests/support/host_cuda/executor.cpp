@@ -47,14 +47,20 @@ uint64_t first_block_to_run = 0;
 uint64_t blocks_to_run = ~uint64_t{0};
 
 // Beyond what the kernel asked for: poisoned for the sanitizer, else a pattern that is checked.
+// Read as a float or as a double it is NaN, so that a stray value shows even where it is multiplied
+// by 0.
+const std::vector<uint32_t> untouched(kSharedBytes / 4, 0x7ffaa5a5);
+
 class SharedMemoryGuard {
   public:
     explicit SharedMemoryGuard(size_t shared_bytes)
-        : begin_(obert_shared + shared_bytes), bytes_(kSharedBytes - shared_bytes) {
+        : begin_(obert_shared + shared_bytes),
+          bytes_(kSharedBytes - shared_bytes),
+          pattern_(reinterpret_cast<const unsigned char*>(untouched.data()) + shared_bytes) {
 #ifdef __SANITIZE_ADDRESS__
         __asan_poison_memory_region(begin_, bytes_);
 #else
-        std::memset(begin_, kPattern, bytes_);
+        std::memcpy(begin_, pattern_, bytes_);
 #endif
     }
     ~SharedMemoryGuard() {
@@ -68,15 +74,14 @@ class SharedMemoryGuard {
 #ifdef __SANITIZE_ADDRESS__
         return true;
 #else
-        bytes = std::min(bytes, bytes_);
-        return begin_[0] == kPattern && std::memcmp(begin_, begin_ + 1, bytes - 1) == 0;
+        return std::memcmp(begin_, pattern_, std::min(bytes, bytes_)) == 0;
 #endif
     }
 
   private:
-    static constexpr unsigned char kPattern = 0xa5;
     unsigned char* begin_;
     size_t bytes_;
+    const unsigned char* pattern_;
 };
 
 void run_grid(size_t shared_bytes) {
