@@ -60,6 +60,19 @@ def test_a_fault_that_has_lost_its_place_is_an_error(tmp_path):
         mutants.parse(path, "greedy.cu")
 
 
+@pytest.mark.parametrize(("said", "expected"), [
+    ("error: static assertion failed: too large", mutants.RefusedByCompiler),
+    ("error: expected ';'", RuntimeError),
+])  # fmt: skip
+def test_a_static_assertion_notices_a_fault(monkeypatch, tmp_path, said, expected):
+    def refuse(*arguments: object) -> Path:
+        raise RuntimeError(said)
+
+    monkeypatch.setattr(mutants.host_cuda_build, "build", refuse)
+    with pytest.raises(expected, match=said[:20]):
+        mutants.build(tmp_path, lambda file, text: text)
+
+
 # Short ones: before the first fault all of them run without any.
 TESTS = ["tests/ops/test_packed_inverse.py", "tests/ops/test_greedy.py", "tests/ops/test_limits.py",
          "tests/cuda/test_cuda_traffic.py", "tests/cuda/test_cuda_launch_sizes.py",

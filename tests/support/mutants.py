@@ -37,6 +37,10 @@ inline __attribute__((visibility("default"))) unsigned char obert_reached[{count
 """
 
 
+class RefusedByCompiler(Exception):
+    """A static assertion of the kernels does not hold with a fault."""
+
+
 @dataclass(frozen=True)
 class Mutant:
     file: str  # below csrc
@@ -149,7 +153,12 @@ def build(folder: Path, change: Callable[[str, str], str], extra: Sequence[str] 
     for file in sorted({mutant.file for mutant in all_mutants()}):
         path = copy / "csrc" / file
         path.write_text(change(file, path.read_text()))
-    return host_cuda_build.build(folder, copy / "csrc", ["-w", *extra])
+    try:
+        return host_cuda_build.build(folder, copy / "csrc", ["-w", *extra])
+    except RuntimeError as error:
+        if "static assertion failed" in str(error):
+            raise RefusedByCompiler(str(error)) from error
+        raise
 
 
 class Switched:

@@ -125,7 +125,12 @@ class Run:
             items = [i for i in session.items if mutant.constant or number in reached[i]]
             items.sort(key=lambda item: seconds[item] / (1 + 10 * found[item, mutant.file]))
             items = items[: bisect.bisect([*accumulate(map(seconds.get, items))], self.most) + 1]
-            killer = trial.killer(self.planter(number), items)
+            try:
+                killer = trial.killer(self.planter(number), items)
+            except mutants.RefusedByCompiler:
+                self.killed.append(mutant)
+                self.say(f"a static assertion\t{mutant}")
+                continue
             if killer is None:
                 self.survived.append(mutant)
             else:
