@@ -58,7 +58,7 @@ def test_every_launch_asks_for_what_it_needs(cuda_on_host, size, blocks):
         (lambda: ops.gram_solve(gram, weight, *fisher), own),
         (lambda: ops.inverse_update(inverse, weight, keep, 1, False, False, status), given),
     ]
-    for c in (c for c in (1, 2, 4, 64, 3 * size) if n % c == 0):
+    for c in {c for c in (1, 2, 4, 64, n) if n % c == 0}:
         all_groups, of_groups = workspace(size, c), workspace(size, c, 4)
         both = given + 8 * triangle(size), of_groups + 8 * triangle(size)
         for joint in (False, True):
@@ -130,6 +130,22 @@ def test_all_teams_of_a_thread_block_have_to_fit(cuda_on_host):
         ops.gram_solve(gram, v, 32, 1.0, DAMPING, status)
     with shared_memory(cuda_on_host, needs):
         ops.gram_solve(gram, v, 32, 1.0, DAMPING, status)
+    assert status.item() == -1
+
+
+def test_the_largest_that_fits_fills_the_device(cuda_on_host):
+    gram, v, status = torch.zeros(1, triangle(101)), torch.ones(101), ops.new_status()
+    message = "block size 101 needs .* the largest that fits is 99$"
+    with (
+        shared_memory(cuda_on_host, workspace(99, 1)),
+        pytest.raises(ValueError, match=message),
+    ):
+        ops.gram_solve(gram, v, 101, 1.0, DAMPING, status)
+
+
+def test_no_weights_are_no_launch(cuda_on_host):
+    gram, v, status = torch.zeros(0, 3), torch.zeros(0), ops.new_status()
+    assert ops.gram_solve(gram, v, 2, 1.0, DAMPING, status).shape == (0,)
     assert status.item() == -1
 
 

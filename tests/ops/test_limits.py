@@ -140,14 +140,15 @@ def nearly_two_others(block_size: int, share: float, more: float) -> torch.Tenso
 
 
 @pytest.mark.parametrize("block_size", [8, 20, 64])
-def test_a_set_whose_pivot_is_lost_refuses_its_block(isa, block_size):
+@pytest.mark.parametrize("scale", [1, 2**60])
+def test_a_set_whose_pivot_is_lost_refuses_its_block(isa, block_size, scale):
     """Though another set would cost less; what is lost may be zero, or less than it."""
     weight, everything = torch.ones(block_size), torch.ones(block_size, dtype=torch.bool)
     weight[1], weight[2] = 1000, 0
     tried = 0
     for step in range(24):
         gram = nearly_two_others(block_size, 2**-26 * (1 + step / 8), 2**-54 * (1 + step / 6))
-        fisher, status = (block_size, 1.0, 1e-300), ops.new_status()
+        gram, fisher, status = scale * gram, (block_size, 1.0, 1e-300), ops.new_status()
         ops.gram_diagonal(gram, block_size, *fisher, torch.float64, status)
         if status.item() == -1:  # no pivot of the factor says so
             tried += 1
