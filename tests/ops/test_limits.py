@@ -157,6 +157,39 @@ def test_a_set_whose_pivot_is_lost_refuses_its_block(isa, block_size, scale):
     assert tried >= 10
 
 
+@pytest.mark.parametrize("block_size", [4, 20, 64])
+def test_a_singular_block_is_refused_though_its_last_weight_stays_anyway(isa, block_size):
+    """It is alone in its group, and the same as one of the group before."""
+    gram = torch.eye(block_size, dtype=torch.float64)
+    gram[-1, -3] = 1
+    gram = gram[torch.ones(block_size, block_size, dtype=torch.bool).tril()].view(1, -1)
+    keep, status = torch.arange(block_size) != block_size - 2, ops.new_status()
+    weight = keep.float()
+    found = ops.gram_n_of_m(gram, weight, keep, 1, 2, block_size, 1.0, 1e-300, status)
+    assert status.item() == 0 and torch.equal(found, keep)
+
+
+@pytest.mark.parametrize("block_size", SIZES)
+def test_an_infinite_diagonal_is_refused_without_a_gradient(isa, block_size):
+    inverse, status = fresh_inverse(3, block_size), ops.new_status()
+    inverse[1, block_size - 1] = float("inf")
+    ops.woodbury_update(inverse, torch.zeros(0, 3 * block_size), 1.0, status)
+    assert status.item() == 1
+
+
+@pytest.mark.parametrize("block_size", [4, 20, 64])
+def test_an_update_does_not_look_at_the_diagonal_of_what_stays(cuda_on_host, block_size):
+    """CUDA alone: CPU kernels work on several weights at once, and refuse such a block."""
+    weight, keep = torch.randn(block_size), torch.arange(block_size) % 2 == 1
+    inverse, status = fresh_inverse(1, block_size), ops.new_status()
+    inverse[0, block_size:] = 1.0
+    expected, _ = ops.inverse_update(inverse, weight, keep, 1, False, False, status)
+    inverse[0, 1] = -1.0
+    found, _ = ops.inverse_update(inverse, weight, keep, 1, False, False, status)
+    assert status.item() == -1 and torch.equal(found, expected)
+    assert not torch.equal(found, weight * keep)
+
+
 def test_at_the_border_a_block_is_refused_or_has_the_pattern(isa):
     """Where the cost of a set and its removal may disagree on a pivot by a rounding."""
     weight, everything = torch.tensor([1.0, 0, 0, 1]), torch.ones(4, dtype=torch.bool)
