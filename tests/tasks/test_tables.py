@@ -225,4 +225,4 @@ def test_what_is_no_file_is_refused_before_it_is_opened(tmp_path: Path) -> None:
     (tmp_path / "loop.csv").symlink_to("loop.csv")
     refused(tmp_path / "loop.csv", re.escape("cannot be read: Too many levels"))
     (tmp_path / "dangling.csv").symlink_to(tmp_path / "nowhere")
-    refused(tmp_path / "dangling.csv", "there is no file")
+    refused(tmp_path / "dangling.csv", "is a link to nothing")
