@@ -48,8 +48,8 @@ struct Factors {
     int depth;
 };
 
-// A receiver that adds to what it has says so in an overload for its type.  By value: a type that is
-// deduced from a vector promises the alignment of its whole width.
+// A receiver that adds to what it has says so in an overload for its type.  By value: a type that
+// is deduced from a vector promises the alignment of its whole width.
 template <class Vec, class Emit>
 inline Vec with_present(const Emit&, int, int, bool, Vec sum) {
     return sum;
