@@ -78,7 +78,7 @@ def test_peak_of_streamed_gradients_is_the_gram_and_ten_per_cent_and_those_of_on
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("damping", ["1e-6", "auto"])
+@pytest.mark.parametrize("damping", ["1e-6", pytest.param("auto", marks=pytest.mark.slow)])
 def test_passes_keep_to_the_limit(damping):
     limit = 300 << 20
     used, _, _, passes, _ = measure(limit, damping=damping)
