@@ -13,7 +13,7 @@ import torch
 
 from . import __version__
 from .ops import gram_accumulate, native
-from .ops.fallback import SlowOperatorsWarning
+from .ops.fallback import SlowOperatorsWarning, name_of
 
 
 def _installed(package: str) -> str:
@@ -39,8 +39,6 @@ def _devices() -> Iterator[tuple[str, str]]:
     """What runs on each device that torch sees; tried, as only the driver knows."""
     for index in range(torch.cuda.device_count()):
         device = torch.device("cuda", index)
-        major, minor = torch.cuda.get_device_capability(device)
-        name = f"{torch.cuda.get_device_name(device)}, compute capability {major}.{minor}"
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("error", SlowOperatorsWarning)
@@ -49,7 +47,7 @@ def _devices() -> Iterator[tuple[str, str]]:
             found = "kernels run" if gram.item() == 1 else f"wrong result: {gram.item()} for 1"
         except (SlowOperatorsWarning, RuntimeError) as problem:
             found = str(problem)
-        yield str(device), f"{name}: {found}"
+        yield str(device), f"{name_of(device)}: {found}"
 
 
 def main() -> int:

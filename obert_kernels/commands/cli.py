@@ -14,6 +14,7 @@ try:
 except ModuleNotFoundError as missing:
     raise SystemExit(f"error: obert-prune needs {missing.name}; {INSTALL}") from missing
 
+from ..fisher.free_memory import out_of_memory
 from ..ops.checks import MAX_BLOCK_SIZE
 from ..ops.status import NumericalError
 from ..tasks.downloads import DownloadError
@@ -50,7 +51,6 @@ from .terminal import (
     PlainCommand,
     keep_traceback,
     one_line,
-    out_of_memory,
     outlive_readers,
     shown_work,
 )
@@ -255,7 +255,7 @@ def main() -> None:
         message = one_line(error)
         if isinstance(error, ModuleNotFoundError):
             message = f"{error.name} is not installed; {INSTALL}"
-        elif out_of_memory(error):
+        elif out_of_memory(error) is not None:
             message = (
                 f"out of memory ({message[:200]}): give a smaller --max-memory, --batch-size or "
                 "--max-length, or end other programs"

@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 import typer
 from typer.core import TyperCommand
 
@@ -82,12 +81,6 @@ def shown_work() -> Iterator[ProgressBars]:
 def one_line(error: BaseException) -> str:
     """What an error says, without line breaks."""
     return " ".join(str(error).split()) or type(error).__name__
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether torch found no memory, on a device or for the CPU; in Python it is a MemoryError."""
-    refused = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-    return refused or isinstance(error, torch.OutOfMemoryError)
 
 
 def keep_traceback(error: BaseException) -> str:

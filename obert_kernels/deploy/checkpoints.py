@@ -15,8 +15,7 @@ from typing import Any, cast
 
 import torch
 
-from ..files import REPORT_FILE, whole_folder, write_json
-from ..files.whole import json_text
+from ..files import REPORT_FILE, json_text, whole_folder, write_json
 from ..sparsity.masks import check_pruned_are_zero
 from ..sparsity.wrappers import check_no_adapters, plain_state_dict, unwrapped
 

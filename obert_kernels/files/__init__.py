@@ -3,7 +3,7 @@
 from .folders import REPORT_FILE, check_replaceable, recover, whole_folder
 from .inputs import check_input_file, expanded
 from .places import check_room, locked, made, try_writing
-from .whole import read_json, sha256_of, write_json, write_whole
+from .whole import json_text, read_json, sha256_of, write_json, write_whole
 
 __all__ = [
     "REPORT_FILE",
@@ -11,6 +11,7 @@ __all__ = [
     "check_replaceable",
     "check_room",
     "expanded",
+    "json_text",
     "locked",
     "made",
     "read_json",

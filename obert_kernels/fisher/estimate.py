@@ -16,6 +16,7 @@ from ..gradients.per_samples import GroupGradients, NotServed
 from ..gradients.source import BatchSource
 from ..progress import Clock, Progress
 from ..sparsity.patterns import DEFAULT_BLOCK_SIZE, UNSTRUCTURED, Pattern
+from ..sparsity.wrappers import listed
 from .base import Fisher
 from .config import FisherConfig
 from .estimators import estimators
@@ -228,7 +229,7 @@ def note_on_zero_gradients(
     ]
     if not zero:
         return None
-    names = ", ".join(zero[:3]) + (f" and {len(zero) - 3} more" if len(zero) > 3 else "")
+    names = listed(zero)
     small = (
         "compute it in float32 (float16 loses small gradients, and a float32 Fisher their squares)"
     )

@@ -136,10 +136,9 @@ def plan_passes(
             return plain
         plans = [plain, *(plan(k, trials) for trials in range(1, _MOST_TRIALS + 1))]
         # Some five rounds of passes, one less for each trial that another's passes serve.
-        rounds = {0: 5, 1: 4, 2: 3, 3: 2}
         return min(
             filter(fits, plans),
-            key=lambda one: len(one.passes) * rounds[one.trials_held],
+            key=lambda one: len(one.passes) * (5 - one.trials_held),
             default=plain,
         )
 

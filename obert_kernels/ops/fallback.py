@@ -55,8 +55,9 @@ def _warn(device: torch.device, reason: str) -> None:
     """Warn once of a reason, whatever device it is found on next."""
     if reason in _said:
         return
+    where = f"{device} ({name_of(device)})" if device.type == "cuda" else device
     warnings.warn(
-        f"no CUDA kernel of obert_kernels can run on {_describe(device)}, its operators run in "
+        f"no CUDA kernel of obert_kernels can run on {where}, its operators run in "
         f"plain torch, which is slower: {reason}",
         SlowOperatorsWarning,
         stacklevel=2,
@@ -64,9 +65,7 @@ def _warn(device: torch.device, reason: str) -> None:
     _said.add(reason)
 
 
-def _describe(device: torch.device) -> str:
-    if device.type != "cuda":
-        return str(device)
+def name_of(device: torch.device) -> str:
+    """Return the name and the compute capability of a CUDA device."""
     major, minor = torch.cuda.get_device_capability(device)
-    name = torch.cuda.get_device_name(device)
-    return f"{device} ({name}, compute capability {major}.{minor})"
+    return f"{torch.cuda.get_device_name(device)}, compute capability {major}.{minor}"

@@ -110,8 +110,9 @@ class PruningConfig:
             TypeError: a matrix is not of a floating type.
         """
         weights = find_weights(model, self.params)
-        turned = find_matrices(model).transposed & weights.keys()
-        if turned and self.shape != UNSTRUCTURED:
+        is_plain = self.shape == UNSTRUCTURED
+        turned = set() if is_plain else find_matrices(model).transposed & weights.keys()
+        if turned:
             raise ValueError(
                 f"pattern {self.pattern}: {min(turned)} is [inputs, outputs], a Conv1D of "
                 "transformers, along whose rows a pattern would join outputs; put nn.Linear layers "

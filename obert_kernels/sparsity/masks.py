@@ -15,7 +15,7 @@ from numbers import Real
 import torch
 from torch import Tensor, nn
 
-from .wrappers import named_parameters
+from .wrappers import listed, named_parameters
 
 
 def check_sparsity(sparsity: float) -> float:
@@ -40,9 +40,9 @@ def masked_parameters(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[str
     unknown = sorted(masks.keys() - parameters.keys())
     if unknown:
         raise ValueError(
-            f"masks name parameters the model does not have: {', '.join(unknown[:3])}"
-            f"{f' and {len(unknown) - 3} more' if len(unknown) > 3 else ''}; it has, for example, "
-            f"{next(iter(parameters), 'none')}: load it as the class of the model that was pruned"
+            f"masks name parameters the model does not have: {listed(unknown)}; it has, for "
+            f"example, {next(iter(parameters), 'none')}: load it as the class of the model that "
+            "was pruned"
         )
     for name, mask in masks.items():
         if mask.shape != parameters[name].shape:

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from .wrappers import joined, named_modules
+from .wrappers import joined, listed, named_modules
 
 # Query, key and value projections of nn.MultiheadAttention, [outputs, inputs].
 _PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
@@ -49,8 +49,7 @@ class Matrices:
             if (reason := self.obstacles.get(first)) is not None:
                 alike = [name for name, why in self.obstacles.items() if why == reason]
                 alike = [name for name in alike if name in chosen]
-                more = f" and {len(alike) - 3} more" if len(alike) > 3 else ""
-                raise ValueError(f"{', '.join(alike[:3])}{more} cannot be pruned: {reason}")
+                raise ValueError(f"{listed(alike)} cannot be pruned: {reason}")
             if self.shared.get(first, first) not in chosen:
                 raise ValueError(
                     f"{first} is the same matrix as {self.shared[first]}: give params that name"

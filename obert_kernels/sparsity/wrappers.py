@@ -8,7 +8,7 @@ names.  A checkpoint is to have the names of the model itself.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -87,6 +87,12 @@ def wrappers_at_rest(model: nn.Module) -> Iterator[None]:
 def joined(prefix: str, name: str) -> str:
     """Return the name of what is called ``name`` in the module called ``prefix``."""
     return f"{prefix}.{name}" if prefix else name
+
+
+def listed(names: Sequence[str]) -> str:
+    """Return the first three names, and how many more there are."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
 
 
 def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

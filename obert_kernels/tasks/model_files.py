@@ -118,7 +118,7 @@ def _check_folder(folder: Path) -> None:
         below = sorted(path.parent for path in folder.glob("*/config.json"))
         hint = f"; perhaps {below[0]} is meant" if below else ": is it the folder of a model?"
         raise FileNotFoundError(f"{folder} holds no config.json{hint}")
-    read_json(config)
+    _read_settings(config)
     for path in _weight_files(folder):
         _check_weights(path)
     tokenizer = [
@@ -133,14 +133,14 @@ def _check_folder(folder: Path) -> None:
             "from the model it was fine-tuned from"
         )
     if (folder / "tokenizer_config.json").is_file():
-        read_json(folder / "tokenizer_config.json")
+        _read_settings(folder / "tokenizer_config.json")
     for path in tokenizer:
         check_input_file(path)
         with path.open("rb") as stream:
             _refuse_pointer(path, stream.read(64))
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def _read_settings(path: Path) -> dict[str, Any]:
     """Return what a file of a model holds.
 
     Raises:
@@ -174,7 +174,7 @@ def _weight_files(folder: Path) -> list[Path]:
     check_input_file(folder / name)
     if not name.endswith(".json"):
         return [folder / name]
-    parts = read_json(folder / name).get("weight_map")
+    parts = _read_settings(folder / name).get("weight_map")
     if not isinstance(parts, dict) or not parts:
         raise ValueError(f"{folder / name} is damaged: it names no weights")
     files = [folder / part for part in sorted(set(map(str, parts.values())))]

@@ -24,6 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ..gradients.backward import evaluation
 from ..gradients.losses import default_loss
 from .loaders import Batch
+from .model_config import summary
 
 PRECISIONS = ("auto", "float32", "bfloat16")
 
@@ -163,7 +164,7 @@ def _problem(
             loss = loss_of(model, batch, dtype)
             found = torch.autograd.grad(loss, vectors, allow_unused=True) if vectors else ()
     except (RuntimeError, IndexError, TypeError, ValueError) as error:
-        return " ".join(str(error).split())[:200] or type(error).__name__
+        return summary(error)
     if not torch.isfinite(loss):
         return f"its loss is {loss.item()}"
     if not all(torch.isfinite(gradient).all() for gradient in found if gradient is not None):

@@ -8,7 +8,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from ..files import check_input_file, expanded
+from ..files import expanded
 from . import labels
 from .demo_sets import DEMO_PREFIX, load_demo_set
 from .hub import hub_problem, without_hub
@@ -114,7 +114,6 @@ def _read(source: str, given: tuple[str | None, str | None, str | None]) -> dict
         return {part: read_table(file, serves) for part, file in files.items()} or _saved(path)
     looks_like_a_file = ending(path) in ENDINGS or not _HUB_NAME.fullmatch(source)
     if looks_like_a_file or path.exists() or path.is_symlink():
-        check_input_file(path)
         return {"train": read_table(path, serves)}
     return _read_hub(source)
 

@@ -177,21 +177,18 @@ class TrialLoop:
         """Prune, recover, evaluate, and put the weights back."""
         pruner = self._pruner(config)
         changing = self.model.state_dict(keep_vars=True)  # evaluate may train, as recover does
+        before = Rollback(self.model, changing).keep_all()
 
         def pruned() -> PruneResult:
             if not (self.one_damping and prepared.fisher and config.damping == "auto"):
                 return self._prune(pruner, target, prepared)
             if config not in dampings:
-                before = Rollback(self.model, pruner.weights).keep_all()
                 dampings[config] = put_back_after(
                     before, lambda: self._prune(pruner, highest, prepared)
                 )
             return self._prune_like(config, target, prepared, dampings[config])
 
-        return put_back_after(
-            Rollback(self.model, changing).keep_all(),
-            lambda: self._evaluated(config, target, prepared, pruned),
-        )
+        return put_back_after(before, lambda: self._evaluated(config, target, prepared, pruned))
 
     def _evaluated(
         self,

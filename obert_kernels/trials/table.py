@@ -10,7 +10,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from ..files import check_input_file, read_json, write_json
+from ..files import read_json, write_json
 from ..pruning.config import PruningConfig
 from .outcome import GridPoint, Outcome, Scores, at_point, best_by_target, by_rank, number_or_word
 
@@ -64,7 +64,6 @@ def _drop_torn_line(path: Path) -> None:
     """Cut the file after its last line end, if a sweep wrote it."""
     if not path.exists():
         return
-    check_input_file(path)
     content = path.read_bytes()
     header = f"{','.join(COLUMNS)}\n".encode()
     whole = content.rfind(b"\n") + 1

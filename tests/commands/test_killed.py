@@ -7,7 +7,6 @@ import csv
 import json
 import re
 import shutil
-import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -27,19 +26,10 @@ from obert_kernels.commands.config import RunConfig, load_task
 from obert_kernels.files import check_replaceable, recover, write_whole
 from obert_kernels.trials.outcome import make_grid
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "temporary")
 
 FULL = OSError(28, "No space left on device")
 ENDS = [Killed(), pytest.param(KeyboardInterrupt(), marks=pytest.mark.slow), FULL]
-
-
-@pytest.fixture(autouse=True)
-def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where models go that cannot be saved."""
-    folder = tmp_path / "temporary"
-    folder.mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(folder))
-    return folder
 
 
 def weights_in(folder: Path) -> bytes:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +15,6 @@ import torch
 pytest.importorskip("transformers")
 
 from safetensors.torch import load_file, save_file
-from tiny_text import save_model
 
 from obert_kernels.tasks.classification import ClassificationTask
 from obert_kernels.tasks.model_files import find_model
@@ -26,16 +24,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 104936\n"
 WEIGHTS = "model.safetensors"
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_model(tmp_path_factory.mktemp("whole") / "model", head=True)
-
-
-@pytest.fixture
-def folder(tmp_path: Path, whole: Path) -> Path:
-    return shutil.copytree(whole, tmp_path / "model")
 
 
 def write(name: str, content: bytes) -> Callable[[Path], None]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,16 +20,6 @@ from obert_kernels.tasks.text_data import Texts
 from obert_kernels.tasks.tokenizers import check_tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_model(tmp_path_factory.mktemp("whole") / "model", head=True)
-
-
-@pytest.fixture
-def folder(tmp_path: Path, whole: Path) -> Path:
-    return shutil.copytree(whole, tmp_path / "model")
 
 
 @pytest.fixture

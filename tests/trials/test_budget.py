@@ -18,6 +18,16 @@ from obert_kernels.trials.budget import Budget
 from obert_kernels.trials.grid import TrialLoop
 
 
+def estimates_take_5_minutes(monkeypatch, clock):
+    real = TrialLoop._prepare
+
+    def slow(loop: TrialLoop, config: PruningConfig) -> Any:
+        clock.now += 300 * config.uses_fisher
+        return real(loop, config)
+
+    monkeypatch.setattr(TrialLoop, "_prepare", slow)
+
+
 def test_no_work_starts_when_the_budget_is_over(estimates, monkeypatch):
     clock = tiny.FakeClock()
     real = TrialLoop._trial
@@ -44,13 +54,7 @@ def test_an_estimate_is_not_counted_for_those_without_one(monkeypatch):
         return {name: problem.flat(name).abs() for name in problem.names()}
 
     clock = tiny.FakeClock()
-    real = TrialLoop._prepare
-
-    def takes_5_minutes(loop: TrialLoop, config: PruningConfig) -> Any:
-        clock.now += 300 * config.uses_fisher
-        return real(loop, config)
-
-    monkeypatch.setattr(TrialLoop, "_prepare", takes_5_minutes)
+    estimates_take_5_minutes(monkeypatch, clock)
     looks_at_texts = replace(GREEDY, selection="glancing", update="none")
     other_blocks = replace(GREEDY, fisher=replace(GREEDY.fisher, block_size=4))
     settings = [GREEDY, looks_at_texts, other_blocks]
@@ -76,13 +80,7 @@ def test_the_budget_counts_on_what_was_before():
 
 def test_an_estimate_that_ate_the_budget_is_not_used(monkeypatch, estimates):
     clock = tiny.FakeClock()
-    real = TrialLoop._prepare
-
-    def takes_5_minutes(*arguments: Any) -> Any:
-        clock.now += 300
-        return real(*arguments)
-
-    monkeypatch.setattr(TrialLoop, "_prepare", takes_5_minutes)
+    estimates_take_5_minutes(monkeypatch, clock)
     result = tiny_grid(tiny.TinyEncoder(), [GREEDY], [0.5, 0.75], budget=4, clock=clock)
     assert not result.outcomes and len(result.left_out) == 2 and len(estimates) == 1
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from benchmarks.kernels.gpu import whole_runs
 from benchmarks.kernels.gpu.rows import Row
+from obert_kernels.files import write_whole
 
 HEADER = (
     "| B | operator | variant | ms | GB/s | of copying | TFLOP/s | of matrix product | "
@@ -120,9 +121,7 @@ def write(document: Row, folder: Path, plot: bool = False) -> list[Path]:
         ),
     }
     for path, text in texts.items():
-        partial = path.with_name(f"{path.name}.partial")
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
+        write_whole(path, text.encode())
     if not plot or not document["rows"] or find_spec("matplotlib") is None:
         return list(texts)
     picture = base.with_suffix(".png")
