@@ -166,6 +166,21 @@ struct InverseUpdate {
     Status status;
 };
 
+// Row r of `fitted` is the w that minimises  w H w^T - 2 w t_r^T  and is zero outside of its
+// support S, the columns it keeps:  w_S = t_S (H_SS)^-1  with H = `moments` and t_r row r of
+// `targets`. Rows of one support follow each other; H_SS is factored once for all of them.
+struct FitRows {
+    int64_t num_supports, num_rows, num_columns;
+    const double* moments;     // [num_columns, num_columns], symmetric: either triangle may be read
+    const double* targets;     // [num_rows, num_columns]
+    const uint8_t* keep;       // [num_supports, num_columns] 1: in the support
+    const int64_t* first_row;  // [num_supports + 1]: rows first_row[s] .. first_row[s + 1] have s
+    double* workspace;         // devices only: [num_workspaces, workspace_size]; null on the CPU
+    int64_t num_workspaces, workspace_size;  // doubles
+    double* fitted;  // [num_rows, num_columns]; rows of a failed support are zero
+    Status status;   // the first support whose H_SS is not positive definite
+};
+
 // ---- CPU ---------------------------------------------------------------------------
 
 namespace cpu {

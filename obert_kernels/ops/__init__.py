@@ -1,5 +1,6 @@
 """The operators, their oracles, and the only way to the native core."""
 
+from .fit import fit_rows
 from .gram import (
     gram_accumulate,
     gram_diagonal,
@@ -18,6 +19,7 @@ from .status import NumericalError, new_status, raise_for_status
 __all__ = [
     "NumericalError",
     "copy",
+    "fit_rows",
     "gram_accumulate",
     "gram_accumulate_living",
     "gram_diagonal",

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from .packing import block_size_of, pack_inverse, to_blocks, unpack_inverse
+from .reference_fit import fit_rows as fit_rows
+from .status import record_failure
 
 _BYTES_AT_ONCE = 256 << 20
 
@@ -35,13 +37,6 @@ def unpack_fisher(gram: Tensor, num_gradients: float, damping: float) -> Tensor:
     return dense + damping * torch.eye(size, dtype=torch.float64, device=gram.device)
 
 
-def _record(status: Tensor, bad: Tensor, first_block: int) -> None:
-    """status[0] = first failed block, without waiting for the device."""
-    failed = torch.where(bad.any(), bad.to(torch.uint8).argmax() + first_block, -1)
-    is_first = (failed >= 0) & ((status < 0) | (failed < status))
-    status.copy_(torch.where(is_first, failed, status))
-
-
 def _factor(fisher: Tensor, gram_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Cholesky factors, and which blocks have a pivot that rounding alone could explain."""
     factor, info = torch.linalg.cholesky_ex(fisher)
@@ -60,7 +55,7 @@ def _inverses(
     for blocks in _chunks(gram.shape[0], block_size_of(gram)):
         fisher = unpack_fisher(gram[blocks], num_gradients, damping)
         factor, bad = _factor(fisher, gram.dtype)
-        _record(status, bad, blocks.start)
+        record_failure(status, bad, blocks.start)
         yield blocks, fisher, torch.cholesky_inverse(factor), bad
 
 
@@ -223,7 +218,7 @@ def gram_greedy_scores(
         while bool(present.any()):
             both = present[:, :, None] & present[:, None, :]
             factor, bad = _factor(torch.where(both, fisher, identity), gram.dtype)
-            _record(status, bad, blocks.start)
+            record_failure(status, bad, blocks.start)
             inverse = torch.cholesky_inverse(factor)
             gone = (k[blocks] & ~present) * start
             pull = (fisher @ gone.unsqueeze(-1)).squeeze(-1) * present
@@ -285,7 +280,7 @@ def gram_n_of_m(
             choice = q[index]
             prunes = (here.sum(1) > kept) & ~failed
             left.scatter_(1, choice, left.gather(1, choice) & ~prunes[:, None])
-        _record(status, failed, blocks.start)
+        record_failure(status, failed, blocks.start)
         left[failed] = first[failed]
     return new.flatten()[: weight.numel()]
 
@@ -342,7 +337,7 @@ def woodbury_update(
     diagonal = inverse.diagonal(dim1=1, dim2=2)
     bad |= ~((diagonal > 0) & diagonal.isfinite()).all(dim=1)
     packed.copy_(torch.where(bad[:, None], packed, pack_inverse(inverse)))
-    _record(status, bad, 0)
+    record_failure(status, bad)
 
 
 def _dense_blocks(
@@ -354,7 +349,7 @@ def _dense_blocks(
         factor, info = torch.linalg.cholesky_ex(dense)
         bad = (info != 0) | ~dense.isfinite().all(dim=2).all(dim=1)
         identity = torch.eye(dense.shape[-1], dtype=dense.dtype, device=dense.device)
-        _record(status, bad, blocks.start)
+        record_failure(status, bad, blocks.start)
         good = ~bad[:, None, None]
         yield blocks, torch.where(good, factor, identity), torch.where(good, dense, identity), bad
 

@@ -42,6 +42,13 @@ def new_status(device: torch.device | str | None = None) -> Tensor:
     return torch.full((1,), -1, dtype=torch.int64, device=device)
 
 
+def record_failure(status: Tensor, bad: Tensor, first_block: int = 0) -> None:
+    """Store the first failed block, ``bad`` says which, without waiting for the device."""
+    failed = torch.where(bad.any(), bad.to(torch.uint8).argmax() + first_block, -1)
+    is_first = (failed >= 0) & ((status < 0) | (failed < status))
+    status.copy_(torch.where(is_first, failed, status))
+
+
 def raise_for_status(status: Tensor, what: str, remedy: str) -> None:
     """Raise :class:`NumericalError` if an operator recorded a failed block.
 

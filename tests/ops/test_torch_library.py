@@ -18,7 +18,9 @@ def samples():
     fisher = (B, 30.0, DAMPING)
     live = LiveFisher(keep, B)
     tables = (live._gram_start, live._first_place, live._source)
+    keeps, g = torch.rand(2, N) < 0.5, gradients(3 * N, N).double()
     return {
+        "fit_rows": (g.T @ g, g[:5], keeps, torch.tensor([0, 3, 5]), ops.new_status()),
         "gram_accumulate_living": (live._gram, gradients(3, N), *tables),
         "gram_n_of_m": (gram, weight, keep, 2, 5, *fisher, ops.new_status()),
         "gram_accumulate": (gram.clone(), gradients(3, N), B),
