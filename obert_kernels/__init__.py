@@ -27,6 +27,7 @@ from .pruning.oneshot import PruneResult, estimate_fisher, prune
 from .pruning.pruner import Pruner
 from .pruning.report import LayerReport, PruneReport
 from .pruning.saliencies import Problem, ScoringInputs, register_saliency
+from .reconstruction.config import ReconstructionConfig
 from .sparsity.layers import find_weights
 from .sparsity.masks import magnitude_scores, select_masks
 from .sparsity.patterns import Pattern, register_pattern
@@ -54,6 +55,7 @@ __all__ = [
     "PruneResult",
     "Pruner",
     "PruningConfig",
+    "ReconstructionConfig",
     "Scores",
     "ScoringInputs",
     "WoodburyFisher",

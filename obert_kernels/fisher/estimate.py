@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +39,7 @@ class FisherEstimate:
         block_size: B, weights per block.
         zeros: weights that were zero then, flat in the order of the pattern, of matrices that had
             some; a Fisher of the remaining weights alone knows itself.
+        batches: some of those that were looked at, for a reconstruction.
     """
 
     fishers: dict[str, Fisher]
@@ -49,6 +51,7 @@ class FisherEstimate:
     pattern: Pattern = UNSTRUCTURED
     block_size: int = DEFAULT_BLOCK_SIZE
     zeros: dict[str, Tensor] = field(default_factory=dict)
+    batches: list[Any] = field(default_factory=list)
 
 
 class Estimation:

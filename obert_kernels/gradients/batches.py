@@ -73,3 +73,45 @@ def split_batch(batch: Any, size: int) -> list[Any]:
             f"{type(batch).__name__} without; leave samples_per_grad out for one gradient per batch"
         )
     return [map_tensors(batch, itemgetter(slice(i, i + size))) for i in range(0, samples, size)]
+
+
+def spread_out(batches: list[Any], num_samples: int) -> list[Any]:
+    """Return about ``num_samples`` of the samples, from all batches alike: these may be sorted.
+
+    Every k-th sample of each batch; of batches without a common first dimension every k-th one.
+    """
+    sizes = [samples_in(batch) for batch in batches]
+    total = sum(size or 0 for size in sizes)
+    if None in sizes:
+        return batches[:: max(1, len(batches) // num_samples)]
+    step = max(1, round(total / num_samples))
+    found = []
+    start = 0  # the first sample wanted of the next batch
+    for batch, size in zip(batches, sizes, strict=True):
+        assert size is not None
+        if start < size:
+            found.append(map_tensors(batch, itemgetter(slice(start, None, step))))
+        start = (start - size) % step
+    return found
+
+
+def split_off(batches: list[Any], share: int) -> tuple[list[Any], list[Any]]:
+    """Return the batches without every ``share``-th sample, and those samples.
+
+    Batches without a common first dimension are taken whole; of a single one both have it all.
+    """
+    sizes = [samples_in(batch) for batch in batches]
+    if None in sizes or sum(size or 0 for size in sizes) < 2:
+        return [b for i, b in enumerate(batches) if i % share] or batches, batches[::share]
+    rest: list[Any] = []
+    taken: list[Any] = []
+    first = 0
+    for batch, size in zip(batches, sizes, strict=True):
+        assert size is not None
+        numbers = torch.arange(first, first + size, device="cpu")
+        first += size
+        for is_taken, found in ((False, rest), (True, taken)):
+            rows = ((numbers % share == 0) == is_taken).nonzero()[:, 0]
+            if len(rows):
+                found.append(map_tensors(batch, itemgetter(rows)))
+    return rest, taken

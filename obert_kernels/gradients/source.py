@@ -13,6 +13,8 @@ from .batches import how_many, samples_in, split_batch, tensors_in
 
 # Samples kept back to choose the damping on, unless there are fewer than four times that.
 _KEPT_BACK_SAMPLES = 256
+# Of the samples wanted, so many times as many are noted at most.
+_MOST_REMEMBERED = 8
 # At most this many batches are read to find one with more than one sample.
 _LOOKED_AT = 16
 
@@ -30,6 +32,7 @@ class BatchSource:
     Attributes:
         taken: how many have been taken.
         notes: what the user should know about the batches.
+        remembered: some of those taken, from all of them alike, see :meth:`remember`.
     """
 
     def __init__(self, batches: Iterable[Any], *, first: int = 0, unit: str = "batch") -> None:
@@ -44,6 +47,9 @@ class BatchSource:
         self._has_new_order = False
         self._first = first
         self._unit = unit
+        self.remembered: list[Any] = []
+        self._remember = 0
+        self._every = 1
 
     @classmethod
     def of(cls, batches: Iterable[Any] | BatchSource) -> BatchSource:
@@ -63,8 +69,38 @@ class BatchSource:
                     batch = self._next_after_restart(count)
                 self._pieces += [batch] if self._size is None else split_batch(batch, self._size)
             where = f"{self._unit} {self._first + self.taken}"
+            if self._remember and self.taken % self._every == 0:
+                self._note(self._pieces[0])
             self.taken += 1
             yield where, self._pieces.popleft()
+
+    def remember(self, num_samples: int) -> None:
+        """From now on note so many samples or more of what is taken; batches may be sorted, so
+        that they come from all of them alike."""
+        self._remember = num_samples
+
+    def look_back(self) -> list[Any]:
+        """Return what has been noted; of a source that nothing was taken of, one pass.
+
+        Raises:
+            ValueError: there are no batches.
+        """
+        if not self.remembered:
+            while (batch := self._next_of_pass()) is not _END:
+                if self.taken % self._every == 0:
+                    self._note(batch)
+                self.taken += 1
+        if not self.remembered:
+            raise _no_batches()
+        return self.remembered
+
+    def _note(self, batch: Any) -> None:
+        self.remembered.append(batch)
+        if len(self.remembered) % 2 == 0:
+            count = sum(samples_in(known) or 1 for known in self.remembered)
+            if count > _MOST_REMEMBERED * self._remember:
+                self.remembered = self.remembered[::2]
+                self._every *= 2
 
     def _next_of_pass(self) -> Any:
         if self._under_way is None:

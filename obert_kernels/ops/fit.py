@@ -3,7 +3,7 @@
 ``moments`` is ``H`` (float64 ``[n, n]``, symmetric, the ridge already added), ``targets`` float64
 ``[m, n]``, ``keep`` bool ``[supports, n]``; rows ``first_row[s]`` to ``first_row[s + 1]`` (int64
 ``[supports + 1]``, from 0 to m; checked on the CPU, as a device is not waited for) have support s.
-``status`` is that of :mod:`.gram`: it holds the first support whose system is not positive definite.
+``status`` holds the first support whose system is not positive definite, see :mod:`.status`.
 """
 
 from __future__ import annotations

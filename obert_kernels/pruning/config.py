@@ -17,6 +17,7 @@ from torch import nn
 
 from ..fisher.config import VERSION, FisherConfig, at_least_one, one_of, read_values
 from ..ops.checks import check_positive, require
+from ..reconstruction.config import ReconstructionConfig
 from ..sparsity.layers import find_weights
 from ..sparsity.matrices import find_matrices
 from ..sparsity.patterns import UNSTRUCTURED, Pattern, find_pattern
@@ -48,6 +49,8 @@ class PruningConfig:
         schedule: "geometric" takes the same share of what is left in each sub-step, "linear" the
             same number of weights.
         fisher: how the Fisher is estimated.  Its block size is never None in here.
+        reconstruction: how the remaining weights are then fitted to what the dense model computes;
+            "auto": with the defaults, where there are batches; None: not at all.
 
     Raises:
         ValueError: a value is out of range, or two do not go together.
@@ -63,10 +66,19 @@ class PruningConfig:
     steps: int = 1
     schedule: str = "geometric"
     fisher: FisherConfig = field(default_factory=FisherConfig)
+    reconstruction: ReconstructionConfig | str | None = "auto"
 
     def __post_init__(self) -> None:
         if not isinstance(self.fisher, FisherConfig):
             raise TypeError(f"fisher must be a FisherConfig, got {self.fisher!r}")
+        if not (
+            self.reconstruction in ("auto", None)
+            or isinstance(self.reconstruction, ReconstructionConfig)
+        ):
+            raise TypeError(
+                "reconstruction must be 'auto', None or a ReconstructionConfig, got "
+                f"{self.reconstruction!r}"
+            )
         params = _names(self.params)
         saliencies.find(self.selection)
         shape = self.shape
@@ -127,6 +139,8 @@ class PruningConfig:
         values = {known.name: getattr(self, known.name) for known in fields(self)}
         values["params"] = None if self.params is None else list(self.params)
         values["fisher"] = self.fisher.to_dict()
+        if isinstance(self.reconstruction, ReconstructionConfig):
+            values["reconstruction"] = self.reconstruction.to_dict()
         return {"type": "PruningConfig", "version": VERSION, **values}
 
     @classmethod
@@ -135,6 +149,8 @@ class PruningConfig:
         values = read_values(cls, content)
         if isinstance(values.get("fisher"), Mapping):
             values["fisher"] = FisherConfig.from_dict(values["fisher"])
+        if isinstance(values.get("reconstruction"), Mapping):
+            values["reconstruction"] = ReconstructionConfig.from_dict(values["reconstruction"])
         return cls(**values)
 
 

@@ -14,6 +14,7 @@ from ..fisher.estimate import FisherEstimate
 from ..gradients.losses import LossFn
 from ..ops.checks import WIDE
 from ..progress import Progress
+from ..reconstruction.config import ReconstructionConfig
 from ..sparsity.layers import find_weights, match_names
 from ..sparsity.matrices import find_matrices
 from ..sparsity.wrappers import check_no_adapters, unwrapped
@@ -56,6 +57,7 @@ def prune(
     scope: str = "global",
     steps: int = 1,
     schedule: str = "geometric",
+    reconstruction: ReconstructionConfig | str | None = "auto",
     estimator: str = "gram",
     fisher: FisherEstimate | None = None,
     fisher_dtype: torch.dtype = torch.float64,
@@ -110,11 +112,15 @@ def prune(
             a Fisher is asked anew.
         schedule: "geometric" takes the same share of what is left in each sub-step, "linear"
             the same number of weights.
+        reconstruction: after that, fits the remaining weights and the biases of each layer to what
+            the dense model computes on the batches; no labels are needed
+            (:mod:`obert_kernels.reconstruction.stage`).  "auto": where there are batches; None: not
+            at all; or a :class:`ReconstructionConfig`.
         estimator: "gram", or what :func:`register_fisher` was given.
-        fisher: an :func:`estimate_fisher` of this model to use instead of batches; what belongs to
-            the estimate (``num_grads``, ``samples_per_grad``, ``block_size``, ``estimator``,
-            ``fisher_dtype``, ``max_memory``) is then the fisher's.  ``damping="auto"`` needs
-            ``calibration`` with it.
+        fisher: an :func:`estimate_fisher` of this model to use instead of gradients; batches then
+            serve the reconstruction alone.  What belongs to the estimate (``num_grads``,
+            ``samples_per_grad``, ``block_size``, ``estimator``, ``fisher_dtype``, ``max_memory``)
+            is the fisher's.  ``damping="auto"`` needs ``calibration`` with it.
         fisher_dtype: type of the Gram, float64 or float32.
         config: all of these but ``sparsity``, ``calibration``, ``loss_fn``, ``fisher`` and what
             follows, in place of the keywords.
@@ -147,6 +153,7 @@ def prune(
         params=names_of(params),
         steps=steps,
         schedule=schedule,
+        reconstruction=reconstruction,
         fisher=FisherConfig(
             num_grads=num_grads,
             samples_per_grad=samples_per_grad,

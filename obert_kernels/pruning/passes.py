@@ -12,6 +12,7 @@ from ..fisher.base import Fisher, came_back
 from ..fisher.estimate import Estimation, FisherEstimate
 from ..fisher.memory import MemoryPlan
 from ..progress import Progress
+from .fitting import Fit, Fitting
 from .predictions import Calibration
 from .prunings import FisherPasses, Pruning, find_damping, prune_with
 from .report import DampingTrial
@@ -28,6 +29,7 @@ class SubStep(NamedTuple):
         damping: of the Fisher, if there was one.
         trials: by which it was chosen.
         plan: memory and passes, if there was a Fisher.
+        fit: of the remaining weights to what the dense model computes.
     """
 
     masks: dict[str, Tensor]
@@ -35,6 +37,7 @@ class SubStep(NamedTuple):
     damping: float | None = None
     trials: list[DampingTrial] = []  # noqa: RUF012  (never changed)
     plan: MemoryPlan | None = None
+    fit: Fit | None = None
 
     @property
     def relative_damping(self) -> float | None:
@@ -116,14 +119,22 @@ def from_estimate(step: PruningStep, estimate: FisherEstimate, damping: DampingC
     return _finish(step, damping.prune(step, fishers), damping, estimate.plan)
 
 
+def fitted(step: PruningStep, done: SubStep, fitting: Fitting | None) -> SubStep:
+    """The sub-step with what remains fitted to the dense model, if it is to be."""
+    return done if fitting is None else done._replace(fit=fitting.after(step, done.masks))
+
+
 def in_steps(
-    step: PruningStep, one_step: Callable[[PruningStep, list[SubStep]], SubStep]
+    step: PruningStep,
+    one_step: Callable[[PruningStep, list[SubStep]], SubStep],
+    fitting: Fitting | None = None,
 ) -> list[SubStep]:
     """Prune in the sub-steps of the configuration.
 
     Args:
         step: the whole of it.
         one_step: prunes in one; also gets those done.
+        fitting: of the remaining weights, after each.
     """
     steps = step.config.steps
     done: list[SubStep] = []
@@ -135,7 +146,7 @@ def in_steps(
             progress=_numbered(step.progress, index, steps),
         )
         if here.prunes_anything:
-            done.append(one_step(here, done))
+            done.append(fitted(here, one_step(here, done), fitting))
     return done
 
 

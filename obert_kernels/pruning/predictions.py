@@ -90,8 +90,8 @@ class Calibration:
     def __init__(
         self, model: nn.Module, batches: Iterable[Any], loss_fn: LossFn | None = None
     ) -> None:
-        self._model, self._batches, self._loss_fn = model, list(batches), loss_fn
-        if not self._batches:
+        self._model, self.batches, self._loss_fn = model, list(batches), loss_fn
+        if not self.batches:
             raise ValueError(
                 "calibration is empty: pass batches to choose the damping on (an iterator may be "
                 "used up), or a number as damping"
@@ -104,7 +104,7 @@ class Calibration:
         Raises:
             NotFiniteError: they are not finite.
         """
-        before = predict(self._model, self._batches, self._loss_fn)
+        before = predict(self._model, self.batches, self._loss_fn)
         if before.broken is not None:
             raise NotFiniteError(
                 f"batch {before.broken} of those that the damping is chosen on gives "
@@ -116,5 +116,5 @@ class Calibration:
 
     def change(self) -> tuple[float, float | None]:
         """Loss of the model as it is now, and the divergence of its predictions from before."""
-        after = predict(self._model, self._batches, self._loss_fn)
+        after = predict(self._model, self.batches, self._loss_fn)
         return after.loss, divergence(self.before, after)

@@ -19,10 +19,13 @@ from ..fisher.memory import MemoryPlan, plan_passes
 from ..gradients.losses import LOSSES, LossFn
 from ..gradients.source import BatchSource
 from ..progress import Clock, Progress, silent
+from ..reconstruction.config import ReconstructionConfig
+from ..reconstruction.stage import biases_of
 from ..sparsity.layers import match_names
 from ..sparsity.masks import check_pruned_are_zero, check_sparsity, masked_parameters
 from ..sparsity.wrappers import check_one_process, unwrapped, wrappers_at_rest
 from .config import PruningConfig
+from .fitting import Fitting
 from .inputs import (
     check_batches,
     check_estimate,
@@ -31,12 +34,21 @@ from .inputs import (
     check_max_memory,
     check_progress,
 )
-from .passes import DampingChoice, SubStep, from_estimate, in_steps, with_estimate, without_fisher
+from .passes import (
+    DampingChoice,
+    SubStep,
+    fitted,
+    from_estimate,
+    in_steps,
+    with_estimate,
+    without_fisher,
+)
 from .predictions import Calibration
-from .report import NOTHING_TO_PRUNE, LayerReport, PruneReport, total_or_none
+from .report import NOTHING_TO_PRUNE, PruneReport
 from .rollback import Rollback, all_or_nothing
 from .score_cache import ScoreCache
 from .step import PruningStep
+from .step_report import report_of
 from .weights import present_masks
 
 _STATE_VERSION = 1
@@ -146,7 +158,10 @@ class Pruner:
 
     def _fisher(self, batches: Iterable[Any]) -> FisherEstimate:
         check_batches(batches)
-        estimation = self._estimation(BatchSource(batches), self.weights)
+        source = BatchSource(batches)
+        if (reconstruction := self._reconstruction) is not None:
+            source.remember(reconstruction.num_samples)
+        estimation = self._estimation(source, self.weights)
         plan = self.plan(streamed=estimation.samples is not None, can_split=False)
         clock = Clock()
         fishers = estimation.accumulate(self.weights, plan, clock, self.progress)
@@ -165,6 +180,7 @@ class Pruner:
             pattern,
             config.block_size,
             zero_weights(fishers, self.weights, pattern),
+            estimation.source.remembered,
         )
 
     def _estimation(self, source: BatchSource, weights: Mapping[str, nn.Parameter]) -> Estimation:
@@ -186,8 +202,8 @@ class Pruner:
             sparsity: share of the weights to be zero, over all matrices; or a mapping from name
                 or ``re:`` pattern to that of each matrix it matches, others are left as they are.
                 None: 0.8, or what an N:M pattern gives.
-            batches: for gradients, or for selections that look at them.
-            fisher: an estimate to use in place of batches, from :meth:`fisher`.
+            batches: for gradients, for selections that look at them, and for the reconstruction.
+            fisher: an estimate to use in place of gradients, from :meth:`fisher`.
             calibration: batches that a damping "auto" is judged on, which the Fisher should not
                 have seen; None: the first of ``batches`` are kept back.
             scores: those of earlier steps from the same weights with the same ``fisher``.
@@ -206,7 +222,8 @@ class Pruner:
     def _all_or_nothing(self, call: Callable[[Rollback], T]) -> T:
         """Make a call that leaves model and pruner as they were unless it succeeds."""
         weights = self.config.check(self.model)  # others may stand there by now
-        rollback = Rollback(self._whole, weights, also=[self])
+        biases = biases_of(self.model, weights) if self.config.reconstruction else {}
+        rollback = Rollback(self._whole, {**weights, **biases}, also=[self])
 
         def from_here() -> T:
             self.weights = weights
@@ -246,7 +263,7 @@ class Pruner:
             scores=scores,
         )
         done, notes = self._run(step, fisher, calibration)
-        report = self._report(step, done, notes, fisher)
+        report = report_of(step, done, notes, fisher)
         wanted = self.config.shape.target_sparsity(sparsity)
         report.settings["sparsity"] = dict(wanted) if isinstance(wanted, Mapping) else wanted
         new = done[-1].masks
@@ -272,7 +289,10 @@ class Pruner:
                 nothing = nothing._replace(increase=dict.fromkeys(step.weights, 0.0))
             return [nothing], [NOTHING_TO_PRUNE]
         if not config.uses_fisher:
-            return in_steps(_with_lasting_batches(step), lambda here, _: without_fisher(here)), []
+            step = _with_lasting_batches(step)
+            source = None if step.batches is None else BatchSource(step.batches)
+            fitting = self._fitting(step, source, self._judge(calibration))
+            return in_steps(step, lambda here, _: without_fisher(here), fitting), []
         if fisher is not None:
             check_estimate_serves(fisher, config, step.weights)
             if config.damping == "auto" and calibration is None:
@@ -280,27 +300,52 @@ class Pruner:
                     "damping='auto' needs calibration batches (which the Fisher has not seen) "
                     "beside a fisher: pass calibration, or a number"
                 )
-            damping = self._damping(calibration)
-            return [from_estimate(step, fisher, damping)], fisher.notes
+            judge = self._judge(calibration)
+            damping = self._damping(judge)
+            batches = step.batches or fisher.batches
+            fitting = self._fitting(step, BatchSource(batches) if batches else None, judge)
+            return [fitted(step, from_estimate(step, fisher, damping), fitting)], fisher.notes
         if step.batches is None:
             raise ValueError("batches is needed: an iterable of batches, or fisher=an estimate")
         source = BatchSource(step.batches)
         if config.damping == "auto" and calibration is None:
             calibration = source.keep_back()
-        damping = self._damping(calibration)
+        judge = self._judge(calibration)
+        damping = self._damping(judge)
+        fitting = self._fitting(step, source, judge)
         estimation = self._estimation(source, step.weights)
 
         def one_step(here: PruningStep, done: list[SubStep]) -> SubStep:
             plan = self.plan(streamed=estimation.samples is not None, weights=step.weights)
             return with_estimate(here, estimation, plan, damping.next(done))
 
-        done = in_steps(step, one_step)
+        done = in_steps(step, one_step, fitting)
         return done, source.all_notes(config.fisher.num_grads * len(done))
 
-    def _damping(self, calibration: Iterable[Any] | None) -> DampingChoice:
+    @property
+    def _reconstruction(self) -> ReconstructionConfig | None:
+        wanted = self.config.reconstruction
+        return ReconstructionConfig() if isinstance(wanted, str) else wanted
+
+    def _fitting(
+        self, step: PruningStep, source: BatchSource | None, judge: Calibration | None
+    ) -> Fitting | None:
+        """How the remaining weights are fitted after each sub-step, if they are."""
+        config = self._reconstruction
+        if config is None or (source is None and self.config.reconstruction == "auto"):
+            return None
+        if source is None:
+            raise ValueError("batches is needed: a reconstruction looks at batches")
+        return Fitting(config, biases_of(self.model, step.weights), source, judge)
+
+    def _judge(self, calibration: Iterable[Any] | None) -> Calibration | None:
+        if calibration is None:
+            return None
+        return Calibration(self.model, calibration, self.loss_fn)
+
+    def _damping(self, judge: Calibration | None) -> DampingChoice:
         if not isinstance(self.config.damping, str):
             return DampingChoice(self.config.damping)
-        judge = Calibration(self.model, calibration or (), self.loss_fn)
         return DampingChoice(None, judge, self._relative_damping)
 
     def _targets(self, sparsity: float | Mapping[str, float] | None) -> float | dict[str, float]:
@@ -316,46 +361,6 @@ class Pruner:
         if not targets:
             raise ValueError("sparsity is empty: give a number, or one for each matrix by name")
         return targets
-
-    def _report(
-        self,
-        step: PruningStep,
-        done: list[SubStep],
-        notes: list[str],
-        fisher: FisherEstimate | None,
-    ) -> PruneReport:
-        config, masks = self.config, done[-1].masks
-        layers = [
-            LayerReport(
-                name,
-                list(weight.shape),
-                weight.numel(),
-                int((~masks[name]).sum()),
-                total_or_none(sub.increase[name] for sub in done),
-            )
-            for name, weight in step.weights.items()
-        ]
-        trials = [
-            trial._replace(step=index + 1) for index, sub in enumerate(done) for trial in sub.trials
-        ]
-        settings = {
-            "sparsity": None,
-            "pattern": config.pattern,
-            "num_grads": fisher.num_grads if fisher else config.fisher.num_grads,
-            "samples_per_grad": (
-                fisher.samples_per_grad if fisher else config.fisher.samples_per_grad
-            ),
-            "block_size": fisher.block_size if fisher else config.fisher.block_size,
-            "damping": done[-1].damping,
-            "selection": config.selection,
-            "update": config.update,
-            "scope": config.scope,
-            "steps": config.steps,
-            "schedule": config.schedule if config.steps > 1 else None,
-        }
-        plan = done[0].plan
-        memory = {} if plan is None else plan.to_dict()
-        return PruneReport(layers, settings, step.clock.seconds, memory, notes, trials)
 
     def report(self) -> PruneReport:
         """Return what all steps so far did, taken together.

@@ -16,11 +16,11 @@ from ..fisher.base import Fisher
 from ..fisher.estimate import note_on_zero_gradients
 from ..ops.status import NumericalError
 from ..progress import Clock, silent
+from ..sparsity.values import replaced
 from .damping import choose_damping, mean_diagonal
 from .predictions import Calibration
 from .report import DampingTrial
 from .step import Changes, PruningStep
-from .weights import replaced
 
 
 class FisherPasses:

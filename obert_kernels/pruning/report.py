@@ -7,6 +7,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NamedTuple
 
+from ..reconstruction.fit import LayerFit
+
 NOTHING_TO_PRUNE = "the model was at least this sparse already; nothing was pruned or revived"
 
 
@@ -35,6 +37,29 @@ class DampingTrial(NamedTuple):
     def cost(self) -> float:
         """What the chosen one has the least of."""
         return self.loss if self.divergence is None else self.divergence
+
+
+class FitReport(NamedTuple):
+    """The fit of the remaining weights to what the dense model computes.
+
+    Attributes:
+        step: 1 for the first sub-step.
+        before, after: divergence of the predictions from those of the dense model on held-back
+            batches (their loss, where the model does not classify), without and with it.
+        kept: it is smaller; otherwise the fit was undone.
+        layers: in the order of the forward pass, each with its ridge, and mean square errors on
+            held-back batches over the variance of its outputs.
+    """
+
+    step: int
+    before: float
+    after: float
+    kept: bool
+    layers: list[LayerFit]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return {**self._asdict(), "layers": [layer._asdict() for layer in self.layers]}
 
 
 @dataclass
@@ -71,11 +96,12 @@ class PruneReport:
         layers: one entry per weight matrix, in model order.
         settings: most of the arguments that decided the result, and the damping used.
         seconds: stage to wall-clock seconds ("gradients", "fisher", "damping", "scores", "masks",
-            "update").
+            "update", "reconstruction").
         memory: bytes planned ("gram", "gathered gradients", "other") and "passes"; of the first
             sub-step, the largest.
         notes: what the user should know, one sentence each.
         damping_trials: those of damping "auto".
+        fits: of the remaining weights to the dense model, of each sub-step.
     """
 
     layers: list[LayerReport]
@@ -84,6 +110,7 @@ class PruneReport:
     memory: dict[str, int]
     notes: list[str] = field(default_factory=list)
     damping_trials: list[DampingTrial] = field(default_factory=list)
+    fits: list[FitReport] = field(default_factory=list)
 
     @property
     def sparsity(self) -> float:
@@ -103,6 +130,7 @@ class PruneReport:
         latest: dict[str, LayerReport] = {}
         seconds: Counter[str] = Counter()
         trials: list[DampingTrial] = []
+        fits: list[FitReport] = []
         for report in reports:
             for layer in report.layers:
                 increases.setdefault(layer.name, []).append(layer.predicted_increase)
@@ -110,6 +138,8 @@ class PruneReport:
             seconds.update(report.seconds)
             earlier = trials[-1].step if trials else 0
             trials += [t._replace(step=t.step + earlier) for t in report.damping_trials]
+            earlier = fits[-1].step if fits else 0
+            fits += [fit._replace(step=fit.step + earlier) for fit in report.fits]
         layers = [
             replace(layer, predicted_increase=total_or_none(increases[name]))
             for name, layer in latest.items()
@@ -118,7 +148,7 @@ class PruneReport:
         if not all(NOTHING_TO_PRUNE in report.notes for report in reports):
             notes.pop(NOTHING_TO_PRUNE, None)
         memory = max((report.memory for report in reports), key=lambda m: m.get("gram", 0))
-        return cls(layers, reports[-1].settings, dict(seconds), memory, list(notes), trials)
+        return cls(layers, reports[-1].settings, dict(seconds), memory, list(notes), trials, fits)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
@@ -131,6 +161,7 @@ class PruneReport:
             "memory": self.memory,
             "notes": self.notes,
             "damping_trials": [trial._asdict() for trial in self.damping_trials],
+            "reconstruction": [fit.to_dict() for fit in self.fits],
             "layers": layers,
         }
 
@@ -154,6 +185,11 @@ class PruneReport:
             by = "loss" if best.divergence is None else "divergence"
             tried = ", ".join(f"{trial.damping:.2g}: {trial.cost:.4g}" for trial in trials)
             rows.append(f"damping {best.damping:.3g}, by {by} after trials: {tried}")
+        for fit in self.fits:
+            rows.append(
+                f"reconstruction, divergence on held-back batches: {fit.before:.4g} before, "
+                f"{fit.after:.4g} after{'' if fit.kept else ', undone'}"
+            )
         rows += [f"note: {note}" for note in self.notes]
         return "\n".join(rows)
 

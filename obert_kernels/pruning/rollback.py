@@ -54,6 +54,11 @@ class Rollback:
         self._data = {name: (weight, weight.data) for name, weight in weights.items()}
         self._values: dict[str, Tensor] = {}
 
+    @property
+    def values(self) -> Mapping[str, Tensor]:
+        """What weights that have been changed, or may be, held before."""
+        return self._values
+
     def keep(self, name: str, value: Tensor) -> None:
         """Note what a weight holds, unless it was noted before; the tensor is not copied."""
         self._values.setdefault(name, value)
@@ -61,7 +66,8 @@ class Rollback:
     def keep_all(self) -> Rollback:
         """Note what every weight holds now, in a copy."""
         for name, (weight, _) in self._data.items():
-            self.keep(name, weight.detach().clone())
+            if name not in self._values:
+                self.keep(name, weight.detach().clone())
         return self
 
     def undo(self) -> None:

@@ -1,9 +1,8 @@
-"""Weights of a model: which are there, others for a while, and writing new ones."""
+"""Weights of a model: which are there, and writing new ones."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -16,19 +15,6 @@ from .rollback import Rollback
 def present_masks(weights: Mapping[str, nn.Parameter], pattern: Pattern) -> dict[str, Tensor]:
     """Weights that are zero now count as pruned; flat, in the order of the pattern."""
     return {name: pattern.flat(weight.detach() != 0) for name, weight in weights.items()}
-
-
-@contextmanager
-def replaced(weights: Mapping[str, nn.Parameter], new: Mapping[str, Tensor]) -> Iterator[None]:
-    """The model with other weights inside the block; nothing is copied."""
-    old = {name: weights[name].data for name in new}
-    try:
-        for name, value in new.items():
-            weights[name].data = value
-        yield
-    finally:
-        for name, value in old.items():
-            weights[name].data = value
 
 
 def commit(weights: Mapping[str, nn.Parameter], new: dict[str, Tensor], rollback: Rollback) -> None:

@@ -1,11 +1,12 @@
-"""What a matrix must be to be pruned: numbers that have gradients and can be written."""
+"""What a matrix must be to be pruned; and other values in its place for a while."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 _TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -44,3 +45,16 @@ def check_values(weights: Mapping[str, nn.Parameter]) -> None:
                 f"{first} and {name} share their memory: make them one parameter, or leave one out "
                 "with params"
             )
+
+
+@contextmanager
+def replaced(weights: Mapping[str, nn.Parameter], new: Mapping[str, Tensor]) -> Iterator[None]:
+    """The model with other weights inside the block; nothing is copied."""
+    old = {name: weights[name].data for name in new}
+    try:
+        for name, value in new.items():
+            weights[name].data = value
+        yield
+    finally:
+        for name, value in old.items():
+            weights[name].data = value

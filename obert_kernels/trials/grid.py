@@ -164,7 +164,8 @@ class TrialLoop:
         except MemoryError:  # gradients cannot be streamed from this model: in passes they fit
             return _Prepared(batches)
         room = ScoreCache.if_room(pruner.weights, plan.total_bytes, self.max_memory)
-        return _Prepared(batches, fisher, room)
+        # An iterator is used up by now: nothing is left to fit the remaining weights on.
+        return _Prepared(None if isinstance(batches, Iterator) else batches, fisher, room)
 
     def _trial(
         self,

@@ -156,7 +156,8 @@ def test_progress_and_times():
     seen = []
     result = prune(TinyEncoder(), progress=lambda *event: seen.append(event))
     assert ("gradients", 24, 24) in seen and ("update", 4, 4) in seen
-    assert {"gradients", "fisher", "scores", "masks", "update"} == set(result.report.seconds)
+    stages = {"gradients", "fisher", "scores", "masks", "update", "reconstruction"}
+    assert stages == set(result.report.seconds)
 
 
 def test_repeated_batches_are_noted():

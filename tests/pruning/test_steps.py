@@ -203,7 +203,9 @@ def test_every_step_is_judged_by_the_model_before_all():
     model, data = TinyEncoder(), batches(40)
     train(model, data, 5)
     before = predict(model, data[:10])
-    result = prune(model, data[10:], 0.8, num_grads=12, steps=2, calibration=data[:10])
+    result = prune(model, data[10:], 0.8, num_grads=12, steps=2, calibration=data[:10],
+        reconstruction=None,
+    )  # fmt: skip
     last = [trial for trial in result.report.damping_trials if trial.chosen][-1]
     assert last.step == 2
     after = divergence(before, predict(model, data[:10]))

@@ -106,7 +106,7 @@ def test_trials_are_those_of_single_calls():
         how = {} if found.damping is None else {"damping": found.damping}
         prune(
             model,
-            tiny.batches(found.num_grads or 1, found.texts_per_grad or 1),
+            found.num_grads and tiny.batches(found.num_grads, found.texts_per_grad or 1),
             outcome.target,
             params=["re:layer.*weight"],
             num_grads=found.num_grads or 1,

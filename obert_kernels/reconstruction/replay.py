@@ -1,0 +1,178 @@
+"""Runs the model, pruned and dense, as far as the layers at hand need it.
+
+Blocks that hand a tensor on to each other are run alone, from what each batch has come to before
+them; elsewhere the whole model runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..gradients.backward import removed
+from ..gradients.batches import to_device
+from ..gradients.losses import LossFn
+from ..sparsity.values import replaced
+from .structure import Chain, Place, Unit, first_of
+
+Arguments = tuple[tuple, dict[str, Any]]
+
+
+class _Enough(Exception):
+    """Ends a forward pass that has given all that is wanted of it."""
+
+
+class _Position:
+    """Where one of the two models stands in a chain, for each batch."""
+
+    def __init__(self, chain: Chain, arguments: list[list[Arguments]]) -> None:
+        self.chain = chain
+        self.index = 0
+        self._arguments = arguments
+        self._handed_on = [_argument(own[0], chain.place[0]) if own else None for own in arguments]
+
+    def run(self, batch: int) -> Any:
+        """Run the block for a batch; return what it hands on, None where it is not called."""
+        known = self._arguments[batch]
+        if not known:
+            return None
+        args, kwargs = known[min(self.index, len(known) - 1)]
+        place, tensor = self.chain.place[self.index], self._handed_on[batch]
+        if isinstance(place, int):
+            args = (*args[:place], tensor, *args[place + 1 :])
+        else:
+            kwargs = {**kwargs, place: tensor}
+        return first_of(self.chain.blocks[self.index](*args, **kwargs))
+
+    def advance(self) -> None:
+        """Go on to the next block."""
+        for batch in range(len(self._handed_on)):
+            self._handed_on[batch] = self.run(batch)
+        self.index += 1
+
+
+def _argument(arguments: Arguments, place: int | str) -> Any:
+    args, kwargs = arguments
+    return args[place] if isinstance(place, int) else kwargs[place]
+
+
+class Replay:
+    """A model, its dense weights, and batches.
+
+    Args:
+        model: in eval mode.
+        loss_fn: ``loss_fn(model, batch)`` calls it.
+        batches: what it is run on.
+        parameters: name to weight or bias, those of the pruned model.
+        dense: name to what they were before.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: LossFn,
+        batches: Sequence[Any],
+        parameters: Mapping[str, nn.Parameter],
+        dense: Mapping[str, Tensor],
+    ) -> None:
+        self.batches = batches
+        self._model, self._loss_fn = model, loss_fn
+        self._parameters, self._dense = parameters, dense
+        self._device = next(iter(parameters.values())).device
+        self._positions: dict[bool, _Position] = {}
+
+    def move_to(self, unit: Unit) -> None:
+        """Run both models up to a unit's block."""
+        if unit.chain is None:
+            return
+        here = self._positions.get(True)
+        if here is None or here.chain is not unit.chain or here.index > unit.index:
+            self._positions = {dense: self._enter(unit.chain, dense) for dense in (True, False)}
+        for dense, position in self._positions.items():
+            with self._weights(dense):
+                while position.index < unit.index:
+                    position.advance()
+
+    def _enter(self, chain: Chain, dense: bool) -> _Position:
+        blocks = chain.blocks[:1] if chain.shares_arguments else chain.blocks
+        found: list[list[Arguments]] = []
+
+        def note(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            found[-1].append((args, kwargs))
+            if len(found[-1]) == len(blocks):
+                raise _Enough
+
+        with ExitStack() as stack:
+            stack.enter_context(self._weights(dense))
+            for block in blocks:
+                handle = block.register_forward_pre_hook(note, with_kwargs=True)
+                stack.enter_context(removed(handle))
+            for batch in self.batches:
+                found.append([])
+                self._whole(batch)
+        return _Position(chain, [own if len(own) == len(blocks) else [] for own in found])
+
+    def tensors(
+        self, unit: Unit, dense: bool, places: Sequence[Place]
+    ) -> Iterator[dict[Place, Tensor]]:
+        """Yield, for each batch, what shows up at those places of a unit that it comes to."""
+        for index, batch in enumerate(self.batches):
+            with self._weights(dense), _tapped(places) as found:
+                if unit.chain is None:
+                    self._whole(batch)
+                else:
+                    self._block(dense, index)
+            yield {place: _rows(tensor, batch) for place, tensor in found.items()}
+
+    def _block(self, dense: bool, batch: int) -> None:
+        with suppress(_Enough):
+            self._positions[dense].run(batch)
+
+    def _whole(self, batch: Any) -> None:
+        with suppress(_Enough):
+            self._loss_fn(self._model, to_device(batch, self._device))
+
+    @contextmanager
+    def _weights(self, dense: bool) -> Iterator[None]:
+        with torch.no_grad(), replaced(self._parameters, self._dense if dense else {}):
+            torch.clear_autocast_cache()  # it may hold copies of the other model's weights
+            yield
+        torch.clear_autocast_cache()
+
+
+@contextmanager
+def _tapped(places: Sequence[Place]) -> Iterator[dict[Place, Tensor]]:
+    """Notes what shows up at some places; ends the pass when all is there."""
+    found: dict[Place, Tensor] = {}
+
+    def note(place: Place, tensor: Tensor) -> None:
+        found[place] = tensor.clone()  # it may be changed in place
+        if len(found) == len(places):
+            raise _Enough
+
+    def hook(place: Place) -> Any:
+        if place.is_output:
+            return place.module.register_forward_hook(
+                lambda module, args, output: note(place, first_of(output))
+            )
+        return place.module.register_forward_pre_hook(
+            lambda module, args, kwargs: note(place, first_of(args or kwargs)), with_kwargs=True
+        )
+
+    with ExitStack() as stack:
+        for place in places:
+            stack.enter_context(removed(hook(place)))
+        yield found
+
+
+def _rows(tensor: Tensor, batch: Any) -> Tensor:
+    """``[tokens, features]``, without padding; float32 or float64."""
+    rows = tensor.reshape(-1, tensor.shape[-1])
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    if isinstance(mask, Tensor) and mask.dim() == 2 and mask.numel() == len(rows):
+        rows = rows[mask.to(rows.device).flatten() != 0]
+    return rows.to(torch.promote_types(rows.dtype, torch.float32))

@@ -1,0 +1,188 @@
+"""Layer-wise reconstruction: what remains of each layer is fitted to what the dense model computes.
+
+In the order of the forward pass, the remaining weights of each matrix are solved for by least
+squares (Optimal Brain Compression, SparseGPT and others do so one matrix at a time): inputs are
+those of the model as it is pruned and fitted so far, targets the outputs that the same layer has
+in the dense model.  Where an output is added to a residual stream, the target also makes up for
+what the stream has lost.  No labels are needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..gradients.backward import evaluation
+from ..gradients.batches import samples_in, split_batch, to_device
+from ..gradients.losses import LossFn
+from ..progress import Progress
+from ..sparsity.matrices import find_matrices
+from ..sparsity.values import replaced
+from ..sparsity.wrappers import listed
+from .config import ReconstructionConfig
+from .fit import LayerFit, fit_layer
+from .moments import Moments
+from .replay import Replay
+from .structure import Layer, Place, Structure, Unit, find_structure, owners
+
+_TRACED_SAMPLES = 2
+
+
+class Reconstruction(NamedTuple):
+    """What the stage did.
+
+    Attributes:
+        layers: of each layer that could be followed, in the order of the forward pass.
+        notes: what the user should know.
+    """
+
+    layers: list[LayerFit]
+    notes: list[str]
+
+
+def biases_of(model: nn.Module, weights: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+    """Return the biases that a reconstruction may change, by the name of their matrix + ".bias"."""
+    return {
+        f"{layer.name}.bias": layer.bias
+        for layer in owners(model, weights, set())
+        if isinstance(layer.bias, nn.Parameter)
+    }
+
+
+@torch.no_grad()
+def reconstruct(
+    model: nn.Module,
+    weights: Mapping[str, nn.Parameter],
+    masks: Mapping[str, Tensor],
+    dense: Mapping[str, Tensor],
+    batches: Sequence[Any],
+    held_back: Sequence[Any],
+    loss_fn: LossFn,
+    config: ReconstructionConfig,
+    progress: Progress,
+) -> Reconstruction:
+    """Fit the remaining weights, and the biases, of a pruned model in place.
+
+    Args:
+        model: pruned.
+        weights: name to matrix.
+        masks: name to bool matrix of its shape, True for what remains.
+        dense: the weights, and the biases by the names of :func:`biases_of`, before pruning.
+        batches: to fit.
+        held_back: others, that a ridge "auto" is chosen on, and that a fit must make better.
+        loss_fn: ``loss_fn(model, batch)`` runs the model; its value does not count.
+        config: how.
+        progress: called as ``progress("reconstruction", done, total)``.
+
+    Raises:
+        NumericalError: what a layer computes is not finite.
+    """
+    parameters = {**weights, **biases_of(model, weights)}
+    dense = {name: dense[name] for name in parameters}
+    with evaluation(model):
+        structure = _structure(model, weights, parameters, dense, batches[0], loss_fn)
+        replays = [Replay(model, loss_fn, own, parameters, dense) for own in (batches, held_back)]
+        fits: list[LayerFit] = []
+        for unit in structure.units:
+            for replay in replays:
+                replay.move_to(unit)
+            for group in unit.groups:
+                seen, unseen = (_moments(replay, unit, group, config) for replay in replays)
+                if not (seen.count and unseen.count):
+                    structure.left_out |= {
+                        layer.name: "no batch comes to its layer" for layer in group
+                    }
+                    continue
+                for index, layer in enumerate(group):
+                    fits.append(_fit(layer, index, masks[layer.name], seen, unseen, config))
+                    progress("reconstruction", len(fits), len(structure.layers))
+    return Reconstruction(fits, _notes(structure, fits, config))
+
+
+def _structure(
+    model: nn.Module,
+    weights: Mapping[str, nn.Parameter],
+    parameters: Mapping[str, nn.Parameter],
+    dense: Mapping[str, Tensor],
+    batch: Any,
+    loss_fn: LossFn,
+) -> Structure:
+    if samples_in(batch) is not None:
+        batch = split_batch(batch, _TRACED_SAMPLES)[0]
+    batch = to_device(batch, next(iter(parameters.values())).device)
+    found = owners(model, weights, find_matrices(model).transposed)
+    with replaced(parameters, dense):
+        return find_structure(model, found, list(weights), lambda: loss_fn(model, batch))
+
+
+def _moments(
+    replay: Replay, unit: Unit, group: list[Layer], config: ReconstructionConfig
+) -> Moments:
+    """Inputs and targets of layers with the same inputs."""
+    moments = Moments()
+    entry = Place(group[0].module, False)
+    outputs = [Place(layer.module, True) for layer in group]
+    if config.inputs == "dense":
+        for found in replay.tensors(unit, True, [entry, *outputs]):
+            if len(found) > len(outputs):
+                moments.add(found[entry], [found[place] for place in outputs])
+        return moments
+    totals = [layer.total if config.residual else None for layer in group]
+    of_dense = [total or output for total, output in zip(totals, outputs, strict=True)]
+    of_pruned = [entry]
+    for total, output in zip(totals, outputs, strict=True):
+        of_pruned += [] if total is None else [output, total]
+    for dense, pruned in zip(
+        replay.tensors(unit, True, of_dense), replay.tensors(unit, False, of_pruned), strict=True
+    ):
+        if len(dense) < len(of_dense) or len(pruned) < len(of_pruned):
+            continue
+        targets = [
+            dense[output] if total is None else dense[total] - (pruned[total] - pruned[output])
+            for total, output in zip(totals, outputs, strict=True)
+        ]
+        moments.add(pruned[entry], targets)
+    return moments
+
+
+def _fit(
+    layer: Layer,
+    index: int,
+    mask: Tensor,
+    seen: Moments,
+    held_back: Moments,
+    config: ReconstructionConfig,
+) -> LayerFit:
+    """Fit one of the layers whose moments these are, and write it."""
+    centred = layer.bias is not None
+    matrix = layer.weight.detach()
+    fitted = fit_layer(
+        layer.name,
+        matrix.mT if layer.transposed else matrix,
+        layer.bias,
+        mask.mT if layer.transposed else mask,
+        seen.normal(index, centred),
+        held_back.normal(index, centred),
+        config.ridge,
+    )
+    if fitted.report.is_kept:
+        layer.weight.copy_(fitted.weight.mT if layer.transposed else fitted.weight)
+        if layer.bias is not None and fitted.bias is not None:
+            layer.bias.copy_(fitted.bias)
+    return fitted.report
+
+
+def _notes(structure: Structure, fits: list[LayerFit], config: ReconstructionConfig) -> list[str]:
+    notes = []
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in structure.left_out.items():
+        by_reason.setdefault(reason, []).append(name)
+    notes += [f"{listed(names)} not fitted: {reason}" for reason, names in by_reason.items()]
+    if config.residual and fits and all(layer.total is None for layer in structure.layers):
+        notes.append(
+            "no residual sum was found in the model: each layer was fitted to its own output"
+        )
+    return notes

@@ -1,0 +1,251 @@
+"""The whole stage against the same written out plainly: whole forward passes, one row at a time."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from tiny import TinyEncoder
+from tiny import batches as token_batches
+from transformers import BertConfig, BertForSequenceClassification
+
+from obert_kernels import ReconstructionConfig, find_weights
+from obert_kernels.gradients.losses import default_loss
+from obert_kernels.reconstruction.stage import biases_of, reconstruct
+
+RIDGE = 0.05
+
+
+def tiny_bert(dtype=torch.float64):
+    torch.manual_seed(0)
+    config = BertConfig(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24,
+        vocab_size=50, max_position_embeddings=16,
+    )  # fmt: skip
+    model = BertForSequenceClassification(config).to(dtype)
+    for parameter in model.bert.encoder.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    return model
+
+
+def texts(count=6, size=8, seed=0):
+    """Batches, the last third of every second text is padding."""
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for _ in range(count):
+        ids = torch.randint(1, 50, (size, 9), generator=generator)
+        mask = torch.ones_like(ids)
+        mask[::2, 6:] = 0
+        found.append({"input_ids": ids, "attention_mask": mask})
+    return found
+
+
+def pruned(model, share=0.5, seed=0):
+    """Masks at random, and the weights and biases before."""
+    weights = find_weights(model)
+    parameters = {**weights, **biases_of(model, weights)}
+    dense = {name: value.detach().clone() for name, value in parameters.items()}
+    generator = torch.Generator().manual_seed(seed)
+    masks = {n: torch.rand(w.shape, generator=generator) >= share for n, w in weights.items()}
+    with torch.no_grad():
+        for name, weight in weights.items():
+            weight *= masks[name]
+    return weights, masks, dense
+
+
+def fitted(model, batches, held=None, loss_fn=default_loss, **config):
+    weights, masks, dense = pruned(model)
+    settings = ReconstructionConfig(**{"ridge": RIDGE, **config})
+    found = reconstruct(
+        model, weights, masks, dense, batches, held or texts(seed=7), loss_fn, settings,
+        lambda *told: None,
+    )  # fmt: skip
+    return found, masks
+
+
+class Plain:
+    """The same for BERT, from its description alone."""
+
+    def __init__(self, dense, model, masks, batches):
+        self.dense, self.model, self.masks, self.batches = (
+            dense.eval(),
+            model.eval(),
+            masks,
+            batches,
+        )
+
+    def run(self):
+        names = {id(p): name for name, p in self.model.named_parameters()}
+        for theirs, ours in zip(
+            *(m.bert.encoder.layer for m in (self.dense, self.model)), strict=True
+        ):
+            for part in self.parts():
+                for get in part:
+                    layer, norm = get(ours)
+                    mask = self.masks[names[id(layer.weight)]]
+                    self.fit(get(theirs), (layer, norm), mask)
+
+    def parts(self):
+        attention = [
+            lambda x, n=name: (getattr(x.attention.self, n), None)
+            for name in ("query", "key", "value")
+        ]
+        return [
+            attention,
+            [lambda x: (x.attention.output.dense, x.attention.output.LayerNorm)],
+            [lambda x: (x.intermediate.dense, None)],
+            [lambda x: (x.output.dense, x.output.LayerNorm)],
+        ]
+
+    @torch.no_grad()
+    def values(self, model, layer, norm):
+        found = {"x": [], "y": [], "sum": []}
+
+        def note(module, args, output):
+            found["x"].append(args[0][keep])
+            found["y"].append(output[keep])
+
+        hooks = [layer.register_forward_hook(note)]
+        if norm is not None:
+            hooks.append(
+                norm.register_forward_pre_hook(lambda m, a: found["sum"].append(a[0][keep]))
+            )
+        for batch in self.batches:
+            keep = batch["attention_mask"].bool()
+            model(**batch)
+        for hook in hooks:
+            hook.remove()
+        return {name: torch.cat(parts) for name, parts in found.items() if parts}
+
+    @torch.no_grad()
+    def fit(self, theirs, ours, mask):
+        there, here = self.values(self.dense, *theirs), self.values(self.model, *ours)
+        target = there["y"]
+        if "sum" in here:
+            target = target + (there["sum"] - there["y"]) - (here["sum"] - here["y"])
+        x = here["x"]
+        xc, tc = x - x.mean(0), target - target.mean(0)
+        moments, crossed = xc.mT @ xc / len(x), tc.mT @ xc / len(x)
+        r = RIDGE * moments.diagonal().mean()
+        layer = ours[0]
+        new = torch.zeros_like(layer.weight)
+        for i, row in enumerate(mask):
+            s = row.nonzero()[:, 0]
+            system = moments[s][:, s] + r * torch.eye(len(s), dtype=x.dtype)
+            new[i, s] = torch.linalg.solve(system, crossed[i, s] + r * layer.weight[i, s])
+        layer.weight.copy_(new)
+        layer.bias.copy_(target.mean(0) - new @ x.mean(0))
+
+
+def test_bert_is_fitted_as_described():
+    model = tiny_bert()
+    dense, plain = copy.deepcopy(model), copy.deepcopy(model)
+    found, masks = fitted(model, texts())
+    assert [fit.is_kept for fit in found.layers] == [True] * 12 and not found.notes
+    pruned(plain)
+    Plain(dense, plain, masks, texts()).run()
+    expected = plain.state_dict()
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-7, atol=1e-9, msg=name)
+
+
+def test_the_model_moves_towards_the_dense_one():
+    model = tiny_bert()
+    dense, only_pruned = copy.deepcopy(model).eval(), copy.deepcopy(model).eval()
+    pruned(only_pruned)
+    fitted(model, texts(24))
+    fresh = texts(seed=3)
+    with torch.no_grad():
+        wanted = [dense(**batch).logits for batch in fresh]
+        errors = [
+            sum(
+                float((other.eval()(**b).logits - w).square().sum())
+                for b, w in zip(fresh, wanted, strict=True)
+            )
+            for other in (only_pruned, model)
+        ]
+    assert errors[1] < errors[0]
+
+
+def test_pruned_weights_stay_zero_and_others_do_not_become_so():
+    model = tiny_bert()
+    _, masks = fitted(model, texts())
+    for name, mask in masks.items():
+        assert torch.equal(model.get_parameter(name) != 0, mask), name
+
+
+@pytest.mark.parametrize("how", [{"inputs": "dense"}, {"residual": False}])
+def test_variants_differ(how):
+    one, other = tiny_bert(), tiny_bert()
+    fitted(one, texts())
+    fitted(other, texts(), **how)
+    weights = find_weights(one)
+    same = [torch.equal(w, other.get_parameter(name)) for name, w in weights.items()]
+    assert any(same) and not all(same)  # the first layers see the same inputs either way
+
+
+def test_what_is_padding_does_not_count():
+    one, other = tiny_bert(), tiny_bert()
+    changed = [
+        {**batch, "input_ids": torch.where(batch["attention_mask"] > 0, batch["input_ids"], 3)}
+        for batch in texts()
+    ]
+    fitted(one, texts())
+    fitted(other, changed)
+    for name, value in one.state_dict().items():
+        torch.testing.assert_close(value, other.state_dict()[name], msg=name)
+
+
+def test_dropout_is_off_and_modes_come_back():
+    model = tiny_bert().train()
+    model.bert.encoder.eval()
+    modes = [module.training for module in model.modules()]
+    other = tiny_bert().eval()
+    fitted(model, texts())
+    fitted(other, texts())
+    assert [module.training for module in model.modules()] == modes
+    torch.testing.assert_close(model.state_dict(), other.state_dict())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_fitted_in_float64_and_stored_in_its_type(dtype):
+    model = tiny_bert(dtype)
+    found, _ = fitted(model, texts())
+    assert all(parameter.dtype == dtype for parameter in model.parameters())
+    assert sum(fit.is_kept for fit in found.layers) > 8
+    before = sum(fit.before for fit in found.layers)
+    assert sum(fit.after for fit in found.layers) < 0.7 * before
+
+
+def test_blocks_that_are_never_called_are_followed_through_the_whole_model():
+    """Layers of a ModuleDict, which has no forward."""
+    torch.manual_seed(0)
+    model = TinyEncoder()
+    found, _ = fitted(model, token_batches(12), token_batches(8))
+    expected = [f"layer.{i}.{name}.weight" for i in range(2) for name in ("wide", "narrow")]
+    assert [fit.name for fit in found.layers] == expected
+    assert sum(fit.after for fit in found.layers) < sum(fit.before for fit in found.layers)
+
+
+def test_a_matrix_of_two_layers_is_left_out_by_name():
+    model = tiny_bert()
+    first, second = model.bert.encoder.layer
+    second.intermediate.dense.weight = first.intermediate.dense.weight
+    before = first.intermediate.dense.weight.detach().clone()
+    found, masks = fitted(model, texts())
+    (note,) = found.notes
+    assert "encoder.layer.0.intermediate.dense.weight not fitted: other modules share it" in note
+    name = "bert.encoder.layer.0.intermediate.dense.weight"
+    assert torch.equal(first.intermediate.dense.weight, before * masks[name])
+
+
+def test_progress_counts_the_layers():
+    told = []
+    model = tiny_bert()
+    weights, masks, dense = pruned(model)
+    reconstruct(
+        model, weights, masks, dense, texts(), texts(), default_loss,
+        ReconstructionConfig(ridge=RIDGE), lambda *now: told.append(now),
+    )  # fmt: skip
+    assert told == [("reconstruction", done, 12) for done in range(1, 13)]
