@@ -11,7 +11,8 @@ whatever the axis is called.  The result is a list of flat points:
     by_length              whether texts of about the same length share a gradient; by default of
                            predictions only
     pattern, selection, update, damping, sparsity, steps, schedule, estimator, fisher_dtype
-                           as for :func:`obert_kernels.prune`
+                           as for :func:`obert_kernels.prune`; a selection can be "wanda" or
+                           "sparsegpt", too, and where each point is a process "reference"
 """
 
 from __future__ import annotations

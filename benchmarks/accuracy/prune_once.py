@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from benchmarks.accuracy.experiment import Point
+from benchmarks.accuracy.sparsegpt import prune_as_sparsegpt
 from benchmarks.accuracy.tables import Row
 from benchmarks.support.contender import prune_as_reference
 from obert_kernels import PruneReport, find_weights, prune
@@ -45,6 +46,11 @@ def prepared(task: ClassificationTask, point: Point) -> Callable[[], PruneReport
     """Everything but the pruning, which the returned function does."""
     num_grads, steps = point["texts"] // point["texts_per_grad"], point.get("steps", 1)
     loss_fn, batches_of = loss_and_batches(task, point)
+    if point["selection"] == "sparsegpt":
+        texts = batches_of(num_grads, point["texts_per_grad"])
+        return lambda: (
+            prune_as_sparsegpt(task.model, texts, point["sparsity"], point["pattern"]).report
+        )
     magnitude, held = point["selection"] == "magnitude", task.damping_batches()
     batches = None if magnitude else batches_of(num_grads, point["texts_per_grad"], steps)
     options = {n: point[n] for n in ("pattern", "selection", "schedule", "estimator") if n in point}
@@ -68,11 +74,8 @@ def prune_once(task: ClassificationTask, point: Point) -> Iterator[Row]:
     dense = {name: weight.detach().clone() for name, weight in weights.items()}
     try:
         report = prepared(task, point)()
-        trials = [
-            min((t for t in report.damping_trials if t.step == step), key=lambda t: t.cost)
-            for step in range(1, point.get("steps", 1) + 1)
-        ]
-        yield {"dampings": [trial.relative for trial in trials], **stages(report.seconds)}
+        dampings = [trial.relative for trial in report.damping_trials if trial.chosen]
+        yield {"dampings": dampings, **stages(report.seconds)}
     finally:
         with torch.no_grad():
             for name, weight in weights.items():

@@ -35,6 +35,8 @@ from obert_kernels.trials.outcome import Outcome, Scores
 
 WANDA = Path(__file__).parent / "wanda.py"
 Record = Callable[[Point, Row], None]
+# Selections that share nothing with others.
+ALONE = ("sparsegpt",)
 # Points with the same can share estimates.
 SHARED = ("pattern", "gradients_of", "by_length", "fisher_dtype", "estimator", "steps")
 DENSE_DIGITS = 4  # to which an accuracy must be that of the model measured before
@@ -82,9 +84,17 @@ def measure(wanted: list[Point], known: list[Row], work: Path, record: Record) -
         task = load_task(model, data, seed, model_seed, work)
         dense = task.evaluate(task.model, "test").accuracy
         check_same(known, {"model": model, "data": data, "seed": seed}, dense)
-        for (*_, steps), here in parts(some, *SHARED):
-            way = measure_grid if steps is None else measure_one_by_one
-            way(task, here, lambda point, row, dense=dense: record(point, {"dense": dense, **row}))
+
+        def with_dense(point: Point, row: Row, dense: float = dense) -> None:
+            record(point, {"dense": dense, **row})
+
+        measure_one_by_one(task, [p for p in some if goes_alone(p)], with_dense)
+        for _, here in parts([p for p in some if not goes_alone(p)], *SHARED):
+            measure_grid(task, here, with_dense)
+
+
+def goes_alone(point: Point) -> bool:
+    return point.get("steps") is not None or point["selection"] in ALONE
 
 
 def load_task(
@@ -150,7 +160,7 @@ def figures(outcome: Outcome) -> Row:
 
 
 def measure_one_by_one(task: ClassificationTask, wanted: list[Point], record: Record) -> None:
-    """With ``steps`` there is nothing to share, and the damping of each is shown."""
+    """With ``steps``, and for ALONE, there is nothing to share; the damping of each is shown."""
     for point in wanted:
         with prune_once(task, point) as row:
             held, test = task.evaluate(task.model, "dev"), task.evaluate(task.model, "test")

@@ -243,7 +243,7 @@ def steps(rows: list[Row], experiment: Mapping[str, Any]) -> list[str]:
 
 RUN_NAMES = {
     "magnitude": "magnitude", "wanda": "Wanda's score", "diagonal": "oBERT on our kernels",
-    "greedy": "ours", "reference": "reference",
+    "greedy": "ours", "reference": "reference", "sparsegpt": "SparseGPT",
 }  # fmt: skip
 
 
