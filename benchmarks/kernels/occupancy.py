@@ -38,7 +38,7 @@ CACHE = ROOT / "build" / "ptx"
 # Longest compilation first.
 SOURCES = [
     "factor", "inverse_update", "greedy", "update", "inverse_scores", "n_of_m", "gram",
-    "gram_living", "woodbury",
+    "gram_living", "woodbury", "fit_rows",
 ]  # fmt: skip
 # What setup.py gives nvcc for device code; warnings are looked for in the output instead.
 FLAGS = ["-std=c++17", "-O3"]
@@ -201,8 +201,8 @@ def _symbols(library: str) -> dict[int, str]:
     return {int(line[0], 16): line[2] for line in lines if len(line) == 3 and line[1] in "tT"}
 
 
-def record(host: ModuleType, call: Callable[[], Any]) -> tuple[Any, dict[str, Any]]:
-    """What ``call`` returns and the launch it asks for, which is not run.
+def record_all(host: ModuleType, call: Callable[[], Any]) -> tuple[Any, list[dict[str, Any]]]:
+    """What ``call`` returns and the launches it asks for, which are not run.
 
     Args:
         host: the kernels compiled for the host (tests/support/host_cuda_build.py).
@@ -210,10 +210,17 @@ def record(host: ModuleType, call: Callable[[], Any]) -> tuple[Any, dict[str, An
     """
     host.set_recording(True)
     try:
-        result, launch = call(), host.last_launch()
+        result, launches = call(), host.launches()
     finally:
         host.set_recording(False)
-    return result, launch | {"kernel": _symbols(host.__file__)[launch["kernel"]]}
+    symbols = _symbols(host.__file__)
+    return result, [launch | {"kernel": symbols[launch["kernel"]]} for launch in launches]
+
+
+def record(host: ModuleType, call: Callable[[], Any]) -> tuple[Any, dict[str, Any]]:
+    """The same for an operator that launches one kernel."""
+    result, [launch] = record_all(host, call)
+    return result, launch
 
 
 def operators(size: int) -> dict[str, Callable[[], Any]]:

@@ -3,7 +3,7 @@
 ``moments`` is ``H`` (float64 ``[n, n]``, symmetric, the ridge already added), ``targets`` float64
 ``[m, n]``, ``keep`` bool ``[supports, n]``; rows ``first_row[s]`` to ``first_row[s + 1]`` (int64
 ``[supports + 1]``, from 0 to m; checked on the CPU, as a device is not waited for) have support s.
-``status`` holds the first support whose system is not positive definite, see :mod:`.status`.
+``status`` is that of :mod:`.gram`: the first support whose system is not positive definite.
 """
 
 from __future__ import annotations
@@ -14,6 +14,9 @@ from torch import Tensor
 from . import native
 from .checks import check_devices, check_dtype, check_shape, check_status, require
 from .registration import operator
+
+_TILE = 64  # rows and columns of a tile in the CUDA kernel
+_MOST_BYTES = 1 << 30
 
 
 def _check(
@@ -39,9 +42,35 @@ def _check(
         )
 
 
-def _workspaces(targets: Tensor, num_supports: int) -> Tensor:
-    """Memory that a device needs, ``[workspaces, doubles of each]``; none on the CPU."""
-    return targets.new_empty((0, 0))
+def workspace_shape(num_columns: int, num_rows: int, processors: int) -> tuple[int, int]:
+    """Workspaces of the CUDA kernel and the float64 numbers of each, csrc/pruning/cuda/fit_rows.cu.
+
+    One for each multiprocessor and no more than there are rows, together at most 1 GiB (or one, if
+    that is larger).  Each holds the factor of all columns; supports of half of them, or less, find
+    room for more thread blocks in the same memory.  Up to 64 columns need none.
+
+    Args:
+        num_columns: n.
+        num_rows: m.
+        processors: multiprocessors of the device.
+    """
+    if num_columns <= _TILE:
+        return 0, 0
+    tiles = -(-num_columns // _TILE)
+    # Tiles of the lower triangle; for each tile row eight vectors, and an int32 for each column.
+    size = _TILE**2 * (tiles * (tiles + 1) // 2) + (8 * _TILE + _TILE // 2) * tiles
+    return max(1, min(processors, num_rows, _MOST_BYTES // (8 * size))), size
+
+
+def _workspaces(targets: Tensor) -> Tensor:
+    """Memory that the operator needs, ``[workspaces, doubles of each]``; none on the CPU."""
+    if native.runs_on_cpu(targets):
+        return targets.new_empty((0, 0))
+    processors = 1  # where the kernels run on the host
+    if targets.is_cuda:
+        processors = torch.cuda.get_device_properties(targets.device).multi_processor_count
+    rows, columns = targets.shape
+    return targets.new_empty(workspace_shape(columns, rows, processors))
 
 
 @operator(
@@ -55,7 +84,7 @@ def fit_rows(
     moments, targets = moments.contiguous(), targets.contiguous()
     keep, first_row = keep.contiguous(), first_row.contiguous()
     fitted = torch.empty_like(targets)
-    workspace = _workspaces(targets, len(keep))
+    workspace = _workspaces(targets)
     core, where = native.run_on(moments)
     core.fit_rows(
         where,

@@ -94,6 +94,11 @@ def run_on(state: Tensor) -> tuple[Any, int]:
     return core(), torch.get_num_threads()
 
 
+def runs_on_cpu(state: Tensor) -> bool:
+    """Whether the operators for the device of a tensor are those of the CPU."""
+    return _substitute is None and state.device.type == "cpu"
+
+
 def no_kernels(state: Tensor) -> tuple[type[Exception], ...]:
     """What the operators for the device of a tensor raise if none of them can run there."""
     module, _ = run_on(state)

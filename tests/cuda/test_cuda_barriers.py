@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import host_cuda_build
 import pytest
@@ -106,6 +107,18 @@ def broken_kernels(module, size: int) -> set[str]:
     return broken
 
 
+def build_without(folder: Path, file: str, statement: str, occurrence: int) -> ModuleType:
+    """The kernels with one occurrence of a statement in a file removed."""
+    shutil.copytree(ROOT / "csrc", folder / "csrc")
+    path = folder / "csrc" / "pruning" / "cuda" / file
+    parts = path.read_text().split(statement)
+    assert len(parts) > occurrence + 1, f"{file} has too few {statement}"
+    before, after = (statement.join(p) for p in (parts[: occurrence + 1], parts[occurrence + 1 :]))
+    path.write_text(f"{before}(void)0;{after}")
+    cache = ROOT / "build" / "host_cuda"
+    return host_cuda_build.load(host_cuda_build.build(cache, kernels=folder / "csrc"))
+
+
 TRUE: dict[int, dict[str, list[torch.Tensor]]] = {}
 GREEDY = {"greedy", "greedy groups"}
 REMOVALS = GREEDY | {"N:M"}
@@ -176,14 +189,7 @@ def test_a_removed_barrier_is_found(
     if size not in TRUE:
         TRUE[size] = results(size)
         assert broken_kernels(cuda_on_host, size) == set()
-    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
-    path = tmp_path / "csrc" / "pruning" / "cuda" / file
-    parts = path.read_text().split(statement)
-    assert len(parts) > occurrence + 1, f"{file} has too few {statement}"
-    before, after = (statement.join(p) for p in (parts[: occurrence + 1], parts[occurrence + 1 :]))
-    path.write_text(f"{before}(void)0;{after}")
-    cache = ROOT / "build" / "host_cuda"
-    module = host_cuda_build.load(host_cuda_build.build(cache, kernels=tmp_path / "csrc"))
+    module = build_without(tmp_path, file, statement, occurrence)
     assert broken_kernels(module, size) >= expected
 
 
@@ -195,6 +201,7 @@ sys.path[:0] = {folders!r}
 from pathlib import Path
 import host_cuda_build
 import test_cuda_barriers
+import test_cuda_fit_rows
 from obert_kernels.ops import native
 module = host_cuda_build.load(Path({library!r}))
 for size in (4, 8, 20, 50, 64):
@@ -202,6 +209,8 @@ for size in (4, 8, 20, 50, 64):
         found = test_cuda_barriers.results(size)
     for name, tensors in found.items():
         assert all(t.isfinite().all() for t in tensors), (size, name)
+with native.using(module):
+    assert test_cuda_fit_rows.results()[0].isfinite().all()
 print("clean")
 """
 

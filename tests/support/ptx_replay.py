@@ -73,7 +73,7 @@ def replay(
     architectures: tuple[int, ...] = ARCHITECTURES,
     changed: Program | None = None,
 ) -> Iterator[Any]:
-    """What ``call`` returns once its kernel has run, for every architecture.
+    """What ``call`` returns once its kernels have run, for every architecture.
 
     Args:
         host: the kernels compiled for the host, which say what is launched.
@@ -83,26 +83,26 @@ def replay(
         architectures: compute capabilities.
         changed: runs instead of the true kernels.
     """
-    result, launch = occupancy.record(host, call)
+    result, launches = occupancy.record_all(host, call)
     results = result if isinstance(result, tuple) else () if result is None else (result,)
     # An operator passes no pointer for an empty tensor.
     buffers = [bytes_of(tensor) for tensor in (*arguments, *results) if tensor.numel()]
     before = [buffer.copy() for buffer in buffers]
-    source = source_of(launch["kernel"])
     for arch in architectures:
         for buffer, values in zip(buffers, before, strict=True):
             buffer[:] = values
-        kernels = changed or program(source, arch)
-        names = occupancy.demangled(kernels.kernels)
-        symbol = next(name for name, known in names.items() if known == launch["kernel"])
-        kernels.launch(
-            symbol,
-            launch["grid"],
-            launch["block"],
-            launch["parameters"],
-            buffers,
-            launch["shared_bytes"],
-        )
+        for launch in launches:
+            kernels = changed or program(source_of(launch["kernel"]), arch)
+            names = occupancy.demangled(kernels.kernels)
+            symbol = next(name for name, known in names.items() if known == launch["kernel"])
+            kernels.launch(
+                symbol,
+                launch["grid"],
+                launch["block"],
+                launch["parameters"],
+                buffers,
+                launch["shared_bytes"],
+            )
         yield result
 
 

@@ -1,8 +1,8 @@
 // What every kernel needs: memory access, conversion, teams of threads, failure status.
 //
-// Device memory is read and written through the streaming intrinsics only: every byte is used once
-// (but for gradients of many living weights), and tests that run these sources on the host count
-// what passes through them.
+// Device memory is read and written through intrinsics only, most of them streaming: every byte is
+// used once (but for gradients of many living weights, and what fit_rows reads), and tests that run
+// these sources on the host count what passes through them.
 #pragma once
 
 #include <cuda_runtime.h>

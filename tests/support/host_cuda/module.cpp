@@ -12,6 +12,26 @@
 namespace py = pybind11;
 using namespace obert;
 
+namespace {
+
+// The kernel: where its code begins in the file of this module.
+py::dict describe(const host_cuda::Launch& launch) {
+    Dl_info module{};
+    if (dladdr(launch.kernel, &module) == 0) throw std::runtime_error("the kernel is in no module");
+    py::list parameters;
+    for (const std::string& bytes : launch.parameters) parameters.append(py::bytes(bytes));
+    py::dict out;
+    out["kernel"] =
+        static_cast<const char*>(launch.kernel) - static_cast<const char*>(module.dli_fbase);
+    out["grid"] = py::make_tuple(launch.grid.x, launch.grid.y, launch.grid.z);
+    out["block"] = py::make_tuple(launch.block.x, launch.block.y, launch.block.z);
+    out["shared_bytes"] = launch.shared_bytes;
+    out["parameters"] = parameters;
+    return out;
+}
+
+}  // namespace
+
 PYBIND11_MODULE(host_cuda, m) {
     define_classes(m);
     define_cuda_operators(m);
@@ -23,23 +43,10 @@ PYBIND11_MODULE(host_cuda, m) {
     m.def("set_thread_blocks", &host_cuda::set_thread_blocks);
     m.def("forget_attributes", &host_cuda::forget_attributes);
     m.def("last_error", [] { return int(cudaPeekAtLastError()); });
-    // The kernel: where its code begins in the file of this module.
-    m.def("last_launch", [] {
-        if (host_cuda::launches().empty()) throw std::runtime_error("no launch was recorded");
-        const host_cuda::Launch& launch = host_cuda::launches().back();
-        Dl_info module{};
-        if (dladdr(launch.kernel, &module) == 0)
-            throw std::runtime_error("the kernel is in no module");
-        py::list parameters;
-        for (const std::string& bytes : launch.parameters) parameters.append(py::bytes(bytes));
-        py::dict out;
-        out["kernel"] =
-            static_cast<const char*>(launch.kernel) - static_cast<const char*>(module.dli_fbase);
-        out["grid"] = py::make_tuple(launch.grid.x, launch.grid.y, launch.grid.z);
-        out["block"] = py::make_tuple(launch.block.x, launch.block.y, launch.block.z);
-        out["shared_bytes"] = launch.shared_bytes;
-        out["parameters"] = parameters;
-        return out;
+    m.def("launches", [] {
+        py::list all;
+        for (const host_cuda::Launch& launch : host_cuda::launches()) all.append(describe(launch));
+        return all;
     });
     m.def("launch_streams", [] {
         py::list streams;
