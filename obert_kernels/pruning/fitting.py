@@ -19,8 +19,9 @@ from .predictions import Calibration
 from .report import FitReport
 from .step import PruningStep
 
-# Where no batches are kept back, one sample in so many judges the fits.
+# One sample of the fit in so many judges it, or batches that are kept back.
 _HELD_BACK = 4
+_LEAST_HELD_BACK = 64
 _UNDONE = (
     "the fit of the remaining weights to the dense model was undone: on held-back batches it moved "
     "the predictions further; more batches may help"
@@ -64,7 +65,8 @@ class Fitting:
     def _batches(self) -> tuple[list[Any], list[Any]]:
         seen = spread_out(self.source.look_back(), self.config.num_samples)
         if self.calibration is not None:
-            return seen, self.calibration.batches
+            count = max(_LEAST_HELD_BACK, self.config.num_samples // _HELD_BACK)
+            return seen, spread_out(self.calibration.batches, count)
         return split_off(seen, _HELD_BACK)
 
     def after(self, step: PruningStep, flat_masks: Mapping[str, Tensor]) -> Fit:

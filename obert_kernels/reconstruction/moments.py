@@ -7,6 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+# Columns from which on the halves of a symmetric product are worth two calls more.
+_LARGEST_WHOLE = 512
+
 
 class Normal(NamedTuple):
     """The normal equations of a layer; all float64.
@@ -69,7 +72,7 @@ class Moments:
         x = inputs - self._origin
         ts = [t - origin for t, origin in zip(targets, self._origins, strict=True)]
         with torch.autocast(x.device.type, enabled=False):
-            new = [x.mT @ x, x.sum(dim=0)]
+            new = [_gram(x), x.sum(dim=0)]
             for t in ts:
                 new += [t.mT @ x, t.sum(dim=0), t.square().sum(dim=0)]
         if not self.count:
@@ -96,3 +99,18 @@ class Moments:
             torch.zeros_like(target_mean),
             square + target_mean.square(),
         )
+
+
+def _gram(x: Tensor) -> Tensor:
+    """``x^T x``; of large ones no more than the lower half is computed, in blocks."""
+    n = x.shape[1]
+    if n <= _LARGEST_WHOLE:
+        return x.mT @ x
+    half = n // 2
+    first, second = x[:, :half], x[:, half:]
+    product = x.new_empty(n, n)
+    product[:half, :half] = _gram(first)
+    product[half:, half:] = _gram(second)
+    torch.matmul(second.mT, first, out=product[half:, :half])
+    product[:half, half:] = product[half:, :half].mT
+    return product

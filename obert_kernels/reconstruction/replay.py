@@ -48,11 +48,9 @@ class _Position:
             kwargs = {**kwargs, place: tensor}
         return first_of(self.chain.blocks[self.index](*args, **kwargs))
 
-    def advance(self) -> None:
-        """Go on to the next block."""
-        for batch in range(len(self._handed_on)):
-            self._handed_on[batch] = self.run(batch)
-        self.index += 1
+    def advance(self, batch: int) -> None:
+        """Run the block for a batch, and keep what it hands on."""
+        self._handed_on[batch] = self.run(batch)
 
 
 def _argument(arguments: Arguments, place: int | str) -> Any:
@@ -69,6 +67,9 @@ class Replay:
         batches: what it is run on.
         parameters: name to weight or bias, those of the pruned model.
         dense: name to what they were before.
+
+    Attributes:
+        in_dense: for each batch, what showed up at places of the unit entered last.
     """
 
     def __init__(
@@ -83,21 +84,48 @@ class Replay:
         self._model, self._loss_fn = model, loss_fn
         self._parameters, self._dense = parameters, dense
         self._device = next(iter(parameters.values())).device
-        self._positions: dict[bool, _Position] = {}
+        self.in_dense: list[dict[Place, Tensor]] = []
+        self._dense_at: _Position | None = None
+        self._pruned_at: _Position | None = None
 
-    def move_to(self, unit: Unit) -> None:
-        """Run both models up to a unit's block."""
+    def enter(self, unit: Unit, places: Sequence[Place]) -> None:
+        """Run both models up to a unit, and the dense one through it.
+
+        Args:
+            unit: where to go on.
+            places: what shows up there in the dense model is kept, see ``in_dense``.
+        """
+        self.in_dense.clear()
         if unit.chain is None:
+            for found in self._whole_runs(True, places):
+                self.in_dense.append(found)
             return
-        here = self._positions.get(True)
-        if here is None or here.chain is not unit.chain or here.index > unit.index:
-            self._positions = {dense: self._enter(unit.chain, dense) for dense in (True, False)}
-        for dense, position in self._positions.items():
-            with self._weights(dense):
-                while position.index < unit.index:
-                    position.advance()
+        if any(
+            here.chain is not unit.chain or here.index > unit.index
+            for here in (self._dense_at, self._pruned_at)
+            if here is not None
+        ):
+            self._dense_at = self._pruned_at = None
+        self._dense_at = self._at(self._dense_at, unit, True)
+        self._pruned_at = self._at(self._pruned_at, unit, False)
+        with self._weights(True):
+            for index, batch in enumerate(self.batches):
+                with _tapped(places, stops=False) as found:
+                    self._dense_at.advance(index)
+                self.in_dense.append(_rows_of(found, batch))
+            self._dense_at.index += 1
 
-    def _enter(self, chain: Chain, dense: bool) -> _Position:
+    def _at(self, position: _Position | None, unit: Unit, dense: bool) -> _Position:
+        assert unit.chain is not None
+        position = position or self._start(unit.chain, dense)
+        with self._weights(dense):
+            while position.index < unit.index:
+                for batch in range(len(self.batches)):
+                    position.advance(batch)
+                position.index += 1
+        return position
+
+    def _start(self, chain: Chain, dense: bool) -> _Position:
         blocks = chain.blocks[:1] if chain.shares_arguments else chain.blocks
         found: list[list[Arguments]] = []
 
@@ -116,21 +144,23 @@ class Replay:
                 self._whole(batch)
         return _Position(chain, [own if len(own) == len(blocks) else [] for own in found])
 
-    def tensors(
-        self, unit: Unit, dense: bool, places: Sequence[Place]
-    ) -> Iterator[dict[Place, Tensor]]:
-        """Yield, for each batch, what shows up at those places of a unit that it comes to."""
+    def in_pruned(self, unit: Unit, places: Sequence[Place]) -> Iterator[dict[Place, Tensor]]:
+        """Yield, for each batch, what shows up at places of a unit that was entered, as far as the
+        batch comes to them."""
+        if unit.chain is None:
+            yield from self._whole_runs(False, places)
+            return
+        assert self._pruned_at is not None
         for index, batch in enumerate(self.batches):
-            with self._weights(dense), _tapped(places) as found:
-                if unit.chain is None:
-                    self._whole(batch)
-                else:
-                    self._block(dense, index)
-            yield {place: _rows(tensor, batch) for place, tensor in found.items()}
+            with self._weights(False), _tapped(places) as found, suppress(_Enough):
+                self._pruned_at.run(index)
+            yield _rows_of(found, batch)
 
-    def _block(self, dense: bool, batch: int) -> None:
-        with suppress(_Enough):
-            self._positions[dense].run(batch)
+    def _whole_runs(self, dense: bool, places: Sequence[Place]) -> Iterator[dict[Place, Tensor]]:
+        for batch in self.batches:
+            with self._weights(dense), _tapped(places) as found:
+                self._whole(batch)
+            yield _rows_of(found, batch)
 
     def _whole(self, batch: Any) -> None:
         with suppress(_Enough):
@@ -145,13 +175,13 @@ class Replay:
 
 
 @contextmanager
-def _tapped(places: Sequence[Place]) -> Iterator[dict[Place, Tensor]]:
-    """Notes what shows up at some places; ends the pass when all is there."""
+def _tapped(places: Sequence[Place], *, stops: bool = True) -> Iterator[dict[Place, Tensor]]:
+    """Notes what shows up at some places; ends the pass when all is there, unless told not to."""
     found: dict[Place, Tensor] = {}
 
     def note(place: Place, tensor: Tensor) -> None:
         found[place] = tensor.clone()  # it may be changed in place
-        if len(found) == len(places):
+        if stops and len(found) == len(places):
             raise _Enough
 
     def hook(place: Place) -> Any:
@@ -167,6 +197,10 @@ def _tapped(places: Sequence[Place]) -> Iterator[dict[Place, Tensor]]:
         for place in places:
             stack.enter_context(removed(hook(place)))
         yield found
+
+
+def _rows_of(found: Mapping[Place, Tensor], batch: Any) -> dict[Place, Tensor]:
+    return {place: _rows(tensor, batch) for place, tensor in found.items()}
 
 
 def _rows(tensor: Tensor, batch: Any) -> Tensor:

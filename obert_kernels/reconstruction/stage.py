@@ -87,10 +87,11 @@ def reconstruct(
         replays = [Replay(model, loss_fn, own, parameters, dense) for own in (batches, held_back)]
         fits: list[LayerFit] = []
         for unit in structure.units:
+            places = [_Group.of(group, config) for group in unit.groups]
             for replay in replays:
-                replay.move_to(unit)
-            for group in unit.groups:
-                seen, unseen = (_moments(replay, unit, group, config) for replay in replays)
+                replay.enter(unit, [p for place in places for p in place.in_dense(config)])
+            for group, place in zip(unit.groups, places, strict=True):
+                seen, unseen = (_moments(replay, unit, place, config) for replay in replays)
                 if not (seen.count and unseen.count):
                     structure.left_out |= {
                         layer.name: "no batch comes to its layer" for layer in group
@@ -118,33 +119,51 @@ def _structure(
         return find_structure(model, found, list(weights), lambda: loss_fn(model, batch))
 
 
-def _moments(
-    replay: Replay, unit: Unit, group: list[Layer], config: ReconstructionConfig
-) -> Moments:
+class _Group(NamedTuple):
+    """Where inputs and targets of layers with the same inputs show up.
+
+    Attributes:
+        entry: their inputs.
+        outputs, totals: of each layer; None without a residual sum to fit.
+    """
+
+    entry: Place
+    outputs: list[Place]
+    totals: list[Place | None]
+
+    @classmethod
+    def of(cls, group: list[Layer], config: ReconstructionConfig) -> _Group:
+        with_totals = config.residual and config.inputs == "pruned"
+        return cls(
+            Place(group[0].module, False),
+            [Place(layer.module, True) for layer in group],
+            [layer.total if with_totals else None for layer in group],
+        )
+
+    def in_dense(self, config: ReconstructionConfig) -> list[Place]:
+        """What is wanted of the dense model."""
+        targets = [total or own for total, own in zip(self.totals, self.outputs, strict=True)]
+        return [*([self.entry] if config.inputs == "dense" else []), *targets]
+
+    def in_pruned(self) -> list[Place]:
+        """What is wanted of the pruned one."""
+        pairs = zip(self.totals, self.outputs, strict=True)
+        return [self.entry, *(p for total, own in pairs if total for p in (own, total))]
+
+
+def _moments(replay: Replay, unit: Unit, group: _Group, config: ReconstructionConfig) -> Moments:
     """Inputs and targets of layers with the same inputs."""
     moments = Moments()
-    entry = Place(group[0].module, False)
-    outputs = [Place(layer.module, True) for layer in group]
-    if config.inputs == "dense":
-        for found in replay.tensors(unit, True, [entry, *outputs]):
-            if len(found) > len(outputs):
-                moments.add(found[entry], [found[place] for place in outputs])
-        return moments
-    totals = [layer.total if config.residual else None for layer in group]
-    of_dense = [total or output for total, output in zip(totals, outputs, strict=True)]
-    of_pruned = [entry]
-    for total, output in zip(totals, outputs, strict=True):
-        of_pruned += [] if total is None else [output, total]
-    for dense, pruned in zip(
-        replay.tensors(unit, True, of_dense), replay.tensors(unit, False, of_pruned), strict=True
-    ):
-        if len(dense) < len(of_dense) or len(pruned) < len(of_pruned):
-            continue
+    wanted = group.in_pruned()
+    pruned_runs = replay.in_dense if config.inputs == "dense" else replay.in_pruned(unit, wanted)
+    for dense, pruned in zip(replay.in_dense, pruned_runs, strict=True):
+        if not (dense.keys() >= {*group.in_dense(config)} and pruned.keys() >= {*wanted}):
+            continue  # the batch does not come to them
         targets = [
-            dense[output] if total is None else dense[total] - (pruned[total] - pruned[output])
-            for total, output in zip(totals, outputs, strict=True)
+            dense[own] if total is None else dense[total] - (pruned[total] - pruned[own])
+            for total, own in zip(group.totals, group.outputs, strict=True)
         ]
-        moments.add(pruned[entry], targets)
+        moments.add(pruned[group.entry], targets)
     return moments
 
 
