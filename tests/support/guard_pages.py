@@ -1,4 +1,4 @@
-"""Runs the operators on an inverse with all they read and write next to forbidden memory.
+"""Runs operators with all they read and write next to forbidden memory.
 
     python tests/guard_pages.py avx2
 
@@ -132,6 +132,33 @@ def check_living(block_size: int, at_end: bool) -> None:
                 same(state, gram)
 
 
+def check_fit(n: int, at_end: bool) -> None:
+    """Supports of every size, some with several rows."""
+    g = gradients(2 * n, n).double()
+    keep = torch.rand(n + 1, n).argsort(1) < torch.arange(n + 1)[:, None]
+    first_row = torch.cat([torch.zeros(1), torch.arange(n + 1) % 3]).cumsum(0).long()
+    targets = torch.randn(int(first_row[-1]), n, dtype=torch.float64)
+    given = g.T @ g + torch.eye(n), targets, keep, first_row
+    fitted = guarded(torch.full_like(targets, float("nan")), at_end)
+    near = [guarded(tensor, at_end) for tensor in given]
+    names = ("moments", "targets", "keep", "first_row")
+    status = ops.new_status()
+    native.core().fit_rows(
+        torch.get_num_threads(),
+        num_supports=len(keep),
+        num_rows=len(targets),
+        num_columns=n,
+        **{name: tensor.data_ptr() for name, tensor in zip(names, near, strict=True)},
+        workspace=0,
+        num_workspaces=0,
+        workspace_size=0,
+        fitted=fitted.data_ptr(),
+        status=status.data_ptr(),
+    )
+    same(fitted, ops.fit_rows(*given, status))
+    assert status.item() == -1
+
+
 def main(name: str) -> None:
     assert native.core().select_instruction_set(name)
     torch.manual_seed(0)
@@ -144,6 +171,8 @@ def main(name: str) -> None:
                 check(block_size, n, at_end)
         for at_end in (False, True):
             check_living(block_size, at_end)
+            if block_size <= 65:
+                check_fit(block_size, at_end)
     print("untouched")
 
 
