@@ -36,6 +36,7 @@ class MemoryPlan:
         gradients_per_update: k, gradients added at once.
         trials_held: trial prunings there is room for in several passes, beside the one at work:
             the best so far, and others that are made in the same passes.
+        later_bytes: of what follows when the Fisher is gone, the reconstruction.
     """
 
     passes: list[list[str]]
@@ -44,6 +45,7 @@ class MemoryPlan:
     other_bytes: int
     gradients_per_update: int
     trials_held: int = 0
+    later_bytes: int = 0
 
     def to_dict(self) -> dict[str, int]:
         """As reports have it."""
@@ -51,13 +53,14 @@ class MemoryPlan:
             "gram": self.gram_bytes,
             "gathered gradients": self.buffer_bytes,
             "other": self.other_bytes,
+            "reconstruction": self.later_bytes,
             "passes": len(self.passes),
         }
 
     @property
     def total_bytes(self) -> int:
         """The most that will be held at any time."""
-        return self.gram_bytes + self.buffer_bytes + self.other_bytes
+        return max(self.gram_bytes + self.buffer_bytes + self.other_bytes, self.later_bytes)
 
 
 def plan_passes(
@@ -70,6 +73,7 @@ def plan_passes(
     can_split: bool = True,
     keeps_weights: bool = False,
     has_trials: bool = False,
+    later_bytes: int = 0,
 ) -> MemoryPlan:
     """Split the matrices into passes that fit.
 
@@ -84,6 +88,7 @@ def plan_passes(
         keeps_weights: a copy of the weights is kept, to be put back if a later sub-step fails.
         has_trials: the damping is chosen by trial prunings; in several passes some are made at
             once, and the best is kept.
+        later_bytes: of what follows when the Fisher is gone.
 
     Raises:
         MemoryError: it does not fit; the message gives the figures and the remedies.
@@ -125,6 +130,7 @@ def plan_passes(
             other,
             k,
             trials,
+            later_bytes,
         )
 
     def fits(plan: MemoryPlan) -> bool:
@@ -151,7 +157,8 @@ def plan_passes(
         raise MemoryError(
             f"pruning needs {readable(found.total_bytes)} (Gram {readable(found.gram_bytes)}, "
             f"gathered gradients {readable(found.buffer_bytes)}, the rest "
-            f"{readable(found.other_bytes)}) but "
+            f"{readable(found.other_bytes)}; later the reconstruction "
+            f"{readable(found.later_bytes)}) but "
             f"{'free memory' if max_memory is None else 'max_memory'} is {readable(budget)}. "
             f"Remedies: {'; '.join(remedies)}"
         )
@@ -184,6 +191,8 @@ def _remedies(
     several = sum(map(len, plan.passes)) > 1
     if is_free and can_split and several:
         remedies.append("set max_memory to work on the layers in several passes")
+    if plan.later_bytes == plan.total_bytes:
+        remedies.append("leave the reconstruction out (None in Python, none on the command line)")
     if not is_free:
         remedies.append(f"raise max_memory to at least {plan.total_bytes} bytes")
     if not can_split and several:

@@ -76,22 +76,23 @@ def split_batch(batch: Any, size: int) -> list[Any]:
 
 
 def spread_out(batches: list[Any], num_samples: int) -> list[Any]:
-    """Return about ``num_samples`` of the samples, from all batches alike: these may be sorted.
-
-    Every k-th sample of each batch; of batches without a common first dimension every k-th one.
-    """
+    """Return so many of the samples, if there are more, from all batches alike: these may be
+    sorted.  Of batches without a common first dimension, so many batches."""
     sizes = [samples_in(batch) for batch in batches]
-    total = sum(size or 0 for size in sizes)
-    if None in sizes:
+    known = [size for size in sizes if size is not None]
+    if len(known) < len(sizes):
         return batches[:: max(1, len(batches) // num_samples)]
-    step = max(1, round(total / num_samples))
+    total = sum(known)
+    if total <= num_samples:
+        return batches
+    wanted = torch.arange(num_samples, device="cpu") * total // num_samples
     found = []
-    start = 0  # the first sample wanted of the next batch
-    for batch, size in zip(batches, sizes, strict=True):
-        assert size is not None
-        if start < size:
-            found.append(map_tensors(batch, itemgetter(slice(start, None, step))))
-        start = (start - size) % step
+    first = 0
+    for batch, size in zip(batches, known, strict=True):
+        rows = wanted[(wanted >= first) & (wanted < first + size)] - first
+        if len(rows):
+            found.append(map_tensors(batch, itemgetter(rows)))
+        first += size
     return found
 
 

@@ -49,8 +49,8 @@ class PruningConfig:
         schedule: "geometric" takes the same share of what is left in each sub-step, "linear" the
             same number of weights.
         fisher: how the Fisher is estimated.  Its block size is never None in here.
-        reconstruction: how the remaining weights are then fitted to what the dense model computes;
-            "auto": with the defaults, where there are batches; None: not at all.
+        reconstruction: how the remaining weights are then fitted to what the model computed before
+            the step; "auto": with the defaults, where there are batches; None: not at all.
 
     Raises:
         ValueError: a value is out of range, or two do not go together.

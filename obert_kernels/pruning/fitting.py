@@ -51,12 +51,14 @@ class Fitting:
         biases: of the layers, by the names that the rollback has for them.
         source: has remembered batches.
         calibration: batches the fit does not see; None: some of the source's are kept from it.
+        max_memory: bytes on top of the model.
     """
 
     config: ReconstructionConfig
     biases: Mapping[str, nn.Parameter]
     source: BatchSource
     calibration: Calibration | None
+    max_memory: int | None = None
 
     def __post_init__(self) -> None:
         self.source.remember(self.config.num_samples)
@@ -86,7 +88,7 @@ class Fitting:
             before, pruned = _cost(judge), _copies(parameters)
             found = reconstruct(
                 step.model, step.weights, masks, dense, seen, held_back, step.loss_fn, self.config,
-                step.progress,
+                step.progress, self.max_memory,
             )  # fmt: skip
             after = _cost(judge)
             is_kept = after < before

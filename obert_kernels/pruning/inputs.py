@@ -8,6 +8,9 @@ from numbers import Real
 from torch import Tensor, nn
 
 from ..fisher.estimate import FisherEstimate
+from ..sparsity.layers import match_names
+from ..sparsity.masks import check_sparsity
+from ..sparsity.patterns import Pattern
 from .config import PruningConfig
 
 
@@ -82,6 +85,27 @@ def check_estimate_serves(
             "the blocks of fisher have their weights in another order than pattern "
             f"{config.pattern}; call estimate_fisher with pattern={config.pattern!r}"
         )
+
+
+def sparsity_targets(
+    pattern: Pattern, names: Iterable[str], sparsity: float | Mapping[str, float] | None
+) -> float | dict[str, float]:
+    """Return the sparsity of all matrices together, or of each by name.
+
+    Raises:
+        ValueError: it is out of range, names no matrix, or one twice with different values.
+    """
+    wanted = pattern.target_sparsity(sparsity)
+    if not isinstance(wanted, Mapping):
+        return check_sparsity(wanted)
+    targets: dict[str, float] = {}
+    for expression, value in wanted.items():
+        for name in match_names(names, [expression], "sparsity"):
+            if targets.setdefault(name, check_sparsity(value)) != value:
+                raise ValueError(f"sparsity: {name} is matched twice, with different values")
+    if not targets:
+        raise ValueError("sparsity is empty: give a number, or one for each matrix by name")
+    return targets
 
 
 def _kind(thing: object) -> str:

@@ -20,9 +20,9 @@ from ..gradients.losses import LOSSES, LossFn
 from ..gradients.source import BatchSource
 from ..progress import Clock, Progress, silent
 from ..reconstruction.config import ReconstructionConfig
+from ..reconstruction.memory import planned_bytes
 from ..reconstruction.stage import biases_of
-from ..sparsity.layers import match_names
-from ..sparsity.masks import check_pruned_are_zero, check_sparsity, masked_parameters
+from ..sparsity.masks import check_pruned_are_zero, masked_parameters
 from ..sparsity.wrappers import check_one_process, unwrapped, wrappers_at_rest
 from .config import PruningConfig
 from .fitting import Fitting
@@ -33,6 +33,7 @@ from .inputs import (
     check_loss_fn,
     check_max_memory,
     check_progress,
+    sparsity_targets,
 )
 from .passes import (
     DampingChoice,
@@ -143,6 +144,7 @@ class Pruner:
             can_split=can_split,
             keeps_weights=can_split and self.config.steps > 1,
             has_trials=self.config.damping == "auto",
+            later_bytes=planned_bytes(self.weights) if self._reconstruction else 0,
         )
 
     def fisher(self, batches: Iterable[Any]) -> FisherEstimate:
@@ -245,7 +247,7 @@ class Pruner:
         check_batches(calibration, "calibration")
         check_estimate(fisher)
         check_pruned_are_zero(self.model, self._masks, _REMEDY)
-        targets = self._targets(sparsity)
+        targets = sparsity_targets(self.config.shape, self.weights, sparsity)
         weights = self.weights
         if isinstance(targets, dict):
             weights = {name: weight for name, weight in weights.items() if name in targets}
@@ -336,7 +338,8 @@ class Pruner:
             return None
         if source is None:
             raise ValueError("batches is needed: a reconstruction looks at batches")
-        return Fitting(config, biases_of(self.model, step.weights), source, judge)
+        biases = biases_of(self.model, step.weights)
+        return Fitting(config, biases, source, judge, self.max_memory)
 
     def _judge(self, calibration: Iterable[Any] | None) -> Calibration | None:
         if calibration is None:
@@ -347,20 +350,6 @@ class Pruner:
         if not isinstance(self.config.damping, str):
             return DampingChoice(self.config.damping)
         return DampingChoice(None, judge, self._relative_damping)
-
-    def _targets(self, sparsity: float | Mapping[str, float] | None) -> float | dict[str, float]:
-        """The sparsity of all matrices together, or of each by name."""
-        wanted = self.config.shape.target_sparsity(sparsity)
-        if not isinstance(wanted, Mapping):
-            return check_sparsity(wanted)
-        targets: dict[str, float] = {}
-        for pattern, value in wanted.items():
-            for name in match_names(self.weights, [pattern], "sparsity"):
-                if targets.setdefault(name, check_sparsity(value)) != value:
-                    raise ValueError(f"sparsity: {name} is matched twice, with different values")
-        if not targets:
-            raise ValueError("sparsity is empty: give a number, or one for each matrix by name")
-        return targets
 
     def report(self) -> PruneReport:
         """Return what all steps so far did, taken together.

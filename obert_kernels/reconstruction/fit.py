@@ -12,7 +12,7 @@ from .least_squares import fit_on_masks
 from .moments import Normal
 
 RIDGES = (1e-3, 1e-2, 1e-1, 1.0)
-_SAMPLE_ROWS = 48  # that a ridge is chosen on
+_SAMPLE_ROWS = 24  # that a ridge is chosen on
 
 
 class LayerFit(NamedTuple):

@@ -9,12 +9,13 @@ what the stream has lost.  No labels are needed.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from ..fisher.free_memory import available_memory
 from ..gradients.backward import evaluation
 from ..gradients.batches import samples_in, split_batch, to_device
 from ..gradients.losses import LossFn
@@ -24,6 +25,7 @@ from ..sparsity.values import replaced
 from ..sparsity.wrappers import listed
 from .config import ReconstructionConfig
 from .fit import LayerFit, fit_layer
+from .memory import planned_bytes, that_fit
 from .moments import Moments
 from .replay import Replay
 from .structure import Layer, Place, Structure, Unit, find_structure, owners
@@ -58,11 +60,12 @@ def reconstruct(
     weights: Mapping[str, nn.Parameter],
     masks: Mapping[str, Tensor],
     dense: Mapping[str, Tensor],
-    batches: Sequence[Any],
-    held_back: Sequence[Any],
+    batches: list[Any],
+    held_back: list[Any],
     loss_fn: LossFn,
     config: ReconstructionConfig,
     progress: Progress,
+    max_memory: int | None = None,
 ) -> Reconstruction:
     """Fit the remaining weights, and the biases, of a pruned model in place.
 
@@ -76,6 +79,8 @@ def reconstruct(
         loss_fn: ``loss_fn(model, batch)`` runs the model; its value does not count.
         config: how.
         progress: called as ``progress("reconstruction", done, total)``.
+        max_memory: bytes on top of the model; None: what is free.  Fewer samples are fitted where
+            all of them would not fit.
 
     Raises:
         NumericalError: what a layer computes is not finite.
@@ -84,7 +89,8 @@ def reconstruct(
     dense = {name: dense[name] for name in parameters}
     with evaluation(model):
         structure = _structure(model, weights, parameters, dense, batches[0], loss_fn)
-        replays = [Replay(model, loss_fn, own, parameters, dense) for own in (batches, held_back)]
+        fitting = _with_room(weights, structure, batches, held_back, max_memory)
+        replays = [Replay(model, loss_fn, own, parameters, dense) for own in (fitting, held_back)]
         fits: list[LayerFit] = []
         for unit in structure.units:
             places = [_Group.of(group, config) for group in unit.groups]
@@ -100,7 +106,10 @@ def reconstruct(
                 for index, layer in enumerate(group):
                     fits.append(_fit(layer, index, masks[layer.name], seen, unseen, config))
                     progress("reconstruction", len(fits), len(structure.layers))
-    return Reconstruction(fits, _notes(structure, fits, config))
+    notes = _notes(structure, fits, config)
+    if fitting is not batches:
+        notes.append("memory did not hold all samples for the fit: fewer were taken")
+    return Reconstruction(fits, notes)
 
 
 def _structure(
@@ -117,6 +126,24 @@ def _structure(
     found = owners(model, weights, find_matrices(model).transposed)
     with replaced(parameters, dense):
         return find_structure(model, found, list(weights), lambda: loss_fn(model, batch))
+
+
+def _with_room(
+    weights: Mapping[str, nn.Parameter],
+    structure: Structure,
+    batches: list[Any],
+    held_back: list[Any],
+    max_memory: int | None,
+) -> list[Any]:
+    """The batches, or some of their samples where memory does not hold what all come to."""
+    budget = max_memory
+    if budget is None:
+        budget = available_memory(next(iter(weights.values())).device)
+    if budget is None:
+        return batches
+    traced = min(_TRACED_SAMPLES, samples_in(batches[0]) or 1)
+    room = budget - planned_bytes(weights)
+    return that_fit(batches, held_back, room, structure.rows / traced, structure)
 
 
 class _Group(NamedTuple):

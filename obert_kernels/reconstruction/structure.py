@@ -50,6 +50,16 @@ class Layer:
     transposed: bool = False
     total: Place | None = None
 
+    @property
+    def outputs(self) -> int:
+        """Rows of the matrix as the formulas have it."""
+        return self.weight.shape[int(self.transposed)]
+
+    @property
+    def inputs(self) -> int:
+        """Columns of it."""
+        return self.weight.shape[1 - int(self.transposed)]
+
 
 @dataclass(frozen=True)
 class Chain:
@@ -88,10 +98,12 @@ class Structure:
     Attributes:
         units: in the order of the forward pass.
         left_out: name of a matrix to the reason why it cannot be followed.
+        rows: tokens that came to the first layer.
     """
 
     units: list[Unit]
     left_out: dict[str, str]
+    rows: int
 
     @property
     def layers(self) -> list[Layer]:
@@ -176,6 +188,7 @@ def find_structure(
     }
     units: list[Unit] = []
     inputs: list[tuple[Tensor, list[Layer]]] = []
+    rows = 0
     for index, call in enumerate(calls):
         if call.module not in of_module:
             continue
@@ -184,6 +197,7 @@ def find_structure(
             left_out[layer.name] = reason
             continue
         del left_out[layer.name]
+        rows = rows or len(_by_row(call.x))
         chain, at = of_block.get(call.module, (None, 0))
         if not units or (units[-1].chain, units[-1].index) != (chain, at):
             units.append(Unit(chain, at))
@@ -196,7 +210,7 @@ def find_structure(
             continue
         units[-1].groups.append([layer])
         inputs.append((call.first_input, units[-1].groups[-1]))
-    return Structure(units, left_out)
+    return Structure(units, left_out, rows)
 
 
 def _record(model: nn.Module, run: Callable[[], object]) -> list[Call]:
