@@ -134,3 +134,12 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(skip)
+
+
+@pytest.fixture
+def limits_are_of_the_fisher(monkeypatch):
+    """Whatever the limit of memory is, all samples are fitted."""
+    monkeypatch.setattr("obert_kernels.pruning.pruner.planned_bytes", lambda weights: 0)
+    monkeypatch.setattr(
+        "obert_kernels.reconstruction.stage.that_fit", lambda samples, *others: samples
+    )

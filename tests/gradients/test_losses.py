@@ -155,6 +155,7 @@ def test_what_is_marked_is_left_out():
     assert set(touched.nonzero().flatten().tolist()) == set(tokens[1, 2:5].tolist())
 
 
+@pytest.mark.usefixtures("limits_are_of_the_fisher")
 def test_pruning_with_it_whole_in_passes_and_in_groups():
     data = batches(32, size=8)
     results = []

@@ -17,15 +17,7 @@ from obert_kernels.pruning.damping import choose_damping
 from obert_kernels.pruning.step import PruningStep
 
 OPTIONS = {"num_grads": 12, "block_size": 12}
-
-
-@pytest.fixture(autouse=True)
-def limits_are_of_the_fisher(monkeypatch):
-    """All samples are fitted whatever the limit is."""
-    monkeypatch.setattr("obert_kernels.pruning.pruner.planned_bytes", lambda weights: 0)
-    monkeypatch.setattr(
-        "obert_kernels.reconstruction.stage.that_fit", lambda samples, *others: samples
-    )
+pytestmark = pytest.mark.usefixtures("limits_are_of_the_fisher")
 
 
 @pytest.fixture(scope="module")

@@ -69,6 +69,7 @@ def test_better_than_magnitude_on_the_loss():
     assert losses["joint"] < losses["magnitude"]
 
 
+@pytest.mark.usefixtures("limits_are_of_the_fisher")
 def test_same_result_in_layer_passes_and_from_an_estimate():
     model = TinyEncoder()
     dense = snapshot(model)

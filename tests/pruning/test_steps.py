@@ -48,6 +48,7 @@ class Seen:
             yield batch
 
 
+@pytest.mark.usefixtures("limits_are_of_the_fisher")
 @pytest.mark.parametrize("samples_per_grad", [None, 2])
 @pytest.mark.parametrize("max_memory", [None, 100_000])
 def test_every_step_sees_fresh_batches(samples_per_grad, max_memory):
@@ -186,6 +187,7 @@ def test_passes_that_prune_nothing_choose_no_damping():
     assert [trial.chosen for trial in result.report.damping_trials].count(True) == 1
 
 
+@pytest.mark.usefixtures("limits_are_of_the_fisher")
 @pytest.mark.parametrize("update", ["joint", "none"])
 def test_a_damping_is_chosen_where_something_is_pruned(update):
     """One ranking in passes, and the matrices of the first are sparse enough."""
