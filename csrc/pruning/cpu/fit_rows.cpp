@@ -109,15 +109,17 @@ inline VecD gather(const double* from, const int32_t* index) {
 }
 #endif
 
-// The columns [begin, end) of H_SS.  Places past the support in the last panel get anything.
+// The columns [begin, end) of H_SS, each from the vector of its own tile on.  Places past the
+// support get anything.
 void gather_columns(const FitRows& args, const System& system, int begin, int end) {
+    const int places = system.num_panels() * kPanel;
     for (int k = begin; k < end; ++k) {
         const bool is_real = k < system.size;
+        const int gathered = is_real ? system.size : 0;
         const double* row = args.moments + system.index[is_real ? k : 0] * args.num_columns;
-        for (int p = k / kPanel; p < system.num_panels(); ++p)
-            for (int l = 0; l < kPanel; l += kLanes)
-                store(system.panel(p) + k * kPanel + l,
-                      is_real ? gather(row, system.index + p * kPanel + l) : VecD{});
+        for (int i = k / kTile * kTile / kLanes * kLanes; i < places; i += kLanes)
+            store(system.panel(i / kPanel) + k * kPanel + i % kPanel,
+                  i < gathered ? gather(row, system.index + i) : VecD{});
         system.diagonal[k] = is_real ? row[system.index[k]] : 0;
     }
 }
