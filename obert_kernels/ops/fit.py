@@ -57,8 +57,8 @@ def workspace_shape(num_columns: int, num_rows: int, processors: int) -> tuple[i
     if num_columns <= _TILE:
         return 0, 0
     tiles = -(-num_columns // _TILE)
-    # Tiles of the lower triangle; for each tile row eight vectors, and an int32 for each column.
-    size = _TILE**2 * (tiles * (tiles + 1) // 2) + (8 * _TILE + _TILE // 2) * tiles
+    # Tiles of the lower triangle; for each tile row four vectors, and an int32 for each column.
+    size = _TILE**2 * (tiles * (tiles + 1) // 2) + (4 * _TILE + _TILE // 2) * tiles
     return max(1, min(processors, num_rows, _MOST_BYTES // (8 * size))), size
 
 

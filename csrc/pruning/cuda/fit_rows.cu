@@ -1,15 +1,17 @@
 // Least squares on masks: for every support S, w_S = t_S (H_SS)^-1 for the rows t that have it.
 //
 // A thread block takes a support of s columns: it factors H_SS = L L^T tile by tile, left-looking,
-// and solves for its rows, eight together.  In place of a diagonal tile of L stands its inverse, so
+// and solves for its rows, four together.  In place of a diagonal tile of L stands its inverse, so
 // that all the rest is products with tiles.  Supports of up to 64 columns stay in shared memory.
 // The others have a place in the workspace, 64 rows a panel (register_tile.cuh); they are launched
 // by size, so that smaller ones, whose places are smaller, are worked on by more thread blocks.
 //
 // Bytes for a support: of H 4 s^2 read; of the workspace s^3 / 24 + 8 s^2 read by products of
-// tiles and 8 s^2 written; for every eight rows 8 s^2 read by the substitutions; 8 (n + 2 s) a row
+// tiles and 8 s^2 written; for every four rows 8 s^2 read by the substitutions; 8 (n + 2 s) a row
 // for its targets and results.  Memory serves what the L2 cannot hold of it.  Float64 flops:
-// s^3 / 3, and 2 s^2 a row (as many for eight as for one).  Shared memory: 57 KiB.
+// s^3 / 3, and 2 s^2 a row (as many for four as for one).  Shared memory: 47 KiB.
+#include <algorithm>
+
 #include "launch.h"
 #include "register_tile.cuh"
 
@@ -17,7 +19,7 @@ namespace obert {
 namespace cuda {
 namespace {
 
-constexpr int kTogether = 8;  // rows
+constexpr int kTogether = 4;  // rows
 constexpr int kVectors = kTogether * kSide;
 constexpr int kParts = kWorkers / kSide;  // threads that share the terms of a sum
 
@@ -71,8 +73,8 @@ struct System {
     __device__ static double2 load_pair(const double* from) {
         return load(reinterpret_cast<const double2*>(from));
     }
-    // By many threads at once: through the nearest cache.
-    __device__ static double2 load_shared_pair(const double* from) {
+    // Of what many threads read at once: from the nearest cache.
+    __device__ static double2 load_cached_pair(const double* from) {
         const double2* pair = reinterpret_cast<const double2*>(from);
         return in_shared ? *pair : __ldca(pair);
     }
@@ -191,24 +193,34 @@ __device__ inline bool factor(const FitRows& args, const System<in_shared>& syst
 }
 
 // Adds to sum[v] a part of the terms of output `out` of a tile, or its transpose, times vector v.
+// Entries of the tile are on their way together, as many as there are registers for.
 template <bool in_shared, bool transposed>
 __device__ inline void add_product(const System<in_shared>& system, const double* tile,
                                    const double* vectors, int out, int part,
                                    double (&sum)[kTogether]) {
+    constexpr int kPairs = kSide / kParts / 2, kAtOnce = 4;
 #pragma unroll 1
-    for (int m = 2 * part; m < kSide; m += 2 * kParts) {
-        double2 entries;
-        if (transposed) {
-            entries = system.load_pair(tile + out * kSide + m);
-        } else {
-            entries.x = system.load(tile + m * kSide + out);
-            entries.y = system.load(tile + (m + 1) * kSide + out);
+    for (int first = 0; first < kPairs; first += kAtOnce) {
+        double2 entries[kAtOnce];
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) {
+            const int m = 2 * (part + kParts * (first + i));
+            if (transposed) {
+                entries[i] = system.load_pair(tile + out * kSide + m);
+            } else {
+                entries[i].x = system.load(tile + m * kSide + out);
+                entries[i].y = system.load(tile + (m + 1) * kSide + out);
+            }
         }
 #pragma unroll
-        for (int v = 0; v < kTogether; ++v) {
-            const double2 x = system.load_shared_pair(vectors + v * kSide + m);
-            sum[v] += entries.x * x.x;
-            sum[v] += entries.y * x.y;
+        for (int i = 0; i < kAtOnce; ++i) {
+            const double* terms = vectors + 2 * (part + kParts * (first + i));
+#pragma unroll
+            for (int v = 0; v < kTogether; ++v) {
+                const double2 x = system.load_cached_pair(terms + v * kSide);
+                sum[v] += entries[i].x * x.x;
+                sum[v] += entries[i].y * x.y;
+            }
         }
     }
 }

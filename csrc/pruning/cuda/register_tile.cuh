@@ -113,7 +113,7 @@ __device__ inline void multiply_panels(const double* left, const double* right, 
 // enough.
 struct Exchange {
     double column[2][kSide], row[2][kSide];
-    double bar[kSide];  // what the pivots must exceed
+    double bar[kSide];  // what the pivots must exceed, a share of their diagonal
 };
 
 // Overwrites A = L L^T, both triangles given, by L^-1.  Step p ends the work on row p of L^-1 and
@@ -137,8 +137,8 @@ __device__ inline bool invert_factor(Tile4& a, Exchange& exchange) {
                     if (row == t) row_p[place(column, i)] = a[own][i];
                 }
                 __syncthreads();
-                const double pivot = row_p[p];
-                if (!(pivot > exchange.bar[p] && pivot < INFINITY)) return false;
+                const double pivot = row_p[p];  // at most its diagonal: infinite if its bar is
+                if (!(pivot > exchange.bar[p])) return false;
                 const double reciprocal = 1.0 / sqrt(pivot);
                 double below[4], done[4];
                 load_four(column_p, row, below);
@@ -147,7 +147,7 @@ __device__ inline bool invert_factor(Tile4& a, Exchange& exchange) {
                 for (int i = 0; i < 4; ++i) {
                     below[i] = place(row, i) > p ? below[i] * reciprocal : 0.0;
                     done[i] = place(column, i) == p ? reciprocal : done[i] * reciprocal;
-                    if (column == t) a[i][own] = 0;
+                    if (column == t) a[i][own] = 0;  // stays zero above the diagonal
                 }
 #pragma unroll
                 for (int r = 0; r < 4; ++r)
@@ -157,11 +157,6 @@ __device__ inline bool invert_factor(Tile4& a, Exchange& exchange) {
                 for (int c = 0; c < 4; ++c)
                     if (row == t) a[own][c] = done[c];
             }
-#pragma unroll
-    for (int r = 0; r < 4; ++r)
-#pragma unroll
-        for (int c = 0; c < 4; ++c)
-            if (place(column, c) > place(row, r)) a[r][c] = 0;
     return true;
 }
 
