@@ -185,3 +185,13 @@ def inverse_update(blocks: int, size: int, weight_bytes: int, joint: bool) -> Co
     moved = 4 * _triangle(size) + size * (2 * weight_bytes + 1)
     flops = 2 * size**2 + (_factor_flops(size) + 2 * size**2 if joint else 0)
     return Cost(blocks * moved, blocks * flops, "float64")
+
+
+def fit_rows(rows: int, columns: int, support: int) -> Cost:
+    """fit_rows.cu, a support of s of n columns for each row: H once, mask, targets, results.
+
+    Cholesky and two triangular solves of s^2 flops.  The factor passes through the workspace, which
+    the L2 can hold where it is large; that is not counted, nor is H for every support.
+    """
+    moved = 8 * columns**2 + rows * (9 * columns + 8 * support)
+    return Cost(moved, rows * (_factor_flops(support) + 2 * support**2), "float64")

@@ -45,6 +45,7 @@ FLAGS = ["-std=c++17", "-O3"]
 ARCHITECTURES = (80, 90)
 BLOCK_SIZES = [4, 8, 16, 32, 48, 50, 64, 96, 128]
 GENERAL = [6, 12, 24, 40, 100, 160]  # nobody compiled these: one for each team of general kernels
+ANY = 0  # of kernels that know no block size
 DESCRIBED = [32, 50, 64, 128]
 ARCH_NAMES = "sm_80 / sm_90"
 LABEL = "compiled and calculated, not measured; no device has run this"
@@ -218,9 +219,9 @@ def record_all(host: ModuleType, call: Callable[[], Any]) -> tuple[Any, list[dic
 
 
 def record(host: ModuleType, call: Callable[[], Any]) -> tuple[Any, dict[str, Any]]:
-    """The same for an operator that launches one kernel."""
-    result, [launch] = record_all(host, call)
-    return result, launch
+    """The same, but the last launch alone."""
+    result, launches = record_all(host, call)
+    return result, launches[-1]
 
 
 def operators(size: int) -> dict[str, Callable[[], Any]]:
@@ -266,6 +267,17 @@ def operators(size: int) -> dict[str, Callable[[], Any]]:
     }
 
 
+def of_any_size() -> dict[str, Callable[[], Any]]:
+    """The same of an operator that knows no block size: supports of up to 64 columns, and more."""
+
+    def fit(columns: int) -> Callable[[], Any]:
+        moments, keep = torch.zeros(columns, columns).double(), torch.ones(9, columns).bool()
+        given = (moments, torch.zeros(9, columns).double(), keep, torch.arange(10))
+        return lambda: ops.fit_rows(*given, ops.new_status())
+
+    return {"fit rows, in shared memory": fit(64), "fit rows, in a workspace": fit(128)}
+
+
 # ---- occupancy ---------------------------------------------------------------------
 
 
@@ -292,8 +304,9 @@ def rows(host: ModuleType) -> list[dict[str, Any]]:
         afterwards.callback(host.set_shared_memory_limit, SHARED_LIMIT[90])
         for arch in ARCHITECTURES:
             host.set_shared_memory_limit(SHARED_LIMIT[arch])
-            for size in [*BLOCK_SIZES, *GENERAL]:
-                for family, call in operators(size).items():
+            for size in [*BLOCK_SIZES, *GENERAL, ANY]:
+                calls = of_any_size() if size == ANY else operators(size)
+                for family, call in calls.items():
                     row = {"family": family, "B": size, "general": size in GENERAL, "arch": arch}
                     result.append(row)
                     try:
@@ -368,7 +381,7 @@ def markdown(document: dict[str, Any]) -> str:
     for family in dict.fromkeys(row["family"] for row in rows):
         text += ["", f"## {family}", ""]
         body = []
-        for size in [*BLOCK_SIZES, *GENERAL]:
+        for size in dict.fromkeys(row["B"] for row in rows if row["family"] == family):
             here = [row for row in rows if row["family"] == family and row["B"] == size]
             columns = [
                 [""] * 5 + ["refused: shared memory"]
@@ -382,7 +395,7 @@ def markdown(document: dict[str, Any]) -> str:
                 for row in here
             ]
             cells = [paired(list(cell)) for cell in zip(*columns, strict=True)]
-            name = f"{size} g" if size in GENERAL else str(size)
+            name = f"{size} g" if size in GENERAL else "any" if size == ANY else str(size)
             body.append([name, *cells])
         text += table(head, body)
     return "\n".join(text) + "\n"

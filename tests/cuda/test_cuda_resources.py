@@ -40,8 +40,10 @@ def test_the_compilers_warn_of_nothing():
 def test_every_launch_fits_on_a_multiprocessor():
     rows = occupancy.rows(host_cuda())
     sizes = [*occupancy.BLOCK_SIZES, *occupancy.GENERAL]
-    families = {row["family"] for row in rows}
-    assert len(rows) == len(families) * len(sizes) * len(occupancy.ARCHITECTURES)
+    others = occupancy.of_any_size()
+    families = {row["family"] for row in rows} - set(others)
+    here = len(families) * len(sizes) + len(others)
+    assert len(rows) == here * len(occupancy.ARCHITECTURES)
     for row in rows:
         assert "refused" not in row, row
         assert row["thread_blocks"] >= 1 and 0 < row["occupancy"] <= 1, row

@@ -17,6 +17,7 @@ import torch
 from fake_timer import TIMES, TINY, TINY_WORK, FakeTimer
 
 from benchmarks.kernels import costs, roofline
+from benchmarks.kernels.gpu import fit as gpu_fit
 from benchmarks.kernels.gpu import kernels as gpu_kernels
 from benchmarks.kernels.gpu import report as gpu_report
 from benchmarks.kernels.gpu import rows as gpu_rows
@@ -32,7 +33,7 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 OPERATORS = [
     "gram_accumulate", "gram_accumulate_living", "gram_inverse", "gram_diagonal", "gram_solve",
     "gram_scores", "gram_greedy_scores", "gram_n_of_m", "gram_update", "woodbury_update",
-    "inverse_scores", "inverse_update",
+    "inverse_scores", "inverse_update", "fit_rows",
 ]  # fmt: skip
 TOP = gpu_rows.Ceilings(1e9, {"float32": 4e9, "float64": 2e9})
 
@@ -52,7 +53,7 @@ def test_a_whole_run(document, tmp_path):
 
     rows = document["rows"]
     assert {row["operator"] for row in rows} == set(OPERATORS)
-    assert {row["block_size"] for row in rows} == {4, 50}
+    assert {row["block_size"] for row in rows} == {4, 50, 70}
     assert sum("bfloat16 gradients" in row["variant"] for row in rows) == 2 * 4
     assert document["refused"] == document["left_out"] == [] and document["finished"]
     (pruned,) = document["whole_runs"]
@@ -70,6 +71,7 @@ def test_a_whole_run(document, tmp_path):
     assert compared.count("gram_accumulate") == 8 and compared.count("woodbury_update") == 4
     assert compared.count("gram_inverse") == 4 and compared.count("gram_scores") == 4
     assert compared.count("inverse_scores") == 3 and compared.count("inverse_update") == 3
+    assert compared.count("fit_rows") == 1
 
 
 def test_figures_by_hand():
@@ -163,6 +165,24 @@ def test_bytes_are_those_the_kernels_move(cuda_on_host, size):
         assert moved == kernel.cost(blocks).bytes, (kernel.operator, kernel.variant)
 
 
+def test_a_fit_by_hand(cuda_on_host):
+    """Ours and torch solve the same systems; memory and cost are those of the data."""
+    kernel, rows = gpu_fit.fit_kernel(70, 0.3), 90
+    copy = kernel.build(70 * rows, torch.device("cpu"))
+    fitted, theirs = copy.ours(), copy.contenders[gpu_fit.TORCH]
+    solved = theirs.call()
+    assert theirs.scale == rows / len(solved) == 1
+    assert copy.status.item() == -1
+    assert torch.equal((fitted != 0).sum(dim=1), torch.full((rows,), 21))
+    sums = solved.sum(dim=(1, 2))
+    torch.testing.assert_close(fitted.sum(dim=1), sums, rtol=1e-10, atol=1e-10)
+    held = sum(t.nbytes for t in {t.data_ptr(): t for t in tensors_of(copy.ours)}.values())
+    assert held <= kernel.memory * 70 * rows
+    cost = kernel.cost(rows)
+    assert cost.bytes == 8 * 70 * 70 + rows * (70 + 21 * 8 + 70 * 8)
+    assert (cost.flops, cost.arithmetic) == (rows * (21**3 // 3 + 2 * 21**2), "float64")
+
+
 def slightly_wrong(operator, dtypes=(torch.float32, torch.float64)):
     def call(*arguments):
         result = operator(*arguments)
@@ -235,7 +255,9 @@ def test_a_block_size_that_does_not_fit_is_reported(cuda_on_host, tmp_path):
     finally:
         cuda_on_host.set_shared_memory_limit(232448 - 1024)
     timed = {row["operator"] for row in document["rows"]}
-    assert timed == {"gram_accumulate", "woodbury_update", "inverse_scores", "inverse_update"}
+    assert timed == {
+        "gram_accumulate", "woodbury_update", "inverse_scores", "inverse_update", "fit_rows",
+    }  # fmt: skip
     text = (tmp_path / "fake_gpu_1_gb.md").read_text()
     assert "Not on this device: float32 Gram: gram_inverse: block size 128 needs" in text
     assert "float32 gradients: gram_accumulate: block size 128 needs" in text

@@ -6,7 +6,7 @@ import itertools
 
 import torch
 
-from benchmarks.kernels.gpu import kernels, rows, whole_runs
+from benchmarks.kernels.gpu import fit, kernels, rows, whole_runs
 from benchmarks.kernels.gpu.settings import Settings
 
 TINY = Settings(
@@ -17,6 +17,7 @@ TINY = Settings(
     least_copy_bytes=1000,
     ceiling_bytes=4000,
     matrix_size=10,
+    fits=((70, 0.2),),
     work=whole_runs.Work(models=()),
 )
 TIMES = {
@@ -27,6 +28,7 @@ TIMES = {
     kernels.REFERENCE: 20e-6,
     kernels.TORCH: 30e-6,
     kernels.ALL_WEIGHTS: 40e-6,
+    fit.TORCH: 50e-6,
     whole_runs.SAME_RULES: 2e-6,
     whole_runs.DEFAULT: 4e-6,
 }

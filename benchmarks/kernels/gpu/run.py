@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.kernels.gpu import whole_runs
+from benchmarks.kernels.gpu.fit import fit_kernel
 from benchmarks.kernels.gpu.kernels import Kernel, kernels
 from benchmarks.kernels.gpu.report import HEADER, left_out, table_row, write
 from benchmarks.kernels.gpu.rows import Ceilings, Row, measure, measure_ceilings
@@ -98,8 +99,10 @@ class Run:
             kernels(size, self.settings.gradients_per_call, self.settings.gradient_types)
             for size in self.sizes
         )
-        every = list(itertools.chain.from_iterable(chosen))
+        fits = [fit_kernel(*fit) for fit in self.settings.fits]
+        every = [*itertools.chain.from_iterable(chosen), *fits]
         first = [k for k in every if k.block_size == self.sizes[0] and k.operator in MATTER_MOST]
+        first += fits[:1]
         print(HEADER, flush=True)
         self.time_kernels(first)
         self.prune_models()

@@ -21,6 +21,7 @@ class Settings:
 
     Attributes:
         block_sizes: the one that matters most first.
+        fits: columns of a matrix, and the share of each row that is left.
         minutes: the whole run takes; None: as long as it needs.
         row_seconds: after which a row begins no further round, once it has a few; None: all
             rounds are done.
@@ -35,6 +36,7 @@ class Settings:
     least_copy_bytes: int = 256 << 20
     ceiling_bytes: int = 1 << 30
     matrix_size: int = 4096
+    fits: tuple[tuple[int, float], ...] = ((768, 0.1), (768, 0.5), (3072, 0.1))
     minutes: float | None = None
     row_seconds: float | None = None
     work: Work = field(default_factory=Work)

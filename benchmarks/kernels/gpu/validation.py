@@ -158,6 +158,22 @@ def inverse_checks(gram: Tensor, n: int, size: int, group: int) -> Iterator[Chec
     yield status_check("operators on the inverse", status)
 
 
+def fit_checks(size: int, device: torch.device) -> Iterator[Check]:
+    """Supports that fit in shared memory and that do not; rows that share one, and none."""
+    columns = size + 70  # more than a tile
+    inputs = torch.randn(2 * columns, columns, dtype=torch.float64, device=device)
+    moments = inputs.T @ inputs / columns
+    moments.diagonal().add_(DAMPING)
+    places = torch.rand(6, columns, device=device).argsort(dim=1)
+    sizes = torch.tensor([0, 1, 64, 65, size, columns], device=device)
+    keep = places < sizes[:, None]
+    first_row = torch.tensor([0, 1, 1, 6, 7, 8, 17], device=device)
+    targets = torch.randn(17, columns, dtype=torch.float64, device=device)
+    status = ops.new_status(device)
+    yield from compare("fit_rows", (moments, targets, keep, first_row, status), FLOAT64)
+    yield status_check("fit_rows", status)
+
+
 def weights_and_masks(
     n: int, group: int, device: torch.device
 ) -> Iterator[tuple[Tensor, Tensor, float]]:
@@ -192,6 +208,7 @@ def checks(
             reference.gram_accumulate(gram, g.to(gram_type), size)
             yield from gram_checks(gram, n, size, group)
         yield from inverse_checks(gram, n, size, group)
+    yield from fit_checks(size, device)
 
 
 def validate(
