@@ -112,14 +112,14 @@ __device__ inline void multiply_panels(const double* left, const double* right, 
 // What the threads tell each other of a step of the inversion, twice, so that one barrier a step is
 // enough.
 struct Exchange {
-    double column[2][kSide], row[2][kSide];
+    double row[2][kSide];
     double bar[kSide];  // what the pivots must exceed, a share of their diagonal
 };
 
 // Overwrites A = L L^T, both triangles given, by L^-1.  Step p ends the work on row p of L^-1 and
 // on column p of L, and takes their product from what lies below: in the columns up to p rows of
 // L^-1 come to be, in those behind it A loses what column p of L gives.  False, for all threads, at
-// the first pivot at or below its bar, or not finite.
+// the first pivot that does not exceed its bar.
 __device__ inline bool invert_factor(Tile4& a, Exchange& exchange) {
     const int row = tile_row(), column = tile_column();
 #pragma unroll
@@ -129,19 +129,16 @@ __device__ inline bool invert_factor(Tile4& a, Exchange& exchange) {
 #pragma unroll
             for (int odd = 0; odd < 2; ++odd) {
                 const int own = 2 * half + odd, p = place(t, own);
-                double* column_p = exchange.column[odd];
                 double* row_p = exchange.row[odd];
 #pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    if (column == t) column_p[place(row, i)] = a[i][own];
+                for (int i = 0; i < 4; ++i)
                     if (row == t) row_p[place(column, i)] = a[own][i];
-                }
                 __syncthreads();
-                const double pivot = row_p[p];  // at most its diagonal: infinite if its bar is
+                const double pivot = row_p[p];  // infinite only where its bar is, too
                 if (!(pivot > exchange.bar[p])) return false;
                 const double reciprocal = 1.0 / sqrt(pivot);
                 double below[4], done[4];
-                load_four(column_p, row, below);
+                load_four(row_p, row, below);  // column p, what is left of A being symmetric
                 load_four(row_p, column, done);
 #pragma unroll
                 for (int i = 0; i < 4; ++i) {
