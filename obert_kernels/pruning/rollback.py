@@ -24,7 +24,10 @@ T = TypeVar("T")
 # Hooks that the package registers itself, for a while; of a parameter, and of a module.
 _OF_PARAMETERS = ("_backward_hooks", "_post_accumulate_grad_hooks")
 _FLAGS = ("training", "require_backward_grad_sync")  # the second of DistributedDataParallel
-_OF_MODULES = ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called")
+_OF_MODULES = (
+    "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called",
+    "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs",
+)  # fmt: skip
 
 
 class Rollback:

@@ -80,7 +80,8 @@ def state_of(model: nn.Module) -> dict[str, Any]:
     for name, module in model.named_modules():
         state[f"{name} mode"] = module.training
         for kind in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks",
-                     "_forward_hooks_with_kwargs", "_forward_hooks_always_called"):  # fmt: skip
+                     "_forward_hooks_with_kwargs", "_forward_hooks_always_called",
+                     "_forward_pre_hooks_with_kwargs"):  # fmt: skip
             state[f"{name} {kind}"] = dict(getattr(module, kind))
     for name, parameter in model.named_parameters():
         state[f"{name} value"] = parameter.detach().clone()
