@@ -187,7 +187,9 @@ def random_logit_directions(batch: Mapping[str, Any], logits: Tensor) -> Tensor:
     seeds = list(range(len(logits))) if samples_in(batch) != len(logits) else [0] * len(logits)
     for tensor in tensors_in(batch):
         if tensor.dim() > 0 and len(tensor) == len(seeds) > 0:
-            rows = tensor.detach().cpu().contiguous().view(len(seeds), -1).view(torch.uint8)
+            # Not .contiguous(), which leaves the stride of a dimension of size 1 as it is.
+            own = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+            rows = own.view(len(seeds), -1).view(torch.uint8)
             seeds = [zlib.crc32(row, seed) for row, seed in zip(rows.numpy(), seeds, strict=True)]
     drawn = torch.empty(logits.shape, dtype=torch.float32, device="cpu")
     for row, seed in zip(drawn, seeds, strict=True):

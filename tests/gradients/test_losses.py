@@ -9,7 +9,7 @@ from torch import nn
 
 from obert_kernels import estimate_fisher, find_weights, model_loss, prediction_loss, prune
 from obert_kernels.gradients.batches import split_batch
-from obert_kernels.gradients.losses import default_loss
+from obert_kernels.gradients.losses import default_loss, random_logit_directions
 from obert_kernels.gradients.per_batch import batch_gradients
 
 WEIGHT = "layer.1.narrow.weight"
@@ -268,3 +268,12 @@ def test_outputs_without_names_have_a_loss_and_logits(flag):
     unnamed.config = SimpleNamespace(return_dict=True)
     with pytest.raises(TypeError, match="returned no loss"):  # whatever stands first
         model_loss(unnamed, batch)
+
+
+def test_a_single_sample_cut_out_of_many_has_the_same_directions():
+    """Its rows may keep the stride of those it stood among."""
+    labels = torch.arange(8)[::4][:1]
+    assert labels.stride() == (4,)
+    logits = torch.zeros(1, 6)
+    found = random_logit_directions({"labels": labels}, logits)
+    assert torch.equal(found, random_logit_directions({"labels": torch.tensor([0])}, logits))
