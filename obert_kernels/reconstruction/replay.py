@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -20,6 +21,10 @@ from ..sparsity.values import replaced
 from .structure import Chain, Place, Unit, first_of
 
 Arguments = tuple[tuple, dict[str, Any]]
+
+
+# What a block leaves as it is (tensors are noted before they may change).
+_NEVER_CHANGED = (Tensor, nn.Module, tuple, list, str, int, float, type(None))
 
 
 class _Enough(Exception):
@@ -40,7 +45,7 @@ class _Position:
         known = self._arguments[batch]
         if not known:
             return None
-        args, kwargs = known[min(self.index, len(known) - 1)]
+        args, kwargs = _to_be_changed(known[min(self.index, len(known) - 1)])
         place, tensor = self.chain.place[self.index], self._handed_on[batch]
         if isinstance(place, int):
             args = (*args[:place], tensor, *args[place + 1 :])
@@ -51,6 +56,16 @@ class _Position:
     def advance(self, batch: int) -> None:
         """Run the block for a batch, and keep what it hands on."""
         self._handed_on[batch] = self.run(batch)
+
+
+def _to_be_changed(arguments: Arguments) -> Arguments:
+    """The arguments for a call that may change them, as it does a cache of keys and values."""
+    args, kwargs = arguments
+    return tuple(map(_own, args)), {name: _own(value) for name, value in kwargs.items()}
+
+
+def _own(value: Any) -> Any:
+    return value if isinstance(value, _NEVER_CHANGED) else deepcopy(value)
 
 
 def _argument(arguments: Arguments, place: int | str) -> Any:
@@ -130,7 +145,7 @@ class Replay:
         found: list[list[Arguments]] = []
 
         def note(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-            found[-1].append((args, kwargs))
+            found[-1].append(_to_be_changed((args, kwargs)))
             if len(found[-1]) == len(blocks):
                 raise _Enough
 

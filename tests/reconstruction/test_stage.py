@@ -8,7 +8,12 @@ import pytest
 import torch
 from tiny import TinyEncoder
 from tiny import batches as token_batches
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+)
 
 from obert_kernels import ReconstructionConfig, find_weights
 from obert_kernels.gradients.losses import default_loss
@@ -41,9 +46,9 @@ def texts(count=6, size=8, seed=0):
     return found
 
 
-def pruned(model, share=0.5, seed=0):
+def pruned(model, share=0.5, seed=0, params=None):
     """Masks at random, and the weights and biases before."""
-    weights = find_weights(model)
+    weights = find_weights(model, params)
     parameters = {**weights, **biases_of(model, weights)}
     dense = {name: value.detach().clone() for name, value in parameters.items()}
     generator = torch.Generator().manual_seed(seed)
@@ -54,8 +59,8 @@ def pruned(model, share=0.5, seed=0):
     return weights, masks, dense
 
 
-def fitted(model, batches, held=None, loss_fn=default_loss, **config):
-    weights, masks, dense = pruned(model)
+def fitted(model, batches, held=None, loss_fn=default_loss, params=None, **config):
+    weights, masks, dense = pruned(model, params=params)
     settings = ReconstructionConfig(**{"ridge": RIDGE, **config})
     found = reconstruct(
         model, weights, masks, dense, batches, held or texts(seed=7), loss_fn, settings,
@@ -249,3 +254,20 @@ def test_progress_counts_the_layers():
         ReconstructionConfig(ridge=RIDGE), lambda *now: told.append(now),
     )  # fmt: skip
     assert told == [("reconstruction", done, 12) for done in range(1, 13)]
+
+
+def test_a_cache_of_keys_and_values_changes_nothing():
+    """A block that is run several times must not find what an earlier run left in it."""
+    fitted_weights = []
+    for use_cache in (False, True):
+        torch.manual_seed(0)
+        config = GPT2Config(
+            n_embd=16, n_layer=2, n_head=2, n_positions=16, vocab_size=50, pad_token_id=0,
+            use_cache=use_cache,
+        )  # fmt: skip
+        model = GPT2ForSequenceClassification(config)
+        found, _ = fitted(model, texts(), params=[r"re:.*\.h\..*weight"])
+        assert [fit.is_kept for fit in found.layers] == [True] * 8
+        fitted_weights.append(model.state_dict())
+    without, with_cache = fitted_weights
+    assert all(torch.equal(value, with_cache[name]) for name, value in without.items())
