@@ -184,8 +184,9 @@ class TrialLoop:
             if not (self.one_damping and prepared.fisher and config.damping == "auto"):
                 return self._prune(pruner, target, prepared)
             if config not in dampings:
+                search = self._pruner(replace(config, reconstruction=None))
                 dampings[config] = put_back_after(
-                    before, lambda: self._prune(pruner, highest, prepared)
+                    before, lambda: self._prune(search, highest, prepared)
                 )
             return self._prune_like(config, target, prepared, dampings[config])
 
