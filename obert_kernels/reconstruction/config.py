@@ -30,7 +30,7 @@ class ReconstructionConfig:
         TypeError: a value is of the wrong type.
     """
 
-    num_samples: int = 1024
+    num_samples: int = 512
     ridge: float | str = "auto"
     inputs: str = "pruned"
     residual: bool = True

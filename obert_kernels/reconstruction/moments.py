@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -84,21 +85,28 @@ class Moments:
 
     def normal(self, index: int, centred: bool) -> Normal:
         """Return the equations of a layer, by its place among the targets."""
-        second, first, *of_layers = (product / self.count for product in self._products)
-        crossed, target, square = of_layers[3 * index : 3 * index + 3]
-        inputs = second - torch.outer(first, first)
-        targets = crossed - torch.outer(target, first)
-        square = square - target.square()
-        mean, target_mean = self._origin + first, self._origins[index] + target
+        inputs, first, mean = self._of_inputs
+        crossed, target, square = (
+            product / self.count for product in self._products[3 * index + 2 : 3 * index + 5]
+        )
+        target_mean = self._origins[index] + target
+        targets = crossed.addr_(target, first, alpha=-1)
+        square -= target.square()
         if centred:
             return Normal(inputs, targets, mean, target_mean, square)
         return Normal(
-            inputs + torch.outer(mean, mean),
-            targets + torch.outer(target_mean, mean),
+            inputs.addr(mean, mean),
+            targets.addr_(target_mean, mean),
             torch.zeros_like(mean),
             torch.zeros_like(target_mean),
             square + target_mean.square(),
         )
+
+    @cached_property
+    def _of_inputs(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Centred second moments, and the means from the origin and whole, of all rows."""
+        second, first = (product / self.count for product in self._products[:2])
+        return second.addr_(first, first, alpha=-1), first, self._origin + first
 
 
 def _gram(x: Tensor) -> Tensor:

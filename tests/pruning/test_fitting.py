@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-
 import pytest
-import torch
 from interrupts import differences, state_of
 from tiny import TinyEncoder, batches
 from torch import nn

@@ -1,4 +1,4 @@
-"""The whole stage against the same written out plainly: whole forward passes, one row at a time."""
+"""The whole stage, also against the same written out plainly."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from transformers import (
     GPT2ForSequenceClassification,
 )
 
+from benchmarks.support.plain_reconstruction import reconstruct_plainly
 from obert_kernels import ReconstructionConfig, find_weights
 from obert_kernels.gradients.losses import default_loss
 from obert_kernels.reconstruction.stage import biases_of, reconstruct
@@ -69,87 +70,13 @@ def fitted(model, batches, held=None, loss_fn=default_loss, params=None, **confi
     return found, masks
 
 
-class Plain:
-    """The same for BERT, from its description alone."""
-
-    def __init__(self, dense, model, masks, batches):
-        self.dense, self.model, self.masks, self.batches = (
-            dense.eval(),
-            model.eval(),
-            masks,
-            batches,
-        )
-
-    def run(self):
-        names = {id(p): name for name, p in self.model.named_parameters()}
-        for theirs, ours in zip(
-            *(m.bert.encoder.layer for m in (self.dense, self.model)), strict=True
-        ):
-            for part in self.parts():
-                for get in part:
-                    layer, norm = get(ours)
-                    mask = self.masks[names[id(layer.weight)]]
-                    self.fit(get(theirs), (layer, norm), mask)
-
-    def parts(self):
-        attention = [
-            lambda x, n=name: (getattr(x.attention.self, n), None)
-            for name in ("query", "key", "value")
-        ]
-        return [
-            attention,
-            [lambda x: (x.attention.output.dense, x.attention.output.LayerNorm)],
-            [lambda x: (x.intermediate.dense, None)],
-            [lambda x: (x.output.dense, x.output.LayerNorm)],
-        ]
-
-    @torch.no_grad()
-    def values(self, model, layer, norm):
-        found = {"x": [], "y": [], "sum": []}
-
-        def note(module, args, output):
-            found["x"].append(args[0][keep])
-            found["y"].append(output[keep])
-
-        hooks = [layer.register_forward_hook(note)]
-        if norm is not None:
-            hooks.append(
-                norm.register_forward_pre_hook(lambda m, a: found["sum"].append(a[0][keep]))
-            )
-        for batch in self.batches:
-            keep = batch["attention_mask"].bool()
-            model(**batch)
-        for hook in hooks:
-            hook.remove()
-        return {name: torch.cat(parts) for name, parts in found.items() if parts}
-
-    @torch.no_grad()
-    def fit(self, theirs, ours, mask):
-        there, here = self.values(self.dense, *theirs), self.values(self.model, *ours)
-        target = there["y"]
-        if "sum" in here:
-            target = target + (there["sum"] - there["y"]) - (here["sum"] - here["y"])
-        x = here["x"]
-        xc, tc = x - x.mean(0), target - target.mean(0)
-        moments, crossed = xc.mT @ xc / len(x), tc.mT @ xc / len(x)
-        r = RIDGE * moments.diagonal().mean()
-        layer = ours[0]
-        new = torch.zeros_like(layer.weight)
-        for i, row in enumerate(mask):
-            s = row.nonzero()[:, 0]
-            system = moments[s][:, s] + r * torch.eye(len(s), dtype=x.dtype)
-            new[i, s] = torch.linalg.solve(system, crossed[i, s] + r * layer.weight[i, s])
-        layer.weight.copy_(new)
-        layer.bias.copy_(target.mean(0) - new @ x.mean(0))
-
-
 def test_bert_is_fitted_as_described():
     model = tiny_bert()
     dense, plain = copy.deepcopy(model), copy.deepcopy(model)
     found, masks = fitted(model, texts())
     assert [fit.is_kept for fit in found.layers] == [True] * 12 and not found.notes
     pruned(plain)
-    Plain(dense, plain, masks, texts()).run()
+    reconstruct_plainly(dense.eval(), plain.eval(), masks, texts(), RIDGE)
     expected = plain.state_dict()
     for name, value in model.state_dict().items():
         torch.testing.assert_close(value, expected[name], rtol=1e-7, atol=1e-9, msg=name)
