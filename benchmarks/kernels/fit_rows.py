@@ -13,6 +13,7 @@ rows" share their support; torch factors it for each of them.
 from __future__ import annotations
 
 import argparse
+import functools
 
 import torch
 from torch import Tensor
@@ -49,15 +50,21 @@ def batched(moments: Tensor, targets: Tensor, keep: Tensor) -> Tensor:
     return torch.zeros_like(targets).scatter_(1, columns, solved)
 
 
+@functools.cache
+def moments_of(columns: int) -> Tensor:
+    torch.manual_seed(0)
+    inputs = torch.randn(2 * columns, columns, dtype=torch.float64)
+    return inputs.T @ inputs / len(inputs) + 0.1 * torch.eye(columns, dtype=torch.float64)
+
+
 def problem(
     rows: int, columns: int, share: float, group: int
 ) -> tuple[Tensor, Tensor, Tensor, float]:
     """Moments, targets, the supports, and the flops; ``group`` rows have each support."""
-    torch.manual_seed(0)
+    moments = moments_of(columns)
+    torch.manual_seed(1)
     size = share * columns
     supports = max(2, min(rows // group, round(MOST_FLOPS / (group * size**3 * 2 / 3))))
-    inputs = torch.randn(2 * columns, columns, dtype=torch.float64)
-    moments = inputs.T @ inputs / len(inputs) + 0.1 * torch.eye(columns, dtype=torch.float64)
     targets = torch.randn(supports * group, columns, dtype=torch.float64)
     keep = torch.rand(supports, columns) < share
     sizes = keep.sum(1).double()

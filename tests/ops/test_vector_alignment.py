@@ -19,7 +19,13 @@ CHANGES = {
     '"-DOBERT_VECTOR_BYTES=16"': '"-DOBERT_VECTOR_BYTES=32", "-mavx2", "-mfma"',
     "-O3": "-O0",  # optimised, most vectors stand in registers, and the rest is aligned by chance
 }
-TESTS = ["test_ops.py", "test_packed_inverse.py", "test_greedy.py", "test_n_of_m.py"]
+TESTS = [
+    "test_ops.py",
+    "test_packed_inverse.py",
+    "test_greedy.py",
+    "test_n_of_m.py",
+    "test_fit_rows.py",
+]
 
 
 @pytest.mark.slow
