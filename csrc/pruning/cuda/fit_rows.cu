@@ -9,7 +9,7 @@
 // Bytes for a support: of H 4 s^2 read; of the workspace s^3 / 24 + 8 s^2 read by products of
 // tiles and 8 s^2 written; for every four rows 8 s^2 read by the substitutions; 8 (n + 2 s) a row
 // for its targets and results.  Memory serves what the L2 cannot hold of it.  Float64 flops:
-// s^3 / 3, and 2 s^2 a row (as many for four as for one).  Shared memory: 47 KiB.
+// s^3 / 3, and 2 s^2 a row (as many for four as for one).  Shared memory: 46 KiB.
 #include <algorithm>
 
 #include "launch.h"
