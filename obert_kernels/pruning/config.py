@@ -113,6 +113,12 @@ class PruningConfig:
         """Do selection or update need a Fisher?"""
         return uses_fisher(self.selection, self.update or "none")
 
+    @property
+    def fit(self) -> ReconstructionConfig | None:
+        """How the remaining weights are fitted, where there are batches; None: not at all."""
+        wanted = self.reconstruction
+        return ReconstructionConfig() if isinstance(wanted, str) else wanted
+
     def check(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """Return the matrices to prune by name.
 

@@ -19,7 +19,6 @@ from ..fisher.memory import MemoryPlan, plan_passes
 from ..gradients.losses import LOSSES, LossFn
 from ..gradients.source import BatchSource
 from ..progress import Clock, Progress, silent
-from ..reconstruction.config import ReconstructionConfig
 from ..reconstruction.memory import planned_bytes
 from ..reconstruction.stage import biases_of
 from ..sparsity.masks import check_pruned_are_zero, masked_parameters
@@ -144,7 +143,7 @@ class Pruner:
             can_split=can_split,
             keeps_weights=can_split and self.config.steps > 1,
             has_trials=self.config.damping == "auto",
-            later_bytes=planned_bytes(self.weights) if self._reconstruction else 0,
+            later_bytes=planned_bytes(self.weights) if self.config.fit else 0,
         )
 
     def fisher(self, batches: Iterable[Any]) -> FisherEstimate:
@@ -161,8 +160,8 @@ class Pruner:
     def _fisher(self, batches: Iterable[Any]) -> FisherEstimate:
         check_batches(batches)
         source = BatchSource(batches)
-        if (reconstruction := self._reconstruction) is not None:
-            source.remember(reconstruction.num_samples)
+        if self.config.fit is not None:
+            source.remember(self.config.fit.num_samples)
         estimation = self._estimation(source, self.weights)
         plan = self.plan(streamed=estimation.samples is not None, can_split=False)
         clock = Clock()
@@ -324,16 +323,11 @@ class Pruner:
         done = in_steps(step, one_step, fitting)
         return done, source.all_notes(config.fisher.num_grads * len(done))
 
-    @property
-    def _reconstruction(self) -> ReconstructionConfig | None:
-        wanted = self.config.reconstruction
-        return ReconstructionConfig() if isinstance(wanted, str) else wanted
-
     def _fitting(
         self, step: PruningStep, source: BatchSource | None, judge: Calibration | None
     ) -> Fitting | None:
         """How the remaining weights are fitted after each sub-step, if they are."""
-        config = self._reconstruction
+        config = self.config.fit
         if config is None or (source is None and self.config.reconstruction == "auto"):
             return None
         if source is None:

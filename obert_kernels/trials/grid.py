@@ -22,7 +22,7 @@ from ..pruning.rollback import Rollback, put_back_after
 from ..pruning.score_cache import ScoreCache
 from ..sparsity.masks import check_sparsity
 from .budget import Budget
-from .outcome import Outcome, Scores, canonical, estimate_key, point_of, values_to_try
+from .outcome import Outcome, Scores, batches_for, canonical, estimate_key, values_to_try
 
 Trial = tuple[PruningConfig, float]
 
@@ -59,7 +59,8 @@ class TrialLoop:
         model: pruned in place and put back after each trial, also if one fails or is interrupted.
         batches_of: called with m and g; returns batches that give m gradients of g samples.
         evaluate: called with the pruned model; returns its :class:`Scores`.
-        calibration: batches on which damping "auto" is chosen; the Fisher should not see them.
+        calibration: batches on which damping "auto" is chosen, and which judge the fit of the
+            remaining weights; the Fisher should not see them.
         loss_fn: what gradients are taken of; None: what the configuration says.
         max_memory: bytes, as for :func:`obert_kernels.prune`.
         recover: called after each pruning, for example to fine-tune under the masks.
@@ -117,15 +118,14 @@ class TrialLoop:
         key: object = None
         left_out = []
         for config, target in trials:
-            point, kind = point_of(config), _kind(config)
-            if point.num_grads is None:  # it needs nothing, and what is there is kept
+            kind, asked = _kind(config), batches_for(config)
+            if asked is None:  # it needs nothing, and what is there is kept
                 here: _Prepared | None = _Prepared()
             else:
                 if key != estimate_key(config):
                     key, prepared, here = estimate_key(config), None, None  # frees the Fisher
                     dampings.clear()
-                texts = float(point.texts or 1)
-                work = ("estimate" if config.uses_fisher else "batches", texts)
+                work = "estimate" if config.uses_fisher else "batches", float(asked[0] * asked[1])
                 if prepared is None and self.budget.allows(work, (kind, 1.0)):
                     with self.budget.timed(*work):
                         prepared = self._prepare(config)
@@ -149,14 +149,15 @@ class TrialLoop:
 
     def _prepare(self, config: PruningConfig) -> _Prepared:
         """Estimate a Fisher, unless there is no room for all of it, or no need."""
-        found = point_of(config)
-        if found.num_grads is None:
+        if (asked := batches_for(config)) is None:
             return _Prepared()
-        batches = self.batches_of(found.num_grads, found.texts_per_grad or 1)
+        batches = self.batches_of(*asked)
+        if isinstance(batches, Iterator):
+            batches = list(batches)  # each trial looks at them
         if not config.uses_fisher or config.steps > 1:
             return _Prepared(batches)
         pruner = self._pruner(config)
-        plan = pruner.plan(streamed=found.texts_per_grad is not None)
+        plan = pruner.plan(streamed=config.fisher.samples_per_grad is not None)
         if len(plan.passes) > 1:
             return _Prepared(batches)
         try:
@@ -164,8 +165,7 @@ class TrialLoop:
         except MemoryError:  # gradients cannot be streamed from this model: in passes they fit
             return _Prepared(batches)
         room = ScoreCache.if_room(pruner.weights, plan.total_bytes, self.max_memory)
-        # An iterator is used up by now: nothing is left to fit the remaining weights on.
-        return _Prepared(None if isinstance(batches, Iterator) else batches, fisher, room)
+        return _Prepared(batches, fisher, room)
 
     def _trial(
         self,
@@ -293,8 +293,8 @@ def run_grid(
         pattern, scope, params, estimator, fisher_dtype: of all trials, in place of what the
             settings say.
         loss_fn, max_memory, progress: as for :func:`obert_kernels.prune`.
-        calibration: batches on which damping "auto" is chosen, for each trial anew; the Fisher
-            should not see them.
+        calibration: batches on which damping "auto" is chosen, for each trial anew, and which
+            judge the fit of the remaining weights; the Fisher should not see them.
         finished: outcomes of trials that are not to be done again.
         budget: minutes; no estimate and no trial starts when they are over, nor one that would
             overrun them if it took as long as the fastest of its kind before it.
@@ -380,7 +380,7 @@ def _with(
 
 def _kind(config: PruningConfig) -> tuple[object, ...]:
     """Trials whose times say something about each other; what differs most is how many prunings."""
-    return config.uses_fisher, config.damping == "auto"
+    return config.uses_fisher, config.damping == "auto", config.fit is None
 
 
 def seconds_of(by_stage: Mapping[str, float]) -> dict[str, float]:
@@ -390,4 +390,5 @@ def seconds_of(by_stage: Mapping[str, float]) -> dict[str, float]:
         "fisher_seconds": by_stage.get("fisher", 0.0),
         "damping_seconds": by_stage.get("damping", 0.0),
         "selection_seconds": sum(by_stage.get(s, 0.0) for s in ("scores", "masks", "update")),
+        "reconstruction_seconds": by_stage.get("reconstruction", 0.0),
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
@@ -9,13 +10,16 @@ from typing import Any, NamedTuple
 
 from ..pruning.config import PruningConfig
 
+# Samples that batches without a Fisher are asked for by: a batch of one costs nearly as much.
+_FITTED_TOGETHER = 16
+
 
 class GridPoint(NamedTuple):
     """What tells a configuration of a grid from the others; None is what it does not look at.
 
     Attributes:
         selection, update: as in :class:`obert_kernels.PruningConfig`.
-        num_grads: m, gradients in the Fisher; None where no texts are looked at.
+        num_grads: m, gradients in the Fisher; None where it takes no texts to select and update.
         texts_per_grad: g, texts (samples) in each gradient.
         block_size: B, weights per Fisher block; None, as what follows, where there is no Fisher.
         damping: of the Fisher, a number or "auto".
@@ -47,6 +51,21 @@ def point_of(config: PruningConfig) -> GridPoint:
     return GridPoint(*ranking, *texts, config.fisher.block_size, config.damping)
 
 
+def batches_for(config: PruningConfig) -> tuple[int, int] | None:
+    """Return how many gradients of how many samples a configuration wants batches for.
+
+    Where only the fit of the remaining weights looks at samples, it is as many as that takes.
+    None: nothing looks at any.
+    """
+    point = point_of(config)
+    if point.num_grads is not None:
+        return point.num_grads, point.texts_per_grad or 1
+    if config.fit is None:
+        return None
+    together = min(_FITTED_TOGETHER, config.fit.num_samples)
+    return math.ceil(config.fit.num_samples / together), together
+
+
 def canonical(config: PruningConfig) -> PruningConfig:
     """Return the same with defaults for what it does not look at: equal ones prune alike."""
     if config.uses_fisher:
@@ -63,8 +82,7 @@ def canonical(config: PruningConfig) -> PruningConfig:
 def estimate_key(config: PruningConfig) -> object:
     """Return what configurations that can share a Fisher, or batches, have in common."""
     if not config.uses_fisher:
-        point = point_of(config)
-        return point.num_grads, point.texts_per_grad
+        return batches_for(config)
     return config.fisher, config.params, config.shape.order, config.shape.span, config.steps > 1
 
 
@@ -114,6 +132,7 @@ class Outcome:
         damping_seconds: of choosing the damping.
         selection_seconds: of scores, masks and update.  Scores that an earlier trial has asked
             for take no time in these two.
+        reconstruction_seconds: of fitting the remaining weights.
         trial_seconds: of everything but a shared estimate, evaluation included.
         error: why it failed, else empty; all figures but the seconds are None then.
     """
@@ -130,6 +149,7 @@ class Outcome:
     fisher_seconds: float = 0.0
     damping_seconds: float = 0.0
     selection_seconds: float = 0.0
+    reconstruction_seconds: float = 0.0
     trial_seconds: float = 0.0
     error: str = ""
 

@@ -24,12 +24,15 @@ _FIGURES = [field.name for field in fields(Outcome) if field.name not in ("confi
 _SHARES = ("target", "sparsity", "dev_accuracy", "test_accuracy")
 
 COLUMNS = ("selection", "update", "texts", *_COUNTS, "damping", *_FIGURES, "error")
+# Of a table that was begun before remaining weights were fitted.
+_EARLIER_COLUMNS = tuple(name for name in COLUMNS if name != "reconstruction_seconds")
 
 
 class TrialTable:
     """The file ``sweep.csv``, a line for each finished trial.
 
-    A line that was cut off, by a crash while it was written, is dropped.
+    A line that was cut off, by a crash while it was written, is dropped.  A table that an earlier
+    version began goes on in its own columns; a figure that it has no column for counts as none.
 
     Args:
         path: of the file; it is made with the first outcome.
@@ -43,13 +46,13 @@ class TrialTable:
         self.path = Path(path)
         if os.path.lexists(self.path) and not self.path.is_file():  # a pipe would be waited for
             raise ValueError(f"{self.path} is no file: choose another --output")
-        _drop_torn_line(self.path)
+        self._columns = _drop_torn_line(self.path)
         self.outcomes = _read(self.path, base)
 
     def append(self, outcome: Outcome) -> None:
         """Add a line; when this returns it is on the disk."""
         text = io.StringIO()
-        writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+        writer = csv.DictWriter(text, self._columns, "", "ignore", lineterminator="\n")
         if not self.path.exists() or self.path.stat().st_size == 0:
             writer.writeheader()
         writer.writerow(_to_row(outcome))
@@ -60,16 +63,20 @@ class TrialTable:
         self.outcomes.append(outcome)
 
 
-def _drop_torn_line(path: Path) -> None:
-    """Cut the file after its last line end, if a sweep wrote it."""
+def _drop_torn_line(path: Path) -> tuple[str, ...]:
+    """Cut the file after its last line end, if a sweep wrote it; return its columns."""
     if not path.exists():
-        return
+        return COLUMNS
     content = path.read_bytes()
-    header = f"{','.join(COLUMNS)}\n".encode()
     whole = content.rfind(b"\n") + 1
-    if whole < len(content) and content[: len(header)] == header[: len(content)]:
-        with path.open("r+b") as stream:
-            stream.truncate(whole)
+    for columns in (COLUMNS, _EARLIER_COLUMNS):
+        header = f"{','.join(columns)}\n".encode()
+        if content[: len(header)] == header[: len(content)]:
+            if whole < len(content):
+                with path.open("r+b") as stream:
+                    stream.truncate(whole)
+            return columns if whole else COLUMNS
+    return COLUMNS
 
 
 def _read(path: Path, base: PruningConfig) -> list[Outcome]:
@@ -79,7 +86,7 @@ def _read(path: Path, base: PruningConfig) -> list[Outcome]:
     with path.open(encoding="utf-8", newline="") as stream:
         reader = csv.DictReader(stream)
         try:
-            if tuple(reader.fieldnames or ()) != COLUMNS:
+            if tuple(reader.fieldnames or ()) not in (COLUMNS, _EARLIER_COLUMNS):
                 raise ValueError("other columns than a sweep writes")
         except (ValueError, csv.Error) as error:
             raise ValueError(f"{path} has {error}: choose another --output") from error
@@ -104,7 +111,9 @@ def _to_row(outcome: Outcome) -> dict[str, Any]:
 def _from_row(row: Mapping[str, str], base: PruningConfig) -> Outcome:
     counts = {name: int(row[name]) if row[name] else None for name in _COUNTS}
     damping = number_or_word(row["damping"]) if row["damping"] else None
-    figures: dict[str, Any] = {name: float(row[name]) if row[name] else None for name in _FIGURES}
+    figures: dict[str, Any] = {
+        name: float(row[name]) if row[name] else None for name in _FIGURES if name in row
+    }
     for name in _SHARES:
         if figures[name] is not None and not 0 <= figures[name] <= 1:
             raise ValueError(f"{name} is {figures[name]}")

@@ -86,7 +86,11 @@ def test_an_estimate_that_ate_the_budget_is_not_used(monkeypatch, estimates):
 
 
 def test_seconds_by_stage():
-    known = {"gradients": 1, "fisher": 2, "damping": 4, "scores": 8, "masks": 16, "update": 32}
+    known = {
+        "gradients": 1, "fisher": 2, "damping": 4, "scores": 8, "masks": 16, "update": 32,
+        "reconstruction": 64,
+    }  # fmt: skip
     assert grid.seconds_of(known) == {
         "gradients_seconds": 1, "fisher_seconds": 2, "damping_seconds": 4, "selection_seconds": 56,
+        "reconstruction_seconds": 64,
     }  # fmt: skip

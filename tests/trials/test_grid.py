@@ -15,6 +15,7 @@ from obert_kernels import (
     NumericalError,
     Pruner,
     PruningConfig,
+    ReconstructionConfig,
     find_weights,
     prune,
     register_saliency,
@@ -25,6 +26,7 @@ from obert_kernels.trials import grid
 from obert_kernels.trials.outcome import (
     Outcome,
     Scores,
+    batches_for,
     best_by_target,
     make_grid,
     point_of,
@@ -68,6 +70,7 @@ SETTINGS = make_grid(
     block_size=[8],
     damping=["auto", 1e-3],
     selection=["greedy", "diagonal", "magnitude"],
+    base=PruningConfig(reconstruction=ReconstructionConfig(num_samples=16)),
 )
 
 
@@ -106,7 +109,7 @@ def test_trials_are_those_of_single_calls():
         how = {} if found.damping is None else {"damping": found.damping}
         prune(
             model,
-            found.num_grads and tiny.batches(found.num_grads, found.texts_per_grad or 1),
+            tiny.batches(*batches_for(outcome.config)),
             outcome.target,
             params=["re:layer.*weight"],
             num_grads=found.num_grads or 1,
@@ -114,6 +117,7 @@ def test_trials_are_those_of_single_calls():
             block_size=found.block_size,
             selection=found.selection,
             update=found.update,
+            reconstruction=outcome.config.reconstruction,
             calibration=tiny.batches(2),
             **how,
         )
@@ -214,6 +218,7 @@ def test_faults_are_found_before_any_work(estimates, sparsity, options, message)
     "changed",
     [
         {"pattern": "block4"}, {"scope": "layer"}, {"params": ("re:layer.0",)}, {"steps": 2},
+        {"reconstruction": None},
         {"fisher": {"dtype": "float32"}}, {"fisher": {"gradients_of": "labels"}},
     ],
 )  # fmt: skip
@@ -332,7 +337,7 @@ def test_what_evaluate_trains_is_put_back_too():
         tiny.train(model.train(), tiny.batches(2), 1)
         return Scores(0.5, 0.5, 0.5)
 
-    config = PruningConfig(selection="magnitude")
+    config = PruningConfig(selection="magnitude", reconstruction=None)
     grid.run_grid(model.eval(), lambda m, g: [], trained, [config], [0.5, 0.8])
     assert tiny.unchanged(model, before) and not model.training
     assert torch.equal(heads[0], heads[1]), "each trial begins with the model given"
@@ -354,7 +359,7 @@ def test_what_a_grid_cannot_work_with(options, message):
     given = {
         "batches_of": lambda m, g: [],
         "evaluate": evaluate,
-        "settings": [PruningConfig(selection="magnitude")],
+        "settings": [PruningConfig(selection="magnitude", reconstruction=None)],
     }
     with pytest.raises(TypeError, match=message):
         grid.run_grid(model, sparsities=[0.5], **{**given, **options})

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from tiny import GREEDY
 
-from obert_kernels import (
-    register_saliency,
-)
+from obert_kernels import PruningConfig, ReconstructionConfig, register_saliency
 from obert_kernels.trials.outcome import (
     GridPoint,
+    Outcome,
+    batches_for,
+    estimate_key,
     label,
     make_grid,
     point_of,
@@ -85,3 +88,26 @@ def test_names_tell_apart_settings_without_a_fisher():
 
     settings = [point_of(config) for config in make_grid(texts=[32, 64], selection=["looking"])]
     assert [label(one, settings) for one in settings] == ["looking, n 32", "looking, n 64"]
+
+
+FEW = ReconstructionConfig(num_samples=8)
+
+
+def test_fits_tell_trials_apart_but_share_an_estimate():
+    for base in (GREEDY, PruningConfig(selection="magnitude")):
+        ways = [replace(base, reconstruction=how) for how in ("auto", None, FEW)]
+        assert len({Outcome(way, 0.5).key for way in ways}) == 3
+    assert len({estimate_key(replace(GREEDY, reconstruction=how)) for how in ("auto", None)}) == 1
+
+
+def test_a_grid_keeps_how_its_base_fits():
+    settings = make_grid(selection=["greedy", "magnitude"], base=PruningConfig(reconstruction=FEW))
+    assert [setting.reconstruction for setting in settings] == [FEW] * 2
+
+
+def test_what_batches_are_asked_for():
+    magnitude = PruningConfig(selection="magnitude", reconstruction=None)
+    assert batches_for(magnitude) is None
+    assert batches_for(replace(magnitude, reconstruction=FEW)) == (1, 8), "to be fitted on"
+    assert batches_for(replace(magnitude, reconstruction="auto")) == (64, 16)
+    assert batches_for(replace(GREEDY, reconstruction=FEW)) == (4, 2), "of the Fisher"

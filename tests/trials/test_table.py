@@ -42,7 +42,10 @@ def test_best_by_accuracy_then_by_loss():
 def test_outcomes_come_back_from_the_file(tmp_path):
     table = TrialTable(tmp_path / "sweep.csv", GREEDY)
     written = [
-        outcome(damping_used=1 / 3, predicted_increase=1e-17, trial_seconds=2.5),
+        outcome(
+            damping_used=1 / 3, predicted_increase=1e-17, reconstruction_seconds=0.1,
+            trial_seconds=2.5,
+        ),
         outcome(replace(GREEDY, selection="magnitude", update="none"), test_accuracy=0.1 + 0.2),
         outcome(
             replace(GREEDY, damping="auto"), sparsity=None, dev_accuracy=None, dev_loss=None,
@@ -72,6 +75,23 @@ def test_a_torn_last_line_is_dropped(tmp_path, cut):
     assert again.outcomes == table.outcomes[:1]
     again.append(table.outcomes[1])
     assert path.read_bytes() == whole
+
+
+@pytest.mark.parametrize("torn", ["", "greedy,joint,8"])
+def test_a_table_from_before_a_column_was_added_goes_on(tmp_path, torn):
+    path = tmp_path / "sweep.csv"
+    TrialTable(path, GREEDY).append(outcome(selection_seconds=3.0, trial_seconds=2.5))
+    with path.open(newline="") as stream:
+        (row,) = csv.DictReader(stream)
+    del row["reconstruction_seconds"]
+    path.write_text("\n".join((",".join(row), ",".join(row.values()), torn)))
+    table = TrialTable(path, GREEDY)
+    known = [outcome(selection_seconds=3.0, trial_seconds=2.5)]
+    assert table.outcomes == known
+    table.append(outcome(target=0.75, reconstruction_seconds=1.5, trial_seconds=4.5))
+    assert TrialTable(path, GREEDY).outcomes == [*known, outcome(target=0.75, trial_seconds=4.5)]
+    lines = path.read_text().splitlines()
+    assert lines[0] == ",".join(row) and {line.count(",") for line in lines} == {len(row) - 1}
 
 
 def test_a_torn_header_is_dropped(tmp_path):
