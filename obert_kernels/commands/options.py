@@ -129,6 +129,23 @@ Params = Annotated[
         rich_help_panel="Pruning",
     ),
 ]
+Reconstruction = Annotated[
+    Literal["auto", "none"],
+    typer.Option(
+        help="auto: after pruning, fits the weights that remain in each layer, by least squares, "
+        "to what the layer computed before; it needs no labels. none: leaves them.",
+        rich_help_panel="Pruning",
+    ),
+]
+FitTexts = Annotated[
+    int,
+    typer.Option(
+        min=1,
+        help="Texts that the reconstruction looks at, at most; they are some of those that "
+        "gradients are taken of.",
+        rich_help_panel="Pruning",
+    ),
+]
 FisherDtype = Annotated[
     Literal["float64", "float32"],
     typer.Option(

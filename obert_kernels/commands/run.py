@@ -20,6 +20,7 @@ from ..ops.status import NumericalError
 from ..progress import Progress, silent
 from ..pruning.config import PruningConfig
 from ..pruning.oneshot import PruneResult
+from ..pruning.report import PruneReport
 from ..sparsity.layers import find_weights
 from ..sparsity.masks import check_sparsity
 from ..tasks.task import Task
@@ -31,6 +32,7 @@ from .plots import plot_accuracy
 
 PLOT_FILE = "accuracy.png"
 DENSE_FOLDER = "dense"
+_OF_FITS = ("step", "before", "after", "kept")
 _WRITTEN = r"dense|sparsity-.*|report\.json|accuracy\.png"
 
 
@@ -90,11 +92,12 @@ def _prune(
 ) -> dict[str, Any]:
     """Do the work; ``saved`` gets each folder when it is whole."""
     started = time.perf_counter()
-    chooses_damping = config.damping == "auto" and config.uses_fisher
-    task = load_task(settings, hold_back=chooses_damping, progress=progress)
+    # What is held back chooses the damping, and judges the fit of the remaining weights.
+    holds_back = (config.damping == "auto" and config.uses_fisher) or config.fit is not None
+    task = load_task(settings, hold_back=holds_back, progress=progress)
     model = task.model
     task.check_samples(settings.grad_batch_size, "--grad-batch-size")
-    rows: list[tuple[str, Outcome]] = []
+    rows: list[dict[str, Any]] = []
 
     def evaluate(pruned: nn.Module) -> Scores:
         return Scores(None, None, task.evaluate(pruned, "test").accuracy)
@@ -108,10 +111,10 @@ def _prune(
 
     def on_pruned(row: Outcome, result: PruneResult) -> None:
         method = "magnitude" if row.config is magnitude else "obert_kernels"
-        rows.append((method, row))
+        rows.append(_row(method, row, result.report))
         if method == "magnitude":
             return
-        beside = next(known.test_accuracy for _, known in rows if known.target == row.target)
+        beside = next(known["accuracy"] for known in rows if known["target"] == row.target)
         damping = "" if row.damping_used is None else f"{row.damping_used:.2g}"
         echo(f"{row.sparsity:8.1%}  {beside:9.1%}  {row.test_accuracy:13.1%}  {damping:>7}")
         note(*result.report.notes)
@@ -131,7 +134,7 @@ def _prune(
         model,
         lambda num_grads, samples: task.fisher_batches(num_grads, samples, settings.steps),
         evaluate,
-        task.damping_batches() if chooses_damping else (),
+        task.damping_batches() if holds_back else (),
         task.loss_fn,
         settings.max_memory,
         recover if settings.recovery_epochs else None,
@@ -141,7 +144,11 @@ def _prune(
         progress=progress or silent,
     )
     magnitude = PruningConfig(
-        pattern=config.pattern, scope=config.scope, params=config.params, selection="magnitude"
+        pattern=config.pattern,
+        scope=config.scope,
+        params=config.params,
+        selection="magnitude",
+        reconstruction=None,
     )
     trials = [(how, target) for target in sorted(folders) for how in (magnitude, config)]
     loop.check(trials)
@@ -262,13 +269,13 @@ def _write_summary(
     settings: RunConfig,
     task: Task,
     dense: float,
-    rows: Sequence[tuple[str, Outcome]],
+    rows: Sequence[Mapping[str, Any]],
     seconds: float,
     note: Notes,
 ) -> dict[str, Any]:
     """Write ``report.json`` and ``accuracy.png`` on top of the output folder."""
     curves: dict[str, list[tuple[float, float]]] = {"obert_kernels": [], "magnitude": []}
-    table = sorted((_row(*row) for row in rows), key=lambda row: (row["target"], row["method"]))
+    table = sorted(rows, key=lambda row: (row["target"], row["method"]))
     for row in table:
         curves[row["method"]].append((row["sparsity"], row["accuracy"]))
     how = "in one shot" if settings.steps == 1 else f"in {settings.steps} steps"
@@ -290,8 +297,10 @@ def _write_summary(
     return report
 
 
-def _row(method: str, outcome: Outcome) -> dict[str, Any]:
+def _row(method: str, outcome: Outcome, report: PruneReport) -> dict[str, Any]:
     """A line of ``report.json``."""
+    fits = [{name: getattr(fit, name) for name in _OF_FITS} for fit in report.fits]
+    fitted = {"seconds": outcome.reconstruction_seconds, "divergence": fits} if fits else None
     return {
         "method": method,
         "target": outcome.target,
@@ -299,4 +308,5 @@ def _row(method: str, outcome: Outcome) -> dict[str, Any]:
         "accuracy": outcome.test_accuracy,
         "predicted_increase": outcome.predicted_increase,
         "damping": outcome.damping_used,
+        "reconstruction": fitted,
     }

@@ -144,6 +144,7 @@ def _basis(settings: RunConfig) -> dict[str, Any]:
     return {
         "pattern": settings.pattern,
         "scope": settings.scope,
+        "reconstruction": _fit(settings),
         "params": None if settings.params is None else sorted(settings.params),
         "estimator": settings.estimator,
         "plugins": [_plugin_digest(source) for source in settings.plugin or ()],
@@ -151,6 +152,12 @@ def _basis(settings: RunConfig) -> dict[str, Any]:
         "max-test-texts": settings.max_test_texts,
         "version of obert-kernels": version("obert-kernels"),
     }
+
+
+def _fit(settings: RunConfig) -> str | None:
+    """None without, as in folders from before there was one."""
+    fit = settings.pruning_config().fit
+    return None if fit is None else f"auto with {fit.num_samples} fit-texts"
 
 
 def _plugin_digest(source: str) -> str:
