@@ -67,6 +67,7 @@ def test_run_writes_checkpoints_report_and_plot(
     assert command(*arguments)[1].splitlines()[:-1] == stdout.splitlines()[:-1]  # and again
 
 
+@pytest.mark.usefixtures("limits_are_of_the_fisher")
 def test_run_fine_tunes_and_recovers(
     tmp_path: Path, data_file: str, command: Callable[..., tuple[int, str, str]]
 ) -> None:

@@ -138,6 +138,7 @@ def test_finished_trials_need_no_estimate(estimates):
     assert len(estimates) == len({point_of(s)[2:5] for s in SETTINGS[4:] if s.uses_fisher})
 
 
+@pytest.mark.usefixtures("limits_are_of_the_fisher")
 def test_a_fisher_that_does_not_fit_is_made_in_passes(estimates):
     model = tiny.TinyEncoder()
     setting = replace(GREEDY, fisher=replace(GREEDY.fisher, num_grads=8))
