@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
+import torch
 
-from benchmarks.accuracy import experiment, run
+from benchmarks.accuracy import experiment, prune_once, run, tables
+from obert_kernels import PruneReport, ReconstructionConfig
 
 
 def test_points_of_an_entry():
@@ -100,3 +103,76 @@ def test_changed_experiments_go_elsewhere(measured, monkeypatch, capsys):
     assert {point["texts"] for point in seen} == {64}
     with pytest.raises(SystemExit, match="another config or --set"):
         measured("one_shot", "--only", "data=trec", "seed=1")
+
+
+POINT = {
+    "selection": "greedy", "pattern": "unstructured", "texts": 64, "texts_per_grad": 16,
+    "sparsity": 0.5,
+}  # fmt: skip
+
+
+def test_points_are_fitted_as_they_say():
+    assert run.configuration(POINT).fit is None, "as all results from before"
+    ways = {"none": None, "auto": "auto"}
+    for said, expected in ways.items():
+        assert run.configuration({**POINT, "reconstruction": said}).reconstruction == expected
+    entry = {**POINT, "way": [{"reconstruction": {"ridge": 0.1}}, {"reconstruction": "auto"}]}
+    first, second = map(run.configuration, experiment.expand(entry))
+    assert (first.reconstruction, second.reconstruction) == (
+        ReconstructionConfig(ridge=0.1), "auto",
+    )  # fmt: skip
+    sparsegpt = {"reconstruction": "auto", "selection": "sparsegpt"}
+    for wrong, message in (
+        ({"reconstruction": "yes"}, '"none", "auto" or a dictionary'),
+        (sparsegpt, "sparsegpt is measured without"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            experiment.reconstruction({**POINT, **wrong})
+
+
+@pytest.mark.parametrize(
+    ("point", "texts", "calibration"),
+    [
+        ({"selection": "magnitude"}, None, False),
+        ({"selection": "magnitude", "reconstruction": "auto"}, [4, 16, 1], True),
+        ({"selection": "diagonal", "damping": 1e-7}, [4, 16, 1], False),
+        ({"selection": "diagonal", "damping": 1e-7, "reconstruction": {"ridge": 0.1}}, [4, 16, 1],
+         True),
+        ({"selection": "greedy", "damping": "auto"}, [4, 16, 1], True),
+    ],
+)  # fmt: skip
+def test_what_one_pruning_is_given(monkeypatch, point, texts, calibration):
+    given = {}
+
+    def pruned(model, batches, sparsity, **options):
+        given.update(options, batches=batches)
+        return SimpleNamespace(report=PruneReport([], {}, {"reconstruction": 2.0}, {}))
+
+    monkeypatch.setattr(prune_once, "prune", pruned)
+    monkeypatch.setattr(prune_once, "loss_and_batches", lambda *_: (None, lambda *m: list(m)))
+    model = torch.nn.Linear(2, 2)
+    task = SimpleNamespace(model=model, damping_batches=lambda: ["held back"])
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with prune_once.prune_once(task, {**POINT, **point}) as row:
+        torch.nn.init.ones_(model.bias)
+    assert given["batches"] == texts and ("calibration" in given) == calibration
+    assert given["reconstruction"] == experiment.reconstruction({**POINT, **point})
+    assert row["reconstruction_seconds"] == 2.0
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_runs_with_and_without_a_fit_are_told_apart():
+    common = {"model": "m", "data": "mr", "test_accuracy": 0.8, "seconds": 2.0, "peak_gib": 1.0}
+    rows = [
+        {**POINT, **common, "seed": seed, **fit}
+        for seed in (0, 1)
+        for fit in ({}, {"reconstruction": "auto", "reconstruction_seconds": 0.5})
+    ]
+    lines = tables.whole_runs(rows, {})
+    assert [line.split(" |")[0] for line in lines if line.startswith("| ours")] == [
+        "| ours", "| ours + fit",
+    ]  # fmt: skip
+    (header,) = [line for line in lines if line.startswith("| method")]
+    assert "selection s | fit s | whole s" in header
+    without = tables.whole_runs([row for row in rows if "reconstruction" not in row], {})
+    assert not any("fit" in line for line in without)

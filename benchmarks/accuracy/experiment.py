@@ -13,6 +13,12 @@ whatever the axis is called.  The result is a list of flat points:
     pattern, selection, update, damping, sparsity, steps, schedule, estimator, fisher_dtype
                            as for :func:`obert_kernels.prune`; a selection can be "wanda" or
                            "sparsegpt", too, and where each point is a process "reference"
+    reconstruction         how the remaining weights are then fitted: "none" (default), "auto", or a
+                           dictionary for :class:`obert_kernels.ReconstructionConfig`, which on an
+                           axis stands in one of its own: [{"reconstruction": {"ridge": 0.1}}, ...].
+                           SparseGPT and the reference are measured without
+
+A row of a point with a fit has ``reconstruction_seconds``, too.
 """
 
 from __future__ import annotations
@@ -22,8 +28,28 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from obert_kernels import ReconstructionConfig
+
 FOLDER = Path(__file__).parent / "experiments"
 Point = dict[str, Any]
+
+
+def reconstruction(point: Mapping[str, Any]) -> ReconstructionConfig | str | None:
+    """How the remaining weights of a point are fitted, as :func:`obert_kernels.prune` takes it.
+
+    Raises:
+        SystemExit: it is none of what an experiment may say.
+    """
+    wanted = point.get("reconstruction", "none")
+    if wanted == "none":
+        return None
+    if point["selection"] in ("sparsegpt", "reference"):
+        raise SystemExit(f"{point['selection']} is measured without a reconstruction")
+    if isinstance(wanted, Mapping):
+        return ReconstructionConfig(**wanted)
+    if wanted == "auto":
+        return "auto"
+    raise SystemExit(f'reconstruction is "none", "auto" or a dictionary, got {wanted!r}')
 
 
 def load(name: str) -> dict[str, Any]:

@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
-from benchmarks.accuracy.experiment import Point
+from benchmarks.accuracy.experiment import Point, reconstruction
 from benchmarks.accuracy.sparsegpt import prune_as_sparsegpt
 from benchmarks.accuracy.tables import Row
 from benchmarks.support.contender import prune_as_reference
-from obert_kernels import PruneReport, find_weights, prune
+from obert_kernels import PruneReport, prune
 from obert_kernels.gradients.losses import LossFn
 from obert_kernels.tasks.batches import fisher_batches, tokens_at_once
 from obert_kernels.tasks.classification import ClassificationTask
@@ -46,46 +46,47 @@ def prepared(task: ClassificationTask, point: Point) -> Callable[[], PruneReport
     """Everything but the pruning, which the returned function does."""
     num_grads, steps = point["texts"] // point["texts_per_grad"], point.get("steps", 1)
     loss_fn, batches_of = loss_and_batches(task, point)
+    fit = reconstruction(point)
     if point["selection"] == "sparsegpt":
         texts = batches_of(num_grads, point["texts_per_grad"])
         return lambda: (
             prune_as_sparsegpt(task.model, texts, point["sparsity"], point["pattern"]).report
         )
-    magnitude, held = point["selection"] == "magnitude", task.damping_batches()
-    batches = None if magnitude else batches_of(num_grads, point["texts_per_grad"], steps)
+    looks_at_none = point["selection"] == "magnitude" and fit is None
+    batches = None if looks_at_none else batches_of(num_grads, point["texts_per_grad"], steps)
     options = {n: point[n] for n in ("pattern", "selection", "schedule", "estimator") if n in point}
     options["fisher_dtype"] = getattr(torch, point.get("fisher_dtype", "float64"))
     if point["selection"] == "diagonal":
         options["update"] = "sum"
     if point.get("damping", "auto") != "auto":
         options["damping"] = point["damping"]
-    elif point["selection"] == "greedy":
-        options["calibration"] = held
+    if fit is not None or (point["selection"] == "greedy" and "damping" not in options):
+        options["calibration"] = task.damping_batches()
     return lambda: prune(
         task.model, batches, point["sparsity"], num_grads=num_grads,
-        samples_per_grad=point["texts_per_grad"], steps=steps, loss_fn=loss_fn, **options,
+        samples_per_grad=point["texts_per_grad"], steps=steps, loss_fn=loss_fn, reconstruction=fit,
+        **options,
     ).report  # fmt: skip
 
 
 @contextmanager
 def prune_once(task: ClassificationTask, point: Point) -> Iterator[Row]:
-    """Prune, and put the weights back when the block ends."""
-    weights = find_weights(task.model)
-    dense = {name: weight.detach().clone() for name, weight in weights.items()}
+    """Prune, and put the model back when the block ends."""
+    dense = {name: value.clone() for name, value in task.model.state_dict().items()}
     try:
         report = prepared(task, point)()
         dampings = [trial.relative for trial in report.damping_trials if trial.chosen]
         yield {"dampings": dampings, **stages(report.seconds)}
     finally:
-        with torch.no_grad():
-            for name, weight in weights.items():
-                weight.copy_(dense[name])
+        task.model.load_state_dict(dense)
 
 
 def stages(seconds: dict[str, float]) -> Row:
     row = {f"{name}_seconds": seconds.get(name, 0.0) for name in ("gradients", "fisher", "damping")}
     selection = sum(seconds.get(name, 0.0) for name in ("scores", "masks", "update"))
-    return {**row, "selection_seconds": selection}
+    row["selection_seconds"] = selection
+    fitted = seconds.get("reconstruction")
+    return row if fitted is None else {**row, "reconstruction_seconds": fitted}
 
 
 def prune_whole(task: ClassificationTask, point: Point) -> Row:

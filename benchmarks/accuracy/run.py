@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from benchmarks.accuracy.dense_models import MAX_LENGTH, fine_tuned
-from benchmarks.accuracy.experiment import Point, key, load, points
+from benchmarks.accuracy.experiment import Point, key, load, points, reconstruction
 from benchmarks.accuracy.prune_once import loss_and_batches, prune_once, prune_whole
 from benchmarks.accuracy.tables import Row, markdown, parts
 from benchmarks.support.report import RESULTS, machine_name, new_document, write
@@ -144,18 +144,23 @@ def configuration(point: Point) -> PruningConfig:
     fisher = FisherConfig(
         estimator=point.get("estimator", "gram"), dtype=point.get("fisher_dtype", "float64")
     )
-    return make_grid(**given, base=PruningConfig(pattern=point["pattern"], fisher=fisher))[0]
+    base = PruningConfig(
+        pattern=point["pattern"], fisher=fisher, reconstruction=reconstruction(point)
+    )
+    return make_grid(**given, base=base)[0]
 
 
 FIGURES = (
     "dev_accuracy", "dev_loss", "test_accuracy", "predicted_increase", "damping_used",
     "gradients_seconds", "fisher_seconds", "damping_seconds", "selection_seconds",
-    "trial_seconds", "error",
+    "reconstruction_seconds", "trial_seconds", "error",
 )  # fmt: skip
 
 
 def figures(outcome: Outcome) -> Row:
     row = {"reached": outcome.sparsity, **{name: getattr(outcome, name) for name in FIGURES}}
+    if outcome.config.fit is None:
+        del row["reconstruction_seconds"]
     return {name: value for name, value in row.items() if value not in (None, "")}
 
 

@@ -255,28 +255,38 @@ def whole_runs(rows: list[Row], experiment: Mapping[str, Any]) -> list[str]:
             row["seed"]: row["seconds"] for row in select(some, {"selection": "reference"})
         }
         for row in some:
-            if row["selection"] == "magnitude":
+            row["fitted"] = row.get("reconstruction", "none") != "none"
+            if row["selection"] == "magnitude" and not row["fitted"]:
                 row["texts"] = 0
             if row["seed"] in references and row["pattern"] == "unstructured":
                 row["ratio"] = references[row["seed"]] / row["seconds"]
         lines += [f"## {model} on {data.upper()}", ""]
         if len({row["seed"] for row in some}) > 1:
             lines += [*spans(some), ""]
-        lines += [*table(RUN_COLUMNS, map(run_cells, some)), ""]
+        stages = list(STAGES)
+        if any(row["fitted"] for row in some):
+            stages.insert(-1, "reconstruction_seconds")
+        columns = [*RUN_COLUMNS, *(STAGE_NAMES[stage] for stage in stages), *LAST_COLUMNS]
+        lines += [*table(columns, (run_cells(row, stages) for row in some)), ""]
     return lines
 
 
-RUN_COLUMNS = (
-    "method", "seed", "pattern", "sparsity", "texts", "accuracy", "gradients s", "Fisher s",
-    "damping s", "selection s", "whole s", "peak GiB", "reference : it",
-)  # fmt: skip
+RUN_COLUMNS = ("method", "seed", "pattern", "sparsity", "texts", "accuracy")
+LAST_COLUMNS = ("peak GiB", "reference : it")
 STAGES = ("gradients_seconds", "fisher_seconds", "damping_seconds", "selection_seconds", "seconds")
+STAGE_NAMES = {
+    "gradients_seconds": "gradients s", "fisher_seconds": "Fisher s",
+    "damping_seconds": "damping s", "selection_seconds": "selection s",
+    "reconstruction_seconds": "fit s", "seconds": "whole s",
+}  # fmt: skip
+FITTED = " + fit"
 
 
-def run_cells(row: Row) -> list[object]:
+def run_cells(row: Row, stages: Iterable[str]) -> list[object]:
     return [
-        row["selection"], row["seed"], row["pattern"], percent(row["sparsity"]), row["texts"],
-        f"{row['test_accuracy']:.1%}", *(f"{row.get(stage, 0.0):.1f}" for stage in STAGES),
+        row["selection"] + FITTED * row["fitted"], row["seed"], row["pattern"],
+        percent(row["sparsity"]), row["texts"],
+        f"{row['test_accuracy']:.1%}", *(f"{row.get(stage, 0.0):.1f}" for stage in stages),
         f"{row['peak_gib']:.1f}", f"{row['ratio']:.1f}" if "ratio" in row else "",
     ]  # fmt: skip
 
@@ -284,13 +294,13 @@ def run_cells(row: Row) -> list[object]:
 def spans(rows: list[Row]) -> list[str]:
     """What all seeds have, from the least to the largest; of the memory the largest."""
     body = []
-    for (selection, texts, pattern, sparsity), some in parts(
-        rows, "selection", "texts", "pattern", "sparsity"
+    for (selection, fitted, texts, pattern, sparsity), some in parts(
+        rows, "selection", "fitted", "texts", "pattern", "sparsity"
     ):
         if len({row["seed"] for row in some}) < 2:
             continue
         body.append([
-            RUN_NAMES[selection], pattern, percent(sparsity), texts,
+            RUN_NAMES[selection] + FITTED * fitted, pattern, percent(sparsity), texts,
             span(some, "seconds", lambda value: f"{value:.{0 if value > 1 else 1}f}"),
             span(some, "ratio", lambda value: f"{value:.1f}x"),
             span(some, "test_accuracy", lambda value: f"{100 * value:.1f}"),
