@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -199,6 +200,14 @@ def test_workspaces_by_hand():
     count, size = fit.workspace_shape(3072, 768, 132)
     assert count == 27 and 8 * count * size < 2**30 < 8 * (count + 1) * size
     assert fit.workspace_shape(30_000, 10, 132)[0] == 1
+
+
+def test_a_device_has_a_workspace_for_each_multiprocessor(monkeypatch):
+    device = torch.device("cuda")
+    targets = SimpleNamespace(is_cuda=True, device=device, shape=(500, 100), new_empty=list)
+    known = {device: SimpleNamespace(multi_processor_count=108)}
+    monkeypatch.setattr(torch.cuda, "get_device_properties", known.get)
+    assert fit._workspaces(targets) == [108, place_size(100)]
 
 
 def test_a_workspace_that_is_too_small_is_refused(cuda_on_host):
