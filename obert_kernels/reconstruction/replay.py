@@ -22,6 +22,8 @@ from .structure import Chain, Place, Unit, first_of
 
 Arguments = tuple[tuple, dict[str, Any]]
 
+_ROUNDING = 1e-4  # of the largest value
+
 
 # What a block leaves as it is (tensors are noted before they may change).
 _NEVER_CHANGED = (Tensor, nn.Module, tuple, list, str, int, float, type(None))
@@ -52,6 +54,20 @@ class _Position:
         else:
             kwargs = {**kwargs, place: tensor}
         return first_of(self.chain.blocks[self.index](*args, **kwargs))
+
+    def starting_with(self, other: _Position) -> _Position:
+        """The same with what the first block of another one is given."""
+        self._handed_on = list(other._handed_on)
+        return self
+
+    def try_out(self, batch: int) -> Any:
+        """Run the block on a copy of what it is given, which it may change in place."""
+        given = self._handed_on[batch]
+        self._handed_on[batch] = given.clone() if isinstance(given, Tensor) else given
+        try:
+            return self.run(batch)
+        finally:
+            self._handed_on[batch] = given
 
     def advance(self, batch: int) -> None:
         """Run the block for a batch, and keep what it hands on."""
@@ -98,10 +114,33 @@ class Replay:
         self.batches = batches
         self._model, self._loss_fn = model, loss_fn
         self._parameters, self._dense = parameters, dense
+        self._pruned = {name: parameter.data for name, parameter in parameters.items()}
         self._device = next(iter(parameters.values())).device
         self.in_dense: list[dict[Place, Tensor]] = []
         self._dense_at: _Position | None = None
         self._pruned_at: _Position | None = None
+
+    def runs_alone(self, chain: Chain) -> bool:
+        """Do blocks give the same without the model around them?
+
+        The pruned ones are given the arguments of the dense ones, and run after these: neither
+        what earlier blocks compute nor what is left of other passes and batches may count.
+        """
+        places = [Place(block, True) for block in chain.blocks]
+        expected = list(self._whole_runs(False, places))
+        try:
+            here = self._start(chain, True).starting_with(self._start(chain, False))
+            for here.index, place in enumerate(places):
+                for batch, found in enumerate(expected):
+                    with self._weights(True):
+                        here.try_out(batch)
+                    with self._weights(False), _tapped([place], stops=False) as again:
+                        here.advance(batch)
+                    if not _agree(found, _rows_of(again, self.batches[batch])):
+                        return False
+        except Exception:  # then it is the whole model that runs, and may raise it again
+            return False
+        return True
 
     def enter(self, unit: Unit, places: Sequence[Place]) -> None:
         """Run both models up to a unit, and the dense one through it.
@@ -168,7 +207,7 @@ class Replay:
         assert self._pruned_at is not None
         for index, batch in enumerate(self.batches):
             with self._weights(False), _tapped(places) as found, suppress(_Enough):
-                self._pruned_at.run(index)
+                self._pruned_at.try_out(index)
             yield _rows_of(found, batch)
 
     def _whole_runs(self, dense: bool, places: Sequence[Place]) -> Iterator[dict[Place, Tensor]]:
@@ -183,7 +222,7 @@ class Replay:
 
     @contextmanager
     def _weights(self, dense: bool) -> Iterator[None]:
-        with torch.no_grad(), replaced(self._parameters, self._dense if dense else {}):
+        with torch.no_grad(), replaced(self._parameters, self._dense if dense else self._pruned):
             torch.clear_autocast_cache()  # it may hold copies of the other model's weights
             yield
         torch.clear_autocast_cache()
@@ -212,6 +251,17 @@ def _tapped(places: Sequence[Place], *, stops: bool = True) -> Iterator[dict[Pla
         for place in places:
             stack.enter_context(removed(hook(place)))
         yield found
+
+
+def _agree(found: Mapping[Place, Tensor], again: Mapping[Place, Tensor]) -> bool:
+    """Is what was noted again the same as before, but for rounding?"""
+    for place, tensor in again.items():
+        before = found.get(place)
+        if before is None or before.shape != tensor.shape:
+            return False
+        if not bool((tensor - before).abs().max() <= _ROUNDING * before.abs().max()):
+            return False
+    return True
 
 
 def _rows_of(found: Mapping[Place, Tensor], batch: Any) -> dict[Place, Tensor]:

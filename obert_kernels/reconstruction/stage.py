@@ -88,7 +88,7 @@ def reconstruct(
     parameters = {**weights, **biases_of(model, weights)}
     dense = {name: dense[name] for name in parameters}
     with evaluation(model):
-        structure = _structure(model, weights, parameters, dense, batches[0], loss_fn)
+        structure = _structure(model, weights, parameters, dense, batches, loss_fn)
         fitting = _with_room(weights, structure, batches, held_back, max_memory)
         replays = [Replay(model, loss_fn, own, parameters, dense) for own in (fitting, held_back)]
         fits: list[LayerFit] = []
@@ -117,15 +117,25 @@ def _structure(
     weights: Mapping[str, nn.Parameter],
     parameters: Mapping[str, nn.Parameter],
     dense: Mapping[str, Tensor],
-    batch: Any,
+    batches: list[Any],
     loss_fn: LossFn,
 ) -> Structure:
-    if samples_in(batch) is not None:
-        batch = split_batch(batch, _TRACED_SAMPLES)[0]
-    batch = to_device(batch, next(iter(parameters.values())).device)
     found = owners(model, weights, find_matrices(model).transposed)
+    few = _few_samples(batches)
+    first = to_device(few[0], next(iter(parameters.values())).device)
+    replay = Replay(model, loss_fn, few, parameters, dense)
     with replaced(parameters, dense):
-        return find_structure(model, found, list(weights), lambda: loss_fn(model, batch))
+        return find_structure(
+            model, found, list(weights), lambda: loss_fn(model, first), replay.runs_alone
+        )
+
+
+def _few_samples(batches: list[Any]) -> list[Any]:
+    """Two small batches, one where there is no more."""
+    few = list(batches[:2])
+    if samples_in(few[0]) is not None:
+        few = [*split_batch(few[0], _TRACED_SAMPLES)[:2], *few[1:]]
+    return few[:2]
 
 
 def _with_room(

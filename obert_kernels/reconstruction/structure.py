@@ -158,8 +158,7 @@ def find_structure(
     found: list[Layer],
     names: list[str],
     run: Callable[[], object],
-    *,
-    in_chains: bool = True,
+    runs_alone: Callable[[Chain], bool] = lambda chain: True,
 ) -> Structure:
     """Follow a forward pass.
 
@@ -168,7 +167,7 @@ def find_structure(
         found: its layers, see :func:`owners`.
         names: of all matrices.
         run: calls the model with a few samples.
-        in_chains: blocks may be replayed alone.
+        runs_alone: can the blocks of a chain be replayed without the model around them?
     """
     calls = _record(model, run)
     left_out = dict.fromkeys(names, "no linear layer owns it")
@@ -179,7 +178,7 @@ def find_structure(
     of_module = {
         layer.module: layer for layer in found if left_out[layer.name].startswith("its layer")
     }
-    chains = _chains(model, calls) if in_chains else []
+    chains = [chain for chain in _chains(model, calls) if runs_alone(chain)]
     of_block = {
         inner: (chain, index)
         for chain in reversed(chains)
@@ -187,7 +186,7 @@ def find_structure(
         for inner in block.modules()
     }
     units: list[Unit] = []
-    inputs: list[tuple[Tensor, list[Layer]]] = []
+    inputs: list[tuple[Call, list[Layer]]] = []
     rows = 0
     for index, call in enumerate(calls):
         if call.module not in of_module:
@@ -204,12 +203,12 @@ def find_structure(
             inputs.clear()
         block = None if chain is None else chain.blocks[at]
         layer = replace(layer, total=_total(index, calls, block))
-        known = next((group for tensor, group in inputs if tensor is call.first_input), None)
+        known = next((group for other, group in inputs if _same_input(call, other)), None)
         if known is not None:
             known.append(layer)
             continue
         units[-1].groups.append([layer])
-        inputs.append((call.first_input, units[-1].groups[-1]))
+        inputs.append((call, units[-1].groups[-1]))
     return Structure(units, left_out, rows)
 
 
@@ -239,6 +238,11 @@ def _copy(value: Any) -> Any:
     return value.clone() if isinstance(value, Tensor) else value
 
 
+def _same_input(ours: Call, theirs: Call) -> bool:
+    """Do two layers get one tensor, and was it not changed in between?"""
+    return ours.first_input is theirs.first_input and torch.equal(ours.x, theirs.x)
+
+
 def _is_shared(model: nn.Module, layer: Layer) -> bool:
     """Is the matrix, or the bias, that of other modules, too?"""
     own = {id(layer.weight), id(layer.bias)} - {id(None)}
@@ -252,6 +256,8 @@ def _obstacle(layer: Layer, call: Call, calls: list[Call]) -> str | None:
         return "its layer is called several times in a forward pass"
     if not isinstance(x, Tensor) or not isinstance(y, Tensor):
         return "its layer takes or gives no tensor"
+    if not x.numel():
+        return "its layer is given no rows"
     matrix = layer.weight.detach().mT if layer.transposed else layer.weight.detach()
     if x.shape[-1] != matrix.shape[1] or y.shape != (*x.shape[:-1], matrix.shape[0]):
         return "its layer's output has another shape"
