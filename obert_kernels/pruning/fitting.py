@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -91,7 +92,7 @@ class Fitting:
                 step.progress, self.max_memory,
             )  # fmt: skip
             after = _cost(judge)
-            is_kept = after < before
+            is_kept = math.isfinite(after) and not after >= before
             if not is_kept:
                 _write(parameters, pruned)
                 found.notes.append(_UNDONE)

@@ -291,8 +291,8 @@ class Pruner:
             return [nothing], [NOTHING_TO_PRUNE]
         if not config.uses_fisher:
             step = _with_lasting_batches(step)
-            source = None if step.batches is None else BatchSource(step.batches)
-            fitting = self._fitting(step, source, self._judge(calibration))
+            own = None if step.batches is None else BatchSource(step.batches)
+            fitting = self._fitting(step, own, self._judge(calibration))
             return in_steps(step, lambda here, _: without_fisher(here), fitting), []
         if fisher is not None:
             check_estimate_serves(fisher, config, step.weights)
@@ -303,8 +303,9 @@ class Pruner:
                 )
             judge = self._judge(calibration)
             damping = self._damping(judge)
-            batches = step.batches or fisher.batches
-            fitting = self._fitting(step, BatchSource(batches) if batches else None, judge)
+            batches = (fisher.batches or None) if step.batches is None else step.batches
+            known = None if batches is None else BatchSource(batches)
+            fitting = self._fitting(step, known, judge)
             return [fitted(step, from_estimate(step, fisher, damping), fitting)], fisher.notes
         if step.batches is None:
             raise ValueError("batches is needed: an iterable of batches, or fisher=an estimate")
