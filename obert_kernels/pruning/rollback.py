@@ -46,6 +46,7 @@ class Rollback:
     ) -> None:
         self._on_interrupt = signal.getsignal(signal.SIGINT)
         self._attributes = [(owner, dict(vars(owner))) for owner in also]
+        self._has_fast_path = torch.backends.mha.get_fastpath_enabled()
         modules, parameters = list(model.modules()), list(model.parameters())
         self._modes = [
             (module, {name: vars(module)[name] for name in _FLAGS if name in vars(module)})
@@ -88,6 +89,7 @@ class Rollback:
     def _put_back(self) -> None:
         for owner, attributes in self._attributes:
             vars(owner).update(attributes)
+        torch.backends.mha.set_fastpath_enabled(self._has_fast_path)
         torch.clear_autocast_cache()  # which may hold copies of weights that were tried
         for name, (weight, data) in self._data.items():
             weight.data = data

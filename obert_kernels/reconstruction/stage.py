@@ -9,7 +9,8 @@ what the stream has lost.  No labels are needed.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -87,7 +88,7 @@ def reconstruct(
     """
     parameters = {**weights, **biases_of(model, weights)}
     dense = {name: dense[name] for name in parameters}
-    with evaluation(model):
+    with evaluation(model), _every_layer_called():
         structure = _structure(model, weights, parameters, dense, batches, loss_fn)
         fitting = _with_room(weights, structure, batches, held_back, max_memory)
         replays = [Replay(model, loss_fn, own, parameters, dense) for own in (fitting, held_back)]
@@ -98,10 +99,9 @@ def reconstruct(
                 replay.enter(unit, [p for place in places for p in place.in_dense(config)])
             for group, place in zip(unit.groups, places, strict=True):
                 seen, unseen = (_moments(replay, unit, place, config) for replay in replays)
-                if not (seen.count and unseen.count):
-                    structure.left_out |= {
-                        layer.name: "no batch comes to its layer" for layer in group
-                    }
+                if isinstance(seen, str) or isinstance(unseen, str):
+                    reason = seen if isinstance(seen, str) else str(unseen)
+                    structure.left_out |= {layer.name: reason for layer in group}
                     continue
                 for index, layer in enumerate(group):
                     fits.append(_fit(layer, index, masks[layer.name], seen, unseen, config))
@@ -110,6 +110,17 @@ def reconstruct(
     if fitting is not batches:
         notes.append("memory did not hold all samples for the fit: fewer were taken")
     return Reconstruction(fits, notes)
+
+
+@contextmanager
+def _every_layer_called() -> Iterator[None]:
+    """``nn.TransformerEncoder`` has a way of its own for inference, past its layers."""
+    is_on = torch.backends.mha.get_fastpath_enabled()
+    try:
+        torch.backends.mha.set_fastpath_enabled(False)
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(is_on)
 
 
 def _structure(
@@ -188,20 +199,24 @@ class _Group(NamedTuple):
         return [self.entry, *(p for total, own in pairs if total for p in (own, total))]
 
 
-def _moments(replay: Replay, unit: Unit, group: _Group, config: ReconstructionConfig) -> Moments:
-    """Inputs and targets of layers with the same inputs."""
+def _moments(
+    replay: Replay, unit: Unit, group: _Group, config: ReconstructionConfig
+) -> Moments | str:
+    """Inputs and targets of layers with the same inputs; a reason if they cannot be fitted."""
     moments = Moments()
     wanted = group.in_pruned()
     pruned_runs = replay.in_dense if config.inputs == "dense" else replay.in_pruned(unit, wanted)
     for dense, pruned in zip(replay.in_dense, pruned_runs, strict=True):
         if not (dense.keys() >= {*group.in_dense(config)} and pruned.keys() >= {*wanted}):
             continue  # the batch does not come to them
+        if any(len(dense[place]) != len(pruned[group.entry]) for place in group.in_dense(config)):
+            return "the pruned model gives its layer other rows than the dense one"
         targets = [
             dense[own] if total is None else dense[total] - (pruned[total] - pruned[own])
             for total, own in zip(group.totals, group.outputs, strict=True)
         ]
         moments.add(pruned[group.entry], targets)
-    return moments
+    return moments if moments.count else "no batch comes to its layer"
 
 
 def _fit(
@@ -239,6 +254,6 @@ def _notes(structure: Structure, fits: list[LayerFit], config: ReconstructionCon
     notes += [f"{listed(names)} not fitted: {reason}" for reason, names in by_reason.items()]
     if config.residual and fits and all(layer.total is None for layer in structure.layers):
         notes.append(
-            "no residual sum was found in the model: each layer was fitted to its own output"
+            "no residual sum was found after the layers fitted: each was fitted to its own output"
         )
     return notes

@@ -173,7 +173,9 @@ def find_structure(
     left_out = dict.fromkeys(names, "no linear layer owns it")
     for layer in found:
         left_out[layer.name] = (
-            "other modules share it" if _is_shared(model, layer) else "its layer is not called"
+            "other modules share it, or its bias"
+            if _is_shared(model, layer)
+            else "its layer is not called"
         )
     of_module = {
         layer.module: layer for layer in found if left_out[layer.name].startswith("its layer")

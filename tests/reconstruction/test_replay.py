@@ -251,3 +251,56 @@ def test_layers_share_inputs_only_as_long_as_these_stay_the_same(monkeypatch):
     monkeypatch.setattr(stage, "find_structure", find)
     fitted(Model(ChangedInput, plain), tokens(4, 0), tokens(4, 1))
     assert groups == [1] * 9
+
+
+class Experts(Block):
+    """Which rows come to an expert depends on what is computed before."""
+
+    def __init__(self):
+        super().__init__()
+        self.other = nn.Linear(WIDTH, 2 * WIDTH)
+
+    def inner(self, x):
+        rows = self.norm(x).reshape(-1, WIDTH)
+        to_other = rows[:, 0] > 0
+        found = rows.new_empty(len(rows), 2 * WIDTH)
+        found[to_other] = self.other(rows[to_other])
+        found[~to_other] = self.wide(rows[~to_other])
+        return found.view(*x.shape[:-1], 2 * WIDTH)
+
+
+def test_layers_that_get_other_rows_in_the_pruned_model_are_left_out():
+    model = Model(Experts, plain)
+    with torch.no_grad():
+        for block in model.layer:
+            block.narrow.weight *= 4
+    found, _ = fitted(model, tokens(8, 0), tokens(4, 1))
+    (note,) = found.notes
+    assert "layer.2.other.weight" in note and "other rows than the dense one" in note
+    names = {fit.name for fit in found.layers}
+    assert {"layer.0.wide.weight", "layer.0.other.weight", "layer.2.narrow.weight"} <= names
+
+
+class OfTorch(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(50, WIDTH)
+        layer = nn.TransformerEncoderLayer(WIDTH, 2, 16, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 2)
+        self.head = nn.Linear(WIDTH, 3)
+
+    def forward(self, input_ids, attention_mask=None):
+        x = self.embedding(input_ids)
+        padding = torch.zeros_like(input_ids, dtype=torch.bool)
+        padding[1:, 5:] = True
+        return {"logits": self.head(self.encoder(x, src_key_padding_mask=padding)[:, 0])}
+
+
+def test_layers_of_torchs_own_encoder_are_called():
+    """Its fast path computes with nested tensors, and calls no layer."""
+    model = OfTorch().eval()
+    found, _ = fitted(model, tokens(8, 0), tokens(4, 1))
+    assert torch.backends.mha.get_fastpath_enabled()
+    expected = [f"encoder.layers.{i}.linear{j}.weight" for i in (0, 1) for j in (1, 2)]
+    assert [fit.name for fit in found.layers] == expected
+    assert len(found.notes) == 2 and all("not fitted" in note for note in found.notes)
