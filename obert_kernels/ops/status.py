@@ -44,6 +44,8 @@ def new_status(device: torch.device | str | None = None) -> Tensor:
 
 def record_failure(status: Tensor, bad: Tensor, first_block: int = 0) -> None:
     """Store the first failed block, ``bad`` says which, without waiting for the device."""
+    if not bad.numel():
+        return
     failed = torch.where(bad.any(), bad.to(torch.uint8).argmax() + first_block, -1)
     is_first = (failed >= 0) & ((status < 0) | (failed < status))
     status.copy_(torch.where(is_first, failed, status))

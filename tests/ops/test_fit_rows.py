@@ -170,3 +170,8 @@ def test_what_an_argument_should_be():
     for wrong in ([0, 4, 3], [0, 1, 4], [1, 1, 3], [-1, 1, 3]):
         with pytest.raises(ValueError, match="first_row must rise from 0 to the 3 rows"):
             ops.fit_rows(moments, targets, keep, torch.tensor(wrong), status)
+
+
+def test_no_supports_and_no_rows_are_no_work(isa):
+    fitted, expected, status = both(problem(5, [], []))
+    assert fitted.shape == expected.shape == (0, 5) and status == -1
