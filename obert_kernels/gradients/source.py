@@ -80,16 +80,21 @@ class BatchSource:
         self._remember = num_samples
 
     def look_back(self) -> list[Any]:
-        """Return what has been noted; of a source that nothing was taken of, one pass.
+        """Return what has been noted; of a source that nothing was taken of, one pass, which ends
+        early where it may have no end.
 
         Raises:
             ValueError: there are no batches.
         """
         if not self.remembered:
+            samples, most = 0, _MOST_REMEMBERED * self._remember
             while (batch := self._next_of_pass()) is not _END:
                 if self.taken % self._every == 0:
                     self._note(batch)
                 self.taken += 1
+                samples += samples_in(batch) or 1
+                if how_many(self._batches) is None and samples >= most:
+                    break
         if not self.remembered:
             raise _no_batches()
         return self.remembered
@@ -223,7 +228,7 @@ class BatchSource:
 
 
 def _no_batches() -> ValueError:
-    return ValueError("batches is empty: no gradient can be computed")
+    return ValueError("batches is empty: pass at least one (an iterator may be used up)")
 
 
 def _are_equal(first: Any, second: Any) -> bool:

@@ -27,6 +27,7 @@ _UNDONE = (
     "the fit of the remaining weights to the dense model was undone: on held-back batches it moved "
     "the predictions further; more batches may help"
 )
+_SAME_BATCHES = "the fit of the remaining weights was judged on the batches it was made from"
 
 
 class Fit(NamedTuple):
@@ -83,7 +84,9 @@ class Fitting:
         masks = {name: step.pattern.matrix(flat_masks[name], w) for name, w in step.weights.items()}
         with step.clock.stage("reconstruction"):
             seen, held_back = self._batches
-            judge = self.calibration or Calibration(step.model, held_back, step.loss_fn)
+            judge = self.calibration or Calibration(
+                step.model, held_back, step.loss_fn, "the fit is judged"
+            )
             with replaced(parameters, {name: dense[name] for name in parameters}):
                 _ = judge.before
             before, pruned = _cost(judge), _copies(parameters)
@@ -95,7 +98,10 @@ class Fitting:
             is_kept = math.isfinite(after) and not after >= before
             if not is_kept:
                 _write(parameters, pruned)
+            if not is_kept and any(layer.is_kept for layer in found.layers):
                 found.notes.append(_UNDONE)
+            if any(one is other for one in seen for other in held_back):
+                found.notes.append(_SAME_BATCHES)
         report = FitReport(1, before, after, is_kept, found.layers)
         return Fit(self.config, report, found.notes)
 

@@ -82,14 +82,20 @@ class Calibration:
         model: as it is before anything is pruned, when it is first asked for a change.
         batches: which the Fisher should not have seen.
         loss_fn: as for :func:`predict`.
+        use: what they serve, for messages.
 
     Raises:
         ValueError: there are no batches.
     """
 
     def __init__(
-        self, model: nn.Module, batches: Iterable[Any], loss_fn: LossFn | None = None
+        self,
+        model: nn.Module,
+        batches: Iterable[Any],
+        loss_fn: LossFn | None = None,
+        use: str = "the damping is chosen",
     ) -> None:
+        self._use = use
         self._model, self.batches, self._loss_fn = model, list(batches), loss_fn
         if not self.batches:
             raise ValueError(
@@ -107,7 +113,7 @@ class Calibration:
         before = predict(self._model, self.batches, self._loss_fn)
         if before.broken is not None:
             raise NotFiniteError(
-                f"batch {before.broken} of those that the damping is chosen on gives "
+                f"batch {before.broken} of those that {self._use} on gives "
                 f"{'a loss' if before.log_probabilities is None else 'logits'} with NaN or "
                 "infinity before anything is pruned: leave it out, compute in float32 without "
                 "autocast, or pass calibration="

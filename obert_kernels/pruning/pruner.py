@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
+from itertools import tee
 from typing import Any, TypeVar
 
 import torch
@@ -290,8 +291,7 @@ class Pruner:
                 nothing = nothing._replace(increase=dict.fromkeys(step.weights, 0.0))
             return [nothing], [NOTHING_TO_PRUNE]
         if not config.uses_fisher:
-            step = _with_lasting_batches(step)
-            own = None if step.batches is None else BatchSource(step.batches)
+            step, own = _with_source(_with_lasting_batches(step))
             fitting = self._fitting(step, own, self._judge(calibration))
             return in_steps(step, lambda here, _: without_fisher(here), fitting), []
         if fisher is not None:
@@ -303,8 +303,9 @@ class Pruner:
                 )
             judge = self._judge(calibration)
             damping = self._damping(judge)
-            batches = (fisher.batches or None) if step.batches is None else step.batches
-            known = None if batches is None else BatchSource(batches)
+            step, known = _with_source(step)
+            if known is None and fisher.batches:
+                known = BatchSource(fisher.batches)
             fitting = self._fitting(step, known, judge)
             return [fitted(step, from_estimate(step, fisher, damping), fitting)], fisher.notes
         if step.batches is None:
@@ -339,7 +340,9 @@ class Pruner:
     def _judge(self, calibration: Iterable[Any] | None) -> Calibration | None:
         if calibration is None:
             return None
-        return Calibration(self.model, calibration, self.loss_fn)
+        chooses = self.config.uses_fisher and self.config.damping == "auto"
+        use = "the damping is chosen" if chooses else "the fit is judged"
+        return Calibration(self.model, calibration, self.loss_fn, use)
 
     def _damping(self, judge: Calibration | None) -> DampingChoice:
         if not isinstance(self.config.damping, str):
@@ -402,3 +405,11 @@ def _with_lasting_batches(step: PruningStep) -> PruningStep:
     if step.config.steps > 1 and isinstance(step.batches, Iterator):
         return replace(step, batches=list(step.batches))
     return step
+
+
+def _with_source(step: PruningStep) -> tuple[PruningStep, BatchSource | None]:
+    """The same, and a source for its reconstruction: neither uses up the other's batches."""
+    if step.config.reconstruction is not None and isinstance(step.batches, Iterator):
+        own, others = tee(step.batches)
+        return replace(step, batches=own), BatchSource(others)
+    return step, None if step.batches is None else BatchSource(step.batches)
