@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -71,7 +72,7 @@ def fit_layer(
     weight = weight.double()
     bias = None if bias is None else bias.double()
     scale = float(seen.inputs.diagonal().mean())
-    if not torch.isfinite(seen.targets.sum() + seen.inputs.sum()):
+    if not all(torch.isfinite(part.sum()) for part in (*seen, *held_back)):
         raise NumericalError(
             f"{name}: inputs or outputs of its layer are not finite; compute in float32 without "
             "autocast, or leave the reconstruction out"
@@ -86,7 +87,10 @@ def fit_layer(
         return fit_on_masks(moments, seen.targets[rows] + r * weight[rows], keep[rows], name)
 
     def cost(ridge: float, rows: Tensor) -> float:
-        fitted = solve(ridge, rows)
+        try:
+            fitted = solve(ridge, rows)
+        except NumericalError:  # too small a ridge for these inputs
+            return math.inf
         own = None if bias is None else seen.part(rows).bias(fitted)
         return float(held_back.part(rows).errors(fitted, own).sum())
 

@@ -239,10 +239,14 @@ def _fit(
         held_back.normal(index, centred),
         config.ridge,
     )
+    new = [(layer.weight, fitted.weight.mT if layer.transposed else fitted.weight)]
+    if layer.bias is not None and fitted.bias is not None:
+        new.append((layer.bias, fitted.bias))
+    if not all(bool(value.to(old.dtype).isfinite().all()) for old, value in new):
+        return fitted.report._replace(is_kept=False)  # it left the range of the type
     if fitted.report.is_kept:
-        layer.weight.copy_(fitted.weight.mT if layer.transposed else fitted.weight)
-        if layer.bias is not None and fitted.bias is not None:
-            layer.bias.copy_(fitted.bias)
+        for old, value in new:
+            old.copy_(value)
     return fitted.report
 
 

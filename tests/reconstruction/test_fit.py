@@ -96,3 +96,39 @@ def test_moments_that_are_not_finite_are_an_error_that_names_the_layer():
     broken = seen._replace(inputs=seen.inputs * float("inf"))
     with pytest.raises(NumericalError, match=r"encoder\.7\.weight: inputs or outputs"):
         fit_layer("encoder.7.weight", weight, None, keep, broken, held, "auto")
+
+
+def test_held_back_rows_that_are_not_finite_are_an_error_as_well():
+    weight, keep, seen, held = problem()
+    broken = held._replace(target_square=held.target_square * float("nan"))
+    with pytest.raises(NumericalError, match=r"7\.weight: inputs or outputs"):
+        fit_layer("7.weight", weight, torch.zeros(OUTPUTS), keep, seen, broken, "auto")
+
+
+@pytest.mark.parametrize("ridge", ["auto", 0.01])
+@pytest.mark.parametrize("rows", [3, 48])
+def test_inputs_that_are_constant_but_for_rounding(rows, ridge):
+    """What is left of their covariance counts for nothing, and the bias takes it all."""
+    generator = torch.Generator().manual_seed(rows)
+    keep = torch.ones(OUTPUTS, INPUTS, dtype=torch.bool)
+    weight = torch.randn(OUTPUTS, INPUTS, generator=generator)
+    x = torch.randn(INPUTS, generator=generator).expand(rows, INPUTS)
+    moments = Moments()
+    for _ in range(5):
+        moments.add(x, [x @ weight.mT + 3])
+    found = moments.normal(0, True)
+    fitted = fit_layer("w", weight, torch.zeros(OUTPUTS), keep, found, found, ridge)
+    assert torch.equal(fitted.weight.float(), weight)
+    torch.testing.assert_close(fitted.bias.float(), torch.full((OUTPUTS,), 3.0))
+
+
+def test_a_ridge_too_small_for_the_inputs_is_no_candidate():
+    weight, keep, seen, held = problem()
+    moments = seen.inputs.clone()
+    moments.diagonal().sub_(torch.linalg.eigvalsh(moments)[0] + 2e-3 * moments.diagonal().mean())
+    indefinite = seen._replace(inputs=moments)
+    whole = torch.ones_like(keep)
+    fitted = fit_layer("w", weight, torch.zeros(OUTPUTS), whole, indefinite, held, "auto")
+    assert fitted.report.ridge > RIDGES[0]
+    with pytest.raises(NumericalError, match="use a larger ridge"):
+        fit_layer("w", weight, torch.zeros(OUTPUTS), whole, indefinite, held, RIDGES[0])

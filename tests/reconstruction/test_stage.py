@@ -18,6 +18,7 @@ from transformers import (
 from benchmarks.support.plain_reconstruction import reconstruct_plainly
 from obert_kernels import ReconstructionConfig, find_weights
 from obert_kernels.gradients.losses import default_loss
+from obert_kernels.reconstruction import stage
 from obert_kernels.reconstruction.stage import biases_of, reconstruct
 
 RIDGE = 0.05
@@ -198,3 +199,18 @@ def test_a_cache_of_keys_and_values_changes_nothing():
         fitted_weights.append(model.state_dict())
     without, with_cache = fitted_weights
     assert all(torch.equal(value, with_cache[name]) for name, value in without.items())
+
+
+def test_a_fit_that_leaves_the_range_of_the_type_is_not_kept(monkeypatch):
+    model = tiny_bert(torch.float16)
+    real = stage.fit_layer
+
+    def too_large(name, *arguments):
+        fit = real(name, *arguments)
+        return fit._replace(weight=fit.weight * 1e6) if "intermediate" in name else fit
+
+    monkeypatch.setattr(stage, "fit_layer", too_large)
+    found, _ = fitted(model, texts())
+    kept = {fit.name for fit in found.layers if fit.is_kept}
+    assert kept and not any("intermediate" in name for name in kept)
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
