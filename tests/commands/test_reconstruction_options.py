@@ -25,6 +25,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 Command = Callable[..., tuple[int, str, str]]
 QUICK = ("--block-size", 8, "--max-length", 16, "--damping", 1e-3)
 RUN = (*QUICK, "--num-grads", 8, "--grad-batch-size", 4)
+BY_DEFAULT = ReconstructionConfig().num_samples
 SWEEP = (*QUICK, "--texts", 32, "--texts-per-grad", 4)
 
 
@@ -64,7 +65,7 @@ def test_a_run_reports_what_the_fit_came_to(
     settings = [json.loads((folder / "report.json").read_text())["settings"] for folder in ours]
     assert settings[1]["reconstruction"] is None
     samples = [settings[index]["reconstruction"]["num_samples"] for index in (0, 2)]
-    assert samples == [ReconstructionConfig().num_samples, 12]
+    assert samples == [BY_DEFAULT, 12]
     masks, (first, second) = load_masks(ours[0]), map(weights_in, ours[:2])
     for name, mask in masks.items():
         assert torch.equal(second[name] != 0, mask), "the same masks"
@@ -118,7 +119,7 @@ def test_a_sweep_fits_as_it_is_told(tmp_path: Path, data_file: str, command: Com
     code, _, stderr = command(*arguments, "--fit-texts", 16, "-o", out)
     assert code == 0, stderr
     assert all(float(seconds) > 0 for seconds in fit_seconds(out))
-    for changed, now in (((), "auto with 1024"), (("--reconstruction", "none"), "None")):
+    for changed, now in (((), f"auto with {BY_DEFAULT}"), (("--reconstruction", "none"), "None")):
         code, _, stderr = command(*arguments, *changed, "-o", out)
         assert code == 1
         assert f"reconstruction was auto with 16 fit-texts, now {now}" in stderr
@@ -145,7 +146,7 @@ def test_a_folder_from_before_there_was_a_reconstruction_goes_on_without(
     del row["reconstruction_seconds"]
     (out / "sweep.csv").write_text(f"{','.join(row)}\n{','.join(row.values())}\n")
     code, _, stderr = command(*arguments, "-s", 0.5)
-    assert code == 1 and "reconstruction was None, now auto with 1024 fit-texts" in stderr
+    assert code == 1 and f"reconstruction was None, now auto with {BY_DEFAULT}" in stderr
     code, stdout, stderr = command(*arguments, "-s", 0.5, "-s", 0.75, "--reconstruction", "none")
     assert code == 0, stderr
     assert "1 of 2 trials are in" in stdout

@@ -109,5 +109,6 @@ def test_what_batches_are_asked_for():
     magnitude = PruningConfig(selection="magnitude", reconstruction=None)
     assert batches_for(magnitude) is None
     assert batches_for(replace(magnitude, reconstruction=FEW)) == (1, 8), "to be fitted on"
-    assert batches_for(replace(magnitude, reconstruction="auto")) == (64, 16)
+    more = ReconstructionConfig(num_samples=1000)
+    assert batches_for(replace(magnitude, reconstruction=more)) == (63, 16), "as many, or more"
     assert batches_for(replace(GREEDY, reconstruction=FEW)) == (4, 2), "of the Fisher"
