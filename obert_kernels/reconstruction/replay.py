@@ -6,7 +6,7 @@ them; elsewhere the whole model runs.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from copy import deepcopy
 from typing import Any
@@ -18,6 +18,7 @@ from ..gradients.backward import removed
 from ..gradients.batches import to_device
 from ..gradients.losses import LossFn
 from ..sparsity.values import replaced
+from .padding import without_padding
 from .structure import Chain, Place, Unit, first_of
 
 Arguments = tuple[tuple, dict[str, Any]]
@@ -98,6 +99,7 @@ class Replay:
         batches: what it is run on.
         parameters: name to weight or bias, those of the pruned model.
         dense: name to what they were before.
+        of_decoder: see :class:`Structure`.
 
     Attributes:
         in_dense: for each batch, what showed up at places of the unit entered last.
@@ -110,8 +112,10 @@ class Replay:
         batches: Sequence[Any],
         parameters: Mapping[str, nn.Parameter],
         dense: Mapping[str, Tensor],
+        of_decoder: Collection[nn.Module] = (),
     ) -> None:
         self.batches = batches
+        self._of_decoder = of_decoder
         self._model, self._loss_fn = model, loss_fn
         self._parameters, self._dense = parameters, dense
         self._pruned = {name: parameter.data for name, parameter in parameters.items()}
@@ -136,7 +140,7 @@ class Replay:
                         here.try_out(batch)
                     with self._weights(False), _tapped([place], stops=False) as again:
                         here.advance(batch)
-                    if not _agree(found, _rows_of(again, self.batches[batch])):
+                    if not _agree(found, self._rows(again, self.batches[batch])):
                         return False
         except Exception:  # then it is the whole model that runs, and may raise it again
             return False
@@ -166,7 +170,7 @@ class Replay:
             for index, batch in enumerate(self.batches):
                 with _tapped(places, stops=False) as found:
                     self._dense_at.advance(index)
-                self.in_dense.append(_rows_of(found, batch))
+                self.in_dense.append(self._rows(found, batch))
             self._dense_at.index += 1
 
     def _at(self, position: _Position | None, unit: Unit, dense: bool) -> _Position:
@@ -208,13 +212,19 @@ class Replay:
         for index, batch in enumerate(self.batches):
             with self._weights(False), _tapped(places) as found, suppress(_Enough):
                 self._pruned_at.try_out(index)
-            yield _rows_of(found, batch)
+            yield self._rows(found, batch)
 
     def _whole_runs(self, dense: bool, places: Sequence[Place]) -> Iterator[dict[Place, Tensor]]:
         for batch in self.batches:
             with self._weights(dense), _tapped(places) as found:
                 self._whole(batch)
-            yield _rows_of(found, batch)
+            yield self._rows(found, batch)
+
+    def _rows(self, found: Mapping[Place, Tensor], batch: Any) -> dict[Place, Tensor]:
+        return {
+            place: without_padding(tensor, batch, place.module in self._of_decoder)
+            for place, tensor in found.items()
+        }
 
     def _whole(self, batch: Any) -> None:
         with suppress(_Enough):
@@ -262,16 +272,3 @@ def _agree(found: Mapping[Place, Tensor], again: Mapping[Place, Tensor]) -> bool
         if not bool((tensor - before).abs().max() <= _ROUNDING * before.abs().max()):
             return False
     return True
-
-
-def _rows_of(found: Mapping[Place, Tensor], batch: Any) -> dict[Place, Tensor]:
-    return {place: _rows(tensor, batch) for place, tensor in found.items()}
-
-
-def _rows(tensor: Tensor, batch: Any) -> Tensor:
-    """``[tokens, features]``, without padding; float32 or float64."""
-    rows = tensor.reshape(-1, tensor.shape[-1])
-    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-    if isinstance(mask, Tensor) and mask.dim() == 2 and mask.numel() == len(rows):
-        rows = rows[mask.to(rows.device).flatten() != 0]
-    return rows.to(torch.promote_types(rows.dtype, torch.float32))

@@ -91,7 +91,10 @@ def reconstruct(
     with evaluation(model), _every_layer_called():
         structure = _structure(model, weights, parameters, dense, batches, loss_fn)
         fitting = _with_room(weights, structure, batches, held_back, max_memory)
-        replays = [Replay(model, loss_fn, own, parameters, dense) for own in (fitting, held_back)]
+        replays = [
+            Replay(model, loss_fn, own, parameters, dense, structure.of_decoder)
+            for own in (fitting, held_back)
+        ]
         fits: list[LayerFit] = []
         for unit in structure.units:
             places = [_Group.of(group, config) for group in unit.groups]

@@ -99,11 +99,13 @@ class Structure:
         units: in the order of the forward pass.
         left_out: name of a matrix to the reason why it cannot be followed.
         rows: tokens that came to the first layer.
+        of_decoder: modules that see the tokens of a decoder, where there is an encoder, too.
     """
 
     units: list[Unit]
     left_out: dict[str, str]
     rows: int
+    of_decoder: set[nn.Module] = field(default_factory=set)
 
     @property
     def layers(self) -> list[Layer]:
@@ -211,7 +213,7 @@ def find_structure(
             continue
         units[-1].groups.append([layer])
         inputs.append((call, units[-1].groups[-1]))
-    return Structure(units, left_out, rows)
+    return Structure(units, left_out, rows, _decoder_side(model, calls))
 
 
 def _record(model: nn.Module, run: Callable[[], object]) -> list[Call]:
@@ -319,6 +321,19 @@ def _differ(ours: Any, theirs: Any) -> bool:
         return any(map(_differ, ours, theirs))
     is_plain = isinstance(ours, str | int | float) and type(ours) is type(theirs)
     return ours != theirs if is_plain else ours is not theirs
+
+
+def _decoder_side(model: nn.Module, calls: list[Call]) -> set[nn.Module]:
+    """Modules whose rows are the tokens of a decoder, where there is an encoder, too.
+
+    Layers of the decoder that are given what the encoder returns see the encoder's tokens.
+    """
+    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return set()
+    encoder: Any = getattr(model, "get_encoder", lambda: model)()
+    encoded = [call.output for call in calls if call.module is encoder]
+    fed = {call.module for call in calls if any(call.first_input is out for out in encoded)}
+    return {*model.modules()} - {*encoder.modules()} - fed
 
 
 def _total(index: int, calls: list[Call], block: nn.Module | None) -> Place | None:
