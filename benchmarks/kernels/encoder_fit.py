@@ -1,6 +1,6 @@
 """The reconstruction of a whole encoder: seconds of its parts, and of the same written out plainly.
 
-    python -m benchmarks.kernels.reconstruction      # some minutes on 2 cores
+    python -m benchmarks.kernels.encoder_fit      # some minutes on 2 cores
 
 Random weights of a BERT's shapes and random texts; masks at random, the same share in each matrix.
 Ours chooses a ridge for each layer among four on held-back texts; the plain way is given one, sees
@@ -166,7 +166,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--no-plain", nargs="*", default=["BERT-base"], choices=SHAPES)
     config = vars(parser.parse_args())
-    document = new_document("reconstruction", config)
+    document = new_document("encoder_fit", config)
     for shape in config["shape"]:
         for sparsity in config["sparsity"]:
             document["outcomes"].append(measure(shape, sparsity, config))
