@@ -173,8 +173,8 @@ def check(case: str, line: tuple[str, int], hit: int, error: BaseException) -> N
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_an_interruption_before_any_line_changes_nothing(case: str, one_thread: None) -> None:
-    """One point in five; all of them, in some ten minutes, with ``OBERT_EVERY_LINE=1``."""
-    for line, hit in points(case)[:: 1 if os.environ.get("OBERT_EVERY_LINE") else 5]:
+    """One point in fifteen; all of them with ``OBERT_EVERY_LINE=1``."""
+    for line, hit in points(case)[:: 1 if os.environ.get("OBERT_EVERY_LINE") else 15]:
         check(case, line, hit, KeyboardInterrupt())
 
 
