@@ -48,6 +48,7 @@ class BatchSource:
         self._first = first
         self._unit = unit
         self.remembered: list[Any] = []
+        self._samples = 0  # in those remembered
         self._remember = 0
         self._every = 1
 
@@ -69,8 +70,7 @@ class BatchSource:
                     batch = self._next_after_restart(count)
                 self._pieces += [batch] if self._size is None else split_batch(batch, self._size)
             where = f"{self._unit} {self._first + self.taken}"
-            if self._remember and self.taken % self._every == 0:
-                self._note(self._pieces[0])
+            self._note(self._pieces[0])
             self.taken += 1
             yield where, self._pieces.popleft()
 
@@ -89,8 +89,7 @@ class BatchSource:
         if not self.remembered:
             samples, most = 0, _MOST_REMEMBERED * self._remember
             while (batch := self._next_of_pass()) is not _END:
-                if self.taken % self._every == 0:
-                    self._note(batch)
+                self._note(batch)
                 self.taken += 1
                 samples += samples_in(batch) or 1
                 if how_many(self._batches) is None and samples >= most:
@@ -100,12 +99,16 @@ class BatchSource:
         return self.remembered
 
     def _note(self, batch: Any) -> None:
+        """Remember the next batch, if its turn has come."""
+        if not self._remember or self.taken % self._every:
+            return
         self.remembered.append(batch)
-        if len(self.remembered) % 2 == 0:
-            count = sum(samples_in(known) or 1 for known in self.remembered)
-            if count > _MOST_REMEMBERED * self._remember:
-                self.remembered = self.remembered[::2]
-                self._every *= 2
+        self._samples += samples_in(batch) or 1
+        is_even = len(self.remembered) % 2 == 0
+        if is_even and self._samples > _MOST_REMEMBERED * self._remember:
+            self.remembered = self.remembered[::2]
+            self._samples = sum(samples_in(known) or 1 for known in self.remembered)
+            self._every *= 2
 
     def _next_of_pass(self) -> Any:
         if self._under_way is None:
