@@ -123,7 +123,7 @@ class Call(NamedTuple):
     module: nn.Module
     args: tuple
     kwargs: dict[str, Any]
-    x: Any
+    x: Any = None
     output: Any = None
     y: Any = None
 
@@ -172,16 +172,15 @@ def find_structure(
         runs_alone: can the blocks of a chain be replayed without the model around them?
     """
     calls = _record(model, run)
+    counts = Counter(call.module for call in calls)
     left_out = dict.fromkeys(names, "no linear layer owns it")
+    of_module: dict[nn.Module, Layer] = {}
     for layer in found:
-        left_out[layer.name] = (
-            "other modules share it, or its bias"
-            if _is_shared(model, layer)
-            else "its layer is not called"
-        )
-    of_module = {
-        layer.module: layer for layer in found if left_out[layer.name].startswith("its layer")
-    }
+        if _is_shared(model, layer):
+            left_out[layer.name] = "other modules share it, or its bias"
+        else:
+            left_out[layer.name] = "its layer is not called"
+            of_module[layer.module] = layer
     chains = [chain for chain in _chains(model, calls) if runs_alone(chain)]
     of_block = {
         inner: (chain, index)
@@ -192,11 +191,11 @@ def find_structure(
     units: list[Unit] = []
     inputs: list[tuple[Call, list[Layer]]] = []
     rows = 0
-    for index, call in enumerate(calls):
+    for call in calls:
         if call.module not in of_module:
             continue
         layer = of_module[call.module]
-        if (reason := _obstacle(layer, call, calls)) is not None:
+        if (reason := _obstacle(layer, call, counts)) is not None:
             left_out[layer.name] = reason
             continue
         del left_out[layer.name]
@@ -206,7 +205,7 @@ def find_structure(
             units.append(Unit(chain, at))
             inputs.clear()
         block = None if chain is None else chain.blocks[at]
-        layer = replace(layer, total=_total(index, calls, block))
+        layer = replace(layer, total=_total(call, calls, counts, block))
         known = next((group for other, group in inputs if _same_input(call, other)), None)
         if known is not None:
             known.append(layer)
@@ -223,8 +222,8 @@ def _record(model: nn.Module, run: Callable[[], object]) -> list[Call]:
 
     def before(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         begun.append(len(calls))
-        x = args[0] if args else next(iter(kwargs.values()), None)
-        calls.append(Call(module, args, kwargs, _copy(x)))
+        call = Call(module, args, kwargs)
+        calls.append(call._replace(x=_copy(call.first_input)))
 
     def after(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         index, output = begun.pop(), first_of(output)
@@ -253,10 +252,10 @@ def _is_shared(model: nn.Module, layer: Layer) -> bool:
     return sum(bool(own & {id(p) for p in m._parameters.values()}) for m in model.modules()) > 1
 
 
-def _obstacle(layer: Layer, call: Call, calls: list[Call]) -> str | None:
+def _obstacle(layer: Layer, call: Call, counts: Counter[nn.Module]) -> str | None:
     """Why the outputs of a layer cannot be fitted, if they cannot."""
     x, y = call.x, call.y
-    if sum(other.module is layer.module for other in calls) > 1:
+    if counts[layer.module] > 1:
         return "its layer is called several times in a forward pass"
     if not isinstance(x, Tensor) or not isinstance(y, Tensor):
         return "its layer takes or gives no tensor"
@@ -336,16 +335,15 @@ def _decoder_side(model: nn.Module, calls: list[Call]) -> set[nn.Module]:
     return {*model.modules()} - {*encoder.modules()} - fed
 
 
-def _total(index: int, calls: list[Call], block: nn.Module | None) -> Place | None:
-    """Where the output of a call, plus another tensor, shows up first."""
-    own = _by_row(calls[index].y)
+def _total(
+    layer: Call, calls: list[Call], counts: Counter[nn.Module], block: nn.Module | None
+) -> Place | None:
+    """Where the output of a layer, plus another tensor, shows up first."""
+    own = _by_row(layer.y)
     inner = None if block is None else set(block.modules())
     seen: list[tuple[Place, Tensor]] = []
-    counts = Counter(call.module for call in calls)
     for call in calls:
-        if inner is not None and call.module not in inner:
-            continue
-        if counts[call.module] > 1:
+        if counts[call.module] > 1 or (inner is not None and call.module not in inner):
             continue
         for tensor, is_output in ((call.x, False), (call.y, True)):
             if isinstance(tensor, Tensor) and tensor.dim() and tensor.is_floating_point():
@@ -355,7 +353,7 @@ def _total(index: int, calls: list[Call], block: nn.Module | None) -> Place | No
     expected = first + _first_values(own)
     rounding = _TOLERANCE * (first.abs() + _first_values(own).abs())
     for (place, total), values in zip(seen, first, strict=True):
-        if place.module is calls[index].module or torch.equal(total, own):
+        if place.module is layer.module or torch.equal(total, own):
             continue
         likely = ((expected - values).abs() <= rounding).all(dim=1).nonzero()[:, 0].tolist()
         others = (seen[i][1] for i in likely)
