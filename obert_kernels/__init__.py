@@ -17,6 +17,7 @@ from .fisher.gram import GramFisher
 from .fisher.living import LiveFisher
 from .fisher.sparseml import EmpiricalBlockFisherInverse
 from .fisher.woodbury import WoodburyFisher
+from .gradients.embeddings import embedding_loss
 from .gradients.losses import model_loss, prediction_loss
 from .gradients.per_batch import batch_gradients
 from .gradients.per_samples import GroupGradients
@@ -60,6 +61,7 @@ __all__ = [
     "ScoringInputs",
     "WoodburyFisher",
     "batch_gradients",
+    "embedding_loss",
     "estimate_fisher",
     "find_weights",
     "load_masks",

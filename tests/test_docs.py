@@ -33,6 +33,7 @@ def names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     transformers = pytest.importorskip("transformers")
     monkeypatch.chdir(tmp_path)
     folder = save_model(tmp_path / "my-finetuned-bert", head=True)
+    save_model(tmp_path / "my-embedding-model", head=False)
     bert = transformers.AutoModelForSequenceClassification.from_pretrained(folder)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     texts = ["good film", "the plot was awful", "a nice and fine film", "bad"] * 16
