@@ -35,7 +35,7 @@ def that_fit(
         batches: samples to fit.
         held_back: others, all of which are needed.
         room: bytes.
-        per_sample: tokens of one, where no attention mask tells them.
+        per_sample: tokens of one, where no attention mask tells them, padding included.
         structure: of the model.
     """
     width = _bytes_per_row(structure)
@@ -50,14 +50,17 @@ def that_fit(
 
 def _rows(batch: Any, per_sample: float) -> float:
     mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-    return float(mask.sum()) if isinstance(mask, Tensor) else per_sample * (samples_in(batch) or 1)
+    if isinstance(mask, Tensor) and mask.dim() > 1:
+        return float(mask.shape[0] * mask.shape[-1])
+    return per_sample * (samples_in(batch) or 1)
 
 
 def _bytes_per_row(structure: Structure) -> int:
     """What is kept of a token while a block is fitted: what the dense model computes in its
-    layers, and what both models hand on to it; float32."""
+    layers, and the pruned one where blocks run alone, and what both hand on to it; float32."""
     widths = [
-        sum(layer.outputs for group in unit.groups for layer in group)
+        (1 if unit.chain is None else 2)
+        * sum(layer.outputs for group in unit.groups for layer in group)
         + 2 * max(layer.inputs for group in unit.groups for layer in group)
         for unit in structure.units
     ]

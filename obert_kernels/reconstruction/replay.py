@@ -7,7 +7,7 @@ them; elsewhere the whole model runs.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from copy import deepcopy
 from typing import Any
 
@@ -19,7 +19,8 @@ from ..gradients.batches import to_device
 from ..gradients.losses import LossFn
 from ..sparsity.values import replaced
 from .padding import without_padding
-from .structure import Chain, Place, Unit, first_of
+from .remembered import Remembered
+from .structure import Chain, Layer, Place, Unit, first_of
 
 Arguments = tuple[tuple, dict[str, Any]]
 
@@ -123,6 +124,7 @@ class Replay:
         self.in_dense: list[dict[Place, Tensor]] = []
         self._dense_at: _Position | None = None
         self._pruned_at: _Position | None = None
+        self._remembered = Remembered()
 
     def runs_alone(self, chain: Chain) -> bool:
         """Do blocks give the same without the model around them?
@@ -164,8 +166,10 @@ class Replay:
             if here is not None
         ):
             self._dense_at = self._pruned_at = None
+            self._remembered.forget()
         self._dense_at = self._at(self._dense_at, unit, True)
         self._pruned_at = self._at(self._pruned_at, unit, False)
+        self._remembered.forget()
         with self._weights(True):
             for index, batch in enumerate(self.batches):
                 with _tapped(places, stops=False) as found:
@@ -179,8 +183,10 @@ class Replay:
         with self._weights(dense):
             while position.index < unit.index:
                 for batch in range(len(self.batches)):
-                    position.advance(batch)
+                    with nullcontext() if dense else self._remembered.handed_out(batch):
+                        position.advance(batch)
                 position.index += 1
+                self._remembered.forget()
         return position
 
     def _start(self, chain: Chain, dense: bool) -> _Position:
@@ -210,9 +216,19 @@ class Replay:
             return
         assert self._pruned_at is not None
         for index, batch in enumerate(self.batches):
-            with self._weights(False), _tapped(places) as found, suppress(_Enough):
+            with (
+                self._weights(False),
+                self._remembered.handed_out(index),
+                _tapped(places) as found,
+                suppress(_Enough),
+            ):
                 self._pruned_at.try_out(index)
             yield self._rows(found, batch)
+
+    def fitted(self, unit: Unit, layers: Sequence[Layer]) -> None:
+        """Layers of a unit, and all that comes to them, do not change any more."""
+        if unit.chain is not None:
+            self._remembered.add(layer.module for layer in layers)
 
     def _whole_runs(self, dense: bool, places: Sequence[Place]) -> Iterator[dict[Place, Tensor]]:
         for batch in self.batches:

@@ -109,6 +109,8 @@ def reconstruct(
                 for index, layer in enumerate(group):
                     fits.append(_fit(layer, index, masks[layer.name], seen, unseen, config))
                     progress("reconstruction", len(fits), len(structure.layers))
+                for replay in replays:
+                    replay.fitted(unit, group)
     notes = _notes(structure, fits, config)
     if fitting is not batches:
         notes.append("memory did not hold all samples for the fit: fewer were taken")

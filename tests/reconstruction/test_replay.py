@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
-from test_stage import fitted
+from test_stage import fitted, texts, tiny_bert
 from test_structure import ARCHITECTURES, made
 from torch import nn
 from torch.nn import functional
 
 from obert_kernels.reconstruction import stage
+from obert_kernels.reconstruction.remembered import Remembered
 from obert_kernels.reconstruction.replay import Replay
 
 WIDTH = 8
@@ -304,3 +306,26 @@ def test_layers_of_torchs_own_encoder_are_called():
     expected = [f"encoder.layers.{i}.linear{j}.weight" for i in (0, 1) for j in (1, 2)]
     assert [fit.name for fit in found.layers] == expected
     assert len(found.notes) == 2 and all("not fitted" in note for note in found.notes)
+
+
+@pytest.mark.parametrize("inputs", ["pruned", "dense"])
+def test_what_is_fitted_is_computed_once(inputs, monkeypatch):
+    """The same to the last bit, and in the pruned model one product for each layer and batch."""
+    results, products = [], []
+    for remembers in (True, False):
+        if not remembers:
+            monkeypatch.setattr(Remembered, "handed_out", lambda self, batch: nullcontext())
+        model = tiny_bert()
+        wide = model.bert.encoder.layer[0].intermediate.dense
+        calls = []
+        own = functional.linear
+        monkeypatch.setattr(
+            functional, "linear", lambda x, w, b, own=own, c=calls: (c.append(w), own(x, w, b))[1]
+        )
+        fitted(model, texts(), inputs=inputs)
+        monkeypatch.setattr(functional, "linear", own)
+        results.append({name: value.clone() for name, value in model.state_dict().items()})
+        products.append(sum(weight is wide.weight for weight in calls))
+        assert "forward" not in vars(wide)
+    assert all(torch.equal(value, results[1][name]) for name, value in results[0].items())
+    assert products[0] < products[1] if inputs == "pruned" else products[0] == products[1]

@@ -9,7 +9,7 @@ from tiny import TinyEncoder, batches, snapshot, unchanged
 from obert_kernels import prune
 from obert_kernels.gradients.batches import samples_in
 from obert_kernels.reconstruction.memory import planned_bytes, that_fit
-from obert_kernels.reconstruction.structure import Layer, Structure, Unit
+from obert_kernels.reconstruction.structure import Chain, Layer, Structure, Unit
 
 OPTIONS = {"num_grads": 24, "block_size": 8, "damping": 1e-4}
 
@@ -29,13 +29,14 @@ def test_all_samples_where_there_is_room():
     assert 0 < sum(samples_in(batch) for batch in fewer) < 10
 
 
-def test_padding_takes_no_room():
-    mask = torch.zeros(6, 9)
-    mask[:, :2] = 1
-    batch = {"input_ids": torch.zeros(6, 9), "attention_mask": mask}
-    room = 4 * (7 + 2 * 5) * 6 * 2
-    assert that_fit([batch], [], room, 9.0, structure()) == [batch]
-    assert samples_in(that_fit([batch], [], room // 2, 9.0, structure())[0]) == 3
+@pytest.mark.parametrize(("chain", "outputs"), [(None, 7), (Chain([], [], True), 2 * 7)])
+def test_of_blocks_that_run_alone_the_pruned_outputs_are_kept_too(chain, outputs):
+    batch = {"input_ids": torch.zeros(6, 9), "attention_mask": torch.ones(6, 9)}
+    found = structure()
+    found.units[0].chain = chain
+    room = 4 * (outputs + 2 * 5) * 6 * 9
+    assert that_fit([batch], [], room, 1.0, found)[0] is batch
+    assert samples_in(that_fit([batch], [], room // 2, 1.0, found)[0]) == 3
 
 
 def test_one_sample_at_least():
