@@ -14,6 +14,7 @@ import re
 import statistics
 import zlib
 from collections.abc import Iterator, Mapping
+from itertools import product
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 
 from benchmarks.accuracy.tables import cell, select
 from benchmarks.support.report import made_by, new_document, table, write
-from obert_kernels import embedding_loss, prune
+from obert_kernels import embedding_loss, estimate_fisher, prune
 from obert_kernels.gradients.embeddings import embeddings
 from obert_kernels.tasks.downloads import DemoPackage, demo_model_folder, fetch
 
@@ -104,23 +105,27 @@ def measure(seed: int) -> Iterator[dict[str, Any]]:
 
     folder = demo_model_folder()
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    dense = AutoModel.from_pretrained(folder).eval()
+    model = AutoModel.from_pretrained(folder).eval()
+    loss_fn, whole = embedding_loss(copy.deepcopy(model)), copy.deepcopy(model.state_dict())
     texts = sentences()
     pruned_with = batches(tokenizer, drawn(texts["train"], CONFIG["texts"], seed))
     held_back = batches(tokenizer, drawn(texts["held back"], CONFIG["held_back"], seed))
     test = batches(tokenizer, texts["test"][: CONFIG["test"]])
-    before = embedded(dense, test)
-    for sparsity in SPARSITIES:
-        for way, (selection, fit) in WAYS.items():
-            model = copy.deepcopy(dense)
-            report = prune(
-                model, pruned_with, sparsity, num_grads=CONFIG["texts"] // CONFIG["texts_per_grad"],
-                samples_per_grad=CONFIG["texts_per_grad"], loss_fn=embedding_loss(dense),
-                calibration=held_back, selection=selection, reconstruction=fit,
-            ).report  # fmt: skip
-            seconds = {f"{name}_seconds": took for name, took in report.seconds.items()}
-            row = {"seed": seed, "sparsity": sparsity, "way": way}
-            yield {**row, **outcome(before, embedded(model, test)), **seconds}
+    before = embedded(model, test)
+    fisher = estimate_fisher(
+        model, pruned_with, num_grads=CONFIG["texts"] // CONFIG["texts_per_grad"],
+        samples_per_grad=CONFIG["texts_per_grad"], loss_fn=loss_fn,
+    )  # fmt: skip
+    for sparsity, (way, (selection, fit)) in product(SPARSITIES, WAYS.items()):
+        model.load_state_dict(whole)
+        given = {"batches": pruned_with} if selection == "magnitude" else {"fisher": fisher}
+        report = prune(
+            model, sparsity=sparsity, loss_fn=loss_fn, calibration=held_back, selection=selection,
+            reconstruction=fit, **given,
+        ).report  # fmt: skip
+        seconds = {f"{name}_seconds": took for name, took in report.seconds.items()}
+        row = {"seed": seed, "sparsity": sparsity, "way": way}
+        yield {**row, **outcome(before, embedded(model, test)), **seconds}
 
 
 def markdown(document: Mapping[str, Any]) -> str:

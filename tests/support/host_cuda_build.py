@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import importlib.util
 import os
@@ -9,7 +10,9 @@ import re
 import shutil
 import subprocess
 import sysconfig
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
@@ -76,15 +79,24 @@ def build(folder: Path, kernels: Path | None = None, extra: list[str] | None = N
             partial.replace(target)
         return target
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(compile_one, sources))
-    library = folder / _digest(objects, flags) / "host_cuda.so"
-    if not library.exists():
-        library.parent.mkdir(exist_ok=True)
-        link = [f for f in extra or [] if f.startswith("-fsanitize")]
-        subprocess.run([compiler, "-shared", *link, *map(str, objects), "-o", str(library)],
-                       check=True)  # fmt: skip
+    with _alone(folder):
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            objects = list(pool.map(compile_one, sources))
+        library = folder / _digest(objects, flags) / "host_cuda.so"
+        if not library.exists():
+            library.parent.mkdir(exist_ok=True)
+            link = [f for f in extra or [] if f.startswith("-fsanitize")]
+            subprocess.run([compiler, "-shared", *link, *map(str, objects), "-o", str(library)],
+                           check=True)  # fmt: skip
     return library
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """One process compiles, the others wait for what it makes."""
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def load(library: Path) -> ModuleType:
