@@ -10,7 +10,8 @@ whatever the axis is called.  The result is a list of flat points:
     gradients_of           "predictions" (default) or "labels"
     by_length              whether texts of about the same length share a gradient; by default of
                            predictions only
-    pattern, selection, update, damping, sparsity, steps, schedule, estimator, fisher_dtype
+    pattern, block_size, selection, update, damping, sparsity, steps, schedule, estimator,
+    fisher_dtype
                            as for :func:`obert_kernels.prune`; a selection can be "wanda" or
                            "sparsegpt", too, and where each point is a process "reference"
     reconstruction         how the remaining weights are then fitted: "none" (default), "auto", or a

@@ -139,7 +139,7 @@ def measure_grid(task: ClassificationTask, wanted: list[Point], record: Record) 
 
 
 def configuration(point: Point) -> PruningConfig:
-    axes = ("texts", "texts_per_grad", "selection", "update", "damping")
+    axes = ("texts", "texts_per_grad", "block_size", "selection", "update", "damping")
     given = {name: [point[name]] for name in axes if name in point}
     fisher = FisherConfig(
         estimator=point.get("estimator", "gram"), dtype=point.get("fisher_dtype", "float64")

@@ -136,7 +136,7 @@ def ways(rows: list[Row], experiment: Mapping[str, Any]) -> list[str]:
     for label, where in experiment["rows"].items():
         cells = []
         for some in by_sparsity.values():
-            shown = cell(values(some, where).values())
+            shown = cell(values(some, where, experiment.get("shown", "test_accuracy")).values())
             if shown and marked and "damping" in where:
                 best = best_damping(select(some, {"selection": marked}), "dev_accuracy")
                 shown = f"**{shown}**" if best == where["damping"] else shown

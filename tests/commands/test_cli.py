@@ -255,7 +255,7 @@ def test_demo_is_a_run_with_its_own_settings(
     monkeypatch.setattr(cli, "prune_classifier", lambda settings, *_: seen.append(settings))
     assert command("demo", "--dataset", "mr", "-o", tmp_path, "--seed", 3)[0] == 0
     assert seen == [demo.demo_settings("mr", tmp_path, 3)]
-    assert seen[0].sparsity == (0.5, 0.6, 0.7, 0.8)
+    assert seen[0].sparsity == (0.5, 0.6, 0.7, 0.8, 0.9)
 
 
 @pytest.mark.parametrize(
