@@ -32,7 +32,7 @@ from .plots import plot_accuracy
 
 PLOT_FILE = "accuracy.png"
 DENSE_FOLDER = "dense"
-_OF_FITS = ("step", "before", "after", "kept")
+_OF_FITS = ("step", "before", "after", "is_kept")
 _WRITTEN = r"dense|sparsity-.*|report\.json|accuracy\.png"
 
 

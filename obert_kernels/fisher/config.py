@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, fields
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any
 
 import torch
 
-from ..ops.checks import check_block_size
+from ..ops.checks import check_block_size, check_positive, require
 from .estimators import estimators
 
 VERSION = 1
@@ -32,6 +33,20 @@ def one_of(name: str, value: object, allowed: Collection[str]) -> None:
     if value not in allowed:
         *others, last = (repr(choice) for choice in allowed)
         raise ValueError(f"{name} must be {', '.join(others)} or {last}, got {value!r}")
+
+
+def positive_or_auto(name: str, value: object) -> float | str:
+    """Return a number above zero as a float, or "auto"; raise TypeError or ValueError unless it is
+    one of the two."""
+    if value == "auto":
+        return "auto"
+    if isinstance(value, str):
+        raise ValueError(f"{name} must be a positive number or 'auto', got {value!r}")
+    if not isinstance(value, Real) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a positive number or 'auto', got {value!r}")
+    check_positive(name, float(value))
+    require(math.isfinite(value), f"{name} must be finite, got {value}")
+    return float(value)
 
 
 def read_values(kind: type, content: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,16 +7,20 @@ those that do by :meth:`PruningConfig.check`.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
-from numbers import Real
 from typing import Any
 
 from torch import nn
 
-from ..fisher.config import VERSION, FisherConfig, at_least_one, one_of, read_values
-from ..ops.checks import check_positive, require
+from ..fisher.config import (
+    VERSION,
+    FisherConfig,
+    at_least_one,
+    one_of,
+    positive_or_auto,
+    read_values,
+)
 from ..reconstruction.config import ReconstructionConfig
 from ..sparsity.layers import find_weights
 from ..sparsity.matrices import find_matrices
@@ -93,7 +97,7 @@ class PruningConfig:
         block_size = shape.block_size(self.fisher.block_size)
         self._settle(
             update=update,
-            damping=_checked_damping(self.damping),
+            damping=positive_or_auto("damping", self.damping),
             params=params,
             steps=int(self.steps),
             fisher=replace(self.fisher, block_size=block_size),
@@ -169,15 +173,3 @@ def _names(params: object) -> tuple[str, ...] | None:
     if not all(isinstance(name, str) for name in names):
         raise TypeError(f"params must be names or re: patterns, got {params!r}")
     return names
-
-
-def _checked_damping(damping: object) -> float | str:
-    if damping == "auto":
-        return "auto"
-    if isinstance(damping, str):
-        raise ValueError(f"damping must be a positive number or 'auto', got {damping!r}")
-    if not isinstance(damping, Real) or isinstance(damping, bool):
-        raise TypeError(f"damping must be a positive number or 'auto', got {damping!r}")
-    check_positive("damping", float(damping))
-    require(math.isfinite(damping), f"damping must be finite, got {damping}")
-    return float(damping)

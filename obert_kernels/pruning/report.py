@@ -46,7 +46,7 @@ class FitReport(NamedTuple):
         step: 1 for the first sub-step.
         before, after: divergence of the predictions from those of the dense model on held-back
             batches (their loss, where the model does not classify), without and with it.
-        kept: it is smaller; otherwise the fit was undone.
+        is_kept: it is smaller; otherwise the fit was undone.
         layers: in the order of the forward pass, each with its ridge, and mean square errors on
             held-back batches over the variance of its outputs.
     """
@@ -54,7 +54,7 @@ class FitReport(NamedTuple):
     step: int
     before: float
     after: float
-    kept: bool
+    is_kept: bool
     layers: list[LayerFit]
 
     def to_dict(self) -> dict[str, Any]:
@@ -188,7 +188,7 @@ class PruneReport:
         for fit in self.fits:
             rows.append(
                 f"reconstruction, divergence on held-back batches: {fit.before:.4g} before, "
-                f"{fit.after:.4g} after{'' if fit.kept else ', undone'}"
+                f"{fit.after:.4g} after{'' if fit.is_kept else ', undone'}"
             )
         rows += [f"note: {note}" for note in self.notes]
         return "\n".join(rows)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from numbers import Real
 from typing import Any
 
-from ..fisher.config import VERSION, at_least_one, one_of, read_values
+from ..fisher.config import VERSION, at_least_one, one_of, positive_or_auto, read_values
 
 INPUTS = ("pruned", "dense")
 
@@ -40,12 +38,7 @@ class ReconstructionConfig:
         one_of("inputs", self.inputs, INPUTS)
         if not isinstance(self.residual, bool):
             raise TypeError(f"residual must be True or False, got {self.residual!r}")
-        if self.ridge == "auto":
-            return
-        if not isinstance(self.ridge, Real) or isinstance(self.ridge, bool):
-            raise TypeError(f"ridge must be a positive number or 'auto', got {self.ridge!r}")
-        if not 0 < self.ridge < math.inf:
-            raise ValueError(f"ridge must be positive and finite, got {self.ridge}")
+        positive_or_auto("ridge", self.ridge)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready, with type and version."""

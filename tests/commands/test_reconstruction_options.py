@@ -59,8 +59,8 @@ def test_a_run_reports_what_the_fit_came_to(
         found = ours["reconstruction"]
         assert found["seconds"] > 0
         assert [fit["step"] for fit in found["divergence"]] == steps
-        assert all((fit["after"] < fit["before"]) == fit["kept"] for fit in found["divergence"])
-    assert fitted[1]["reconstruction"]["divergence"][0]["kept"]
+        assert all((fit["after"] < fit["before"]) == fit["is_kept"] for fit in found["divergence"])
+    assert fitted[1]["reconstruction"]["divergence"][0]["is_kept"]
     ours = [out / "sparsity-0.5" for out in saved.values()]
     settings = [json.loads((folder / "report.json").read_text())["settings"] for folder in ours]
     assert settings[1]["reconstruction"] is None

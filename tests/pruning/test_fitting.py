@@ -128,5 +128,5 @@ def test_a_fit_undone_gives_weights_and_biases_back_exactly(monkeypatch):
     costs = iter([1.0, 2.0])
     monkeypatch.setattr(fitting, "_cost", lambda judge: next(costs))
     report = prune(model, batches(), 0.5, selection="magnitude").report
-    assert not report.fits[0].kept and "was undone" in report.notes[0]
+    assert not report.fits[0].is_kept and "was undone" in report.notes[0]
     assert unchanged(model, expected.state_dict())
