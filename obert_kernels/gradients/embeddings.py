@@ -16,10 +16,10 @@ def embedding_loss(dense: nn.Module, pool: str = "mean") -> LossFn:
     """Return a loss for models that turn texts into embeddings: no labels are needed.
 
     With e the embedding of a text, of length 1, its value is the mean over the texts of the cosine
-    distance from the model before pruning, 1 - e . e_dense = |e - e_dense|^2 / 2.  Of the dense
-    model it is 0, and so is its gradient.  The gradients are those of u . e instead, where u is a
-    random direction, the same for a text every time (see :func:`prediction_loss`): their squares by
-    weights give the Gauss-Newton matrix of the distance, up to a factor.
+    distance from the model before pruning, 1 - e . e_dense.  Of the dense model it is 0, and so is
+    its gradient.  The gradients are those of u . e instead, where u is a random direction, the same
+    for a text every time (see :func:`prediction_loss`): their squares by weights give the
+    Gauss-Newton matrix of the distance, up to a factor.
 
     Args:
         dense: a copy of the model as it was, ``copy.deepcopy(model)``, on the same device.
