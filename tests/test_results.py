@@ -197,7 +197,9 @@ def is_shown(cells: list[str], lines: list[Line]) -> bool:
 
     whole = [line for line in named if stands_in(wanted, line)]
     return bool(whole) or any(
-        name_of(first) == name_of(second) or not is_named(first, second) or is_span(wanted)
+        name_of(first) == name_of(second)
+        or not is_named(first, second)
+        or (is_span(wanted) and not (first.measured or second.measured))
         for i in range(1, len(wanted))
         for first in found(wanted[:i])
         for second in found(wanted[i:])
